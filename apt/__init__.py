@@ -1,0 +1,51 @@
+"""Fine-tune a pretrained language model and make it smaller and faster while it trains.
+
+APT, Adaptive Pruning and Tuning (arXiv 2401.12200). Names are loaded on first use, so that ``import apt`` stays light.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apt.adapters import APTAdapter
+    from apt.controller import APTConfig, Controller
+    from apt.export import export_model, load_model
+    from apt.patch import patch_model, summary, unpatch_model
+    from apt.pruner import AdaptivePruner
+    from apt.schedule import SparsityScheduler
+    from apt.trainer import APTrainer
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "APTAdapter": "adapters",
+    "APTConfig": "controller",
+    "APTrainer": "trainer",
+    "AdaptivePruner": "pruner",
+    "Controller": "controller",
+    "SparsityScheduler": "schedule",
+    "export_model": "export",
+    "load_model": "export",
+    "patch_model": "patch",
+    "summary": "patch",
+    "unpatch_model": "patch",
+}
+__all__ = [
+    "APTAdapter",
+    "APTConfig",
+    "APTrainer",
+    "AdaptivePruner",
+    "Controller",
+    "SparsityScheduler",
+    "export_model",
+    "load_model",
+    "patch_model",
+    "summary",
+    "unpatch_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'apt' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"apt.{_ROOMS[name]}"), name)

@@ -1,0 +1,146 @@
+"""The adapted linear layer. Parameters and shapes live here; the arithmetic is one op of `apt_kernels`."""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apt_kernels
+from apt.gates import MaskGate
+
+
+class APTAdapter(nn.Module):
+    """A frozen linear layer with a low-rank adapter of changing rank, and sides that shrink.
+
+    ``y = W x + b + s * B A x``   (APT, arXiv 2401.12200, eq. 2; the masks are `gate_in` here or act at the producer)
+
+    It takes the place and the parameter names of the linear it adapts (``weight``, ``bias``), beside them ``lora_A`` and
+    ``lora_B``; with rank 0 it has neither and is that linear. The scale is a stored constant: growth of the rank leaves
+    the output as it was. Retained rows and columns stand first in ``weight``; ``n_out`` and ``n_in`` say how many, and
+    forward computes with that view, so a dense reader of the same weight can live beside it.
+
+    Args:
+        base: the layer to adapt, weight ``[O, I]``; its parameters are taken over and frozen.
+        rank: initial rank R, at least 0.
+        scale: unitless, the constant s (LoRA's alpha / r at the start).
+        gate_in: mask gate on the input, for output and down projections.
+        init_std: of the rows of A; None is ``1 / sqrt(3 I)``, the second moment of LoRA's kaiming-uniform start.
+
+    Shapes: input ``[..., n_in]``, output ``[..., n_out]``.
+    """
+
+    weight: nn.Parameter  # [O, I]
+    bias: nn.Parameter | None  # [O]
+    lora_A: nn.Parameter | None  # [R, n_in]
+    lora_B: nn.Parameter | None  # [n_out, R]
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 0,
+        scale: float = 2.0,
+        gate_in: MaskGate | None = None,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        if rank < 0:
+            raise ValueError(f"APTAdapter: rank must be at least 0, got {rank}")
+        self.scale, self.init_std = scale, init_std
+        self.n_out, self.n_in = base.weight.shape
+        self.weight = base.weight.requires_grad_(False)
+        self.bias = None if base.bias is None else base.bias.requires_grad_(False)
+        self.gate_in = gate_in
+        self.lora_A = self.lora_B = None
+        if rank:
+            self.lora_A = nn.Parameter(self._new_rows(rank, "lora"))
+            self.lora_B = nn.Parameter(torch.zeros(self.n_out, rank, device=self.weight.device, dtype=self._dtype))
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.n_in
+
+    @property
+    def out_features(self) -> int:
+        return self.n_out
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Adapters are at least float32, whatever the base is."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def _new_rows(self, num: int, init_type: str) -> Tensor:
+        rows = torch.empty(num, self.n_in, device=self.weight.device, dtype=self._dtype)
+        if init_type == "lora":
+            return nn.init.kaiming_uniform_(rows, a=math.sqrt(5)) if rows.numel() else rows
+        if init_type == "gaussian":
+            return rows.normal_(0.0, self.init_std or 1.0 / math.sqrt(3 * max(1, self.n_in)))
+        raise ValueError(f"APTAdapter: init_type must be 'lora' or 'gaussian', got {init_type!r}")
+
+    def increase_rank(self, new_rank: int, init_type: Literal["lora", "gaussian"] = "gaussian") -> None:
+        """Append random rows to A over zero columns of B: the output stays as it was.
+
+        An optimizer must follow: `apt.surgery.apply_rank_plan` calls this and moves its state.
+
+        Raises:
+            ValueError: the new rank is not above the present one, or there is no adapter.
+        """
+        if self.lora_A is None or self.lora_B is None or new_rank <= self.rank:
+            raise ValueError(f"APTAdapter: new_rank must be above the present rank {self.rank}, got {new_rank}")
+        num = new_rank - self.rank
+        exchange(self.lora_A, torch.cat([self.lora_A.data, self._new_rows(num, init_type)]))
+        exchange(self.lora_B, torch.cat([self.lora_B.data, self.lora_B.new_zeros(self.n_out, num)], dim=1))
+
+    def drop_adapter(self) -> None:
+        """Remove A and B; what they added is gone too."""
+        self.lora_A = self.lora_B = None
+
+    def view(self) -> tuple[Tensor, Tensor | None]:
+        """The live part of weight and bias: ``[n_out, n_in]`` and ``[n_out]``."""
+        if self.weight.shape == (self.n_out, self.n_in):
+            return self.weight, self.bias
+        return self.weight[: self.n_out, : self.n_in], None if self.bias is None else self.bias[: self.n_out]
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """``W + s B A`` of the live part, added in at least float32, in the dtype of the weight: a fresh ``[n_out, n_in]``."""
+        weight, _ = self.view()
+        if self.lora_A is None or self.lora_B is None:
+            return weight.clone(memory_format=torch.contiguous_format)
+        delta = self.scale * (self.lora_B @ self.lora_A)
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_in is not None:
+            x = self.gate_in(x)
+        weight, bias = self.view()
+        if self.lora_A is None or self.lora_B is None:
+            return F.linear(x, weight, bias)
+        return apt_kernels.masked_lora_linear(x, weight, self.lora_A, self.lora_B, scale=self.scale, bias=bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.n_in}, out_features={self.n_out}, rank={self.rank}, scale={self.scale}"
+
+
+def exchange(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter data of another shape; the object, and with it every list that holds it, stays.
+
+    While a graph of an earlier step is alive (a loop's ``loss`` variable is enough), autograd keeps the old shape in the
+    parameter's gradient accumulator, and lets go of it only when the dtype changes: so it passes through another one.
+    """
+    other = torch.float16 if data.dtype != torch.float16 else torch.float32
+    parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, APTAdapter]]:
+    """Every adapted linear of a model with its full name, in the order of the modules, rank 0 ones included."""
+    for name, module in model.named_modules():
+        if isinstance(module, APTAdapter):
+            yield name, module

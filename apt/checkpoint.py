@@ -1,0 +1,59 @@
+"""Save and resume the controller of a run, beside what the training loop saves of model and optimizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from apt.controller import Controller
+from apt.records import Event, write_json
+from apt.surgery import apply_event
+
+STATE, TENSORS = "apt_state.json", "apt_state.safetensors"
+TABLES = ("salience", "importance", "masks")  # of the controller's state: name -> tensor
+
+
+def save_controller(controller: Controller, folder: Path) -> None:
+    """Write the controller's state into a checkpoint folder: numbers and events as JSON, tensors as safetensors."""
+    state = controller.state_dict()
+    tensors = {f"{table}/{name}": value for table in TABLES for name, value in state.pop(table).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+    write_json(folder / STATE, state)
+
+
+def restore_shapes(model: nn.Module, folder: Path) -> None:
+    """Replay the events of a checkpoint onto a freshly patched model, so that its weights and optimizer state fit.
+
+    The random state is left as it was.
+
+    Raises:
+        ValueError: the folder holds no state of a controller, or another model's.
+    """
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=devices):
+        for row in _read(folder)["events"]:
+            apply_event(model, Event.from_json(row))
+
+
+def load_controller(controller: Controller, folder: Path) -> None:
+    """Give a new controller the state that `save_controller` wrote; the model has the shapes of that step already."""
+    state = _read(folder)
+    device = next(controller.model.parameters()).device
+    tables: dict[str, dict[str, Tensor]] = {table: {} for table in TABLES}
+    for key, tensor in load_file(folder / TENSORS).items():
+        table, _, name = key.partition("/")
+        tables[table][name] = tensor.to(device)
+    controller.load_state_dict({**state, **tables})
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / STATE
+    if not path.exists():
+        raise ValueError(f"checkpoint: {folder} holds no {STATE}; it was not written by APTrainer")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(state, dict)
+    return state

@@ -1,0 +1,303 @@
+"""RunConfig: the settings of a whole run, composed of the rooms' own. YAML and ``key=value`` in, YAML out."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from apt.controller import METHODS, APTConfig, DistillationConfig
+from apt.pruner import PruningConfig
+from apt.tuner import TuningConfig
+
+SHORTHANDS = {"model": "model.name", "dataset": "data.datasets"}
+OF_ONE_SOURCE = ("text_columns", "label_column", "filter", "drop_duplicates", "test_size")  # they go with a data set
+PRECISIONS = ("fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def _at_least(section: str, config: Any, bounds: Mapping[str, float]) -> None:
+    """Raise ValueError for the first field that is below its bound; None passes."""
+    for name, low in bounds.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise ValueError(f"config: {section}.{name} must be at least {low}, got {value}")
+
+
+def _one_of(key: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"config: {key} must be one of {list(known)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it is adapted."""
+
+    name: str  # on the hub, a local folder, or package:NAME/path
+    method: str = "apt"  # "apt", or "lora": adapters alone, nothing pruned
+    target_modules: list[str] | None = None  # names, endings of names, or roles (q, v, up, ...); null: the family's
+    num_labels: int | None = None  # classes, at least 2; null: as many as the data has
+
+    def __post_init__(self) -> None:
+        _one_of("model.method", self.method, METHODS)
+        _at_least("model", self, {"num_labels": 2})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which sentences, which of their columns, and how many."""
+
+    datasets: str  # on the hub (glue/sst2), a csv, tsv, jsonl or parquet file, a folder of them, or package:NAME/path
+    text_columns: list[str] | None = None  # one, or two for sentence pairs; null: found by their names
+    label_column: str = "label"
+    filter: dict[str, Any] | None = None  # column: value; only rows with all of these values are read
+    drop_duplicates: bool = False  # of a text only the first row stays
+    test_size: int | None = None  # sentences, at least 1; held out where the data has no test split
+    split_seed: int = 0  # of that split and of max_test_samples; training.seed does not change them
+    max_length: int = 128  # tokens, at least 2; longer texts are cut
+    max_train_samples: int | None = None  # sentences, at least 1; null: all
+    max_test_samples: int | None = None  # sentences, at least 1; null: all
+    group_by_length: bool = True  # batches of sentences of like length, so that less of them is padding
+
+    def __post_init__(self) -> None:
+        sizes = {"test_size": 1, "max_length": 2, "max_train_samples": 1, "max_test_samples": 1, "split_seed": 0}
+        _at_least("data", self, sizes)
+        if self.text_columns is not None and not 1 <= len(self.text_columns) <= 2:
+            raise ValueError(f"config: data.text_columns must name one or two columns, got {self.text_columns}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The adapters at the start, and the optimization."""
+
+    initial_rank: int = 8  # of every adapter, at least 1
+    scaling_factor: float = 2.0  # unitless, s in W + s B A (LoRA's alpha / r)
+    momentum_salience: float = 0.85  # of the moving averages of salience and importance, [0, 1)
+    learning_rate: float = 2e-4  # peak, at least 0
+    epochs: float = 3.0  # passes over the training data, above 0
+    max_steps: int = -1  # optimizer steps, at least 1; -1: as epochs says
+    batch_size: int = 32  # sentences of one forward pass, at least 1
+    gradient_accumulation_steps: int = 1  # batches of one optimizer step, at least 1
+    weight_decay: float = 0.0  # of AdamW, at least 0
+    max_grad_norm: float = 1.0  # gradients are clipped to it; 0: never
+    warmup_ratio: float = 0.06  # fraction of the steps in which the learning rate rises, [0, 1)
+    lr_schedule: str = "linear"  # any scheduler of transformers: linear, cosine, constant_with_warmup, ...
+    save_steps: int = 0  # optimizer steps between checkpoints for --resume, gone once the run is done; 0: none
+    logging_steps: int = 10  # optimizer steps between two losses on the progress bar, at least 1
+    seed: int = 0  # of the new head, the adapters, dropout and the order of batches
+
+    def __post_init__(self) -> None:
+        ones = ("initial_rank", "batch_size", "gradient_accumulation_steps", "logging_steps")
+        zeros = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "save_steps", "seed")
+        _at_least("training", self, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
+        if not 0.0 <= self.momentum_salience < 1.0 or not self.warmup_ratio < 1.0:
+            raise ValueError(
+                f"config: training.momentum_salience and training.warmup_ratio must be in [0, 1), got "
+                f"{self.momentum_salience} and {self.warmup_ratio}"
+            )
+        if self.epochs <= 0.0 or (self.max_steps < 1 and self.max_steps != -1):
+            raise ValueError(
+                f"config: training.epochs must be above 0 and training.max_steps at least 1 or -1 for all epochs, got "
+                f"{self.epochs} and {self.max_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured at the end."""
+
+    inference_batch_size: int = 32  # sentences, at least 1; of the latency and of the scores
+    inference_length: int = 64  # tokens of each sentence in the latency, at least 1
+    inference_repeats: int = 20  # forward passes of each model, of which the median is the latency, at least 1
+    event_timing_steps: int = 10  # forward and backward passes before and after each event; 0: events are not timed
+
+    def __post_init__(self) -> None:
+        ones = ("inference_batch_size", "inference_length", "inference_repeats")
+        _at_least("evaluation", self, dict.fromkeys(ones, 1) | {"event_timing_steps": 0})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """Where and in which arithmetic."""
+
+    precision: str = "fp32"  # "fp32", "bf16" or "fp16", of the arithmetic of training; weights are kept in float32
+    num_threads: int | None = None  # of the CPU, at least 1; null: torch's choice
+    device: str = "auto"  # "auto": a GPU where there is one; "cpu"; "cuda"
+
+    def __post_init__(self) -> None:
+        _one_of("hardware.precision", self.precision, PRECISIONS)
+        _one_of("hardware.device", self.device, DEVICES)
+        _at_least("hardware", self, {"num_threads": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All settings of a run; the YAML has one section a field."""
+
+    output_dir: str  # made by the run; it holds the model, the metrics and the events
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def apt_config(self) -> APTConfig:
+        """The settings of the method alone, for `patch_model` and the controller."""
+        targets = self.model.target_modules
+        return APTConfig(
+            method=self.model.method,
+            rank=self.training.initial_rank,
+            scale=self.training.scaling_factor,
+            target_modules=None if targets is None else tuple(targets),
+            momentum_salience=self.training.momentum_salience,
+            pruning=self.pruning,
+            tuning=self.tuning,
+            distillation=self.distillation,
+        )
+
+    def to_yaml(self) -> str:
+        """Every setting, defaults included, as `load_config` reads it."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+SECTIONS: dict[str, Any] = {  # section -> its dataclass
+    entry.name: entry.type for entry in fields(RunConfig) if dataclasses.is_dataclass(entry.type)
+}
+KEYS = ["output_dir"] + [f"{section}.{leaf.name}" for section, room in SECTIONS.items() for leaf in fields(room)]
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file and put ``key=value`` settings on top of it.
+
+    A key is ``section.leaf``, ``output_dir``, the name of a leaf that only one section has, or a shorthand: ``model=``
+    for ``model.name``, ``dataset=`` for ``data.datasets``. As the columns, filter, duplicates and test size in a file
+    belong to its own data set, ``dataset=`` puts them back to their defaults unless the overrides set them too. Values
+    are YAML.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: broken YAML, an unknown key (the nearest ones are named), or a value of a wrong type or range.
+    """
+    values = _read_yaml(Path(path))
+    for key, text in sorted(map(_split, overrides or []), key=lambda pair: pair[0] != "dataset"):
+        if key == "dataset":
+            values = {name: value for name, value in values.items() if name not in _keys("data", OF_ONE_SOURCE)}
+        full = _full_key(key)
+        values[full] = text if _hint(full) is str else _yaml_value(full, text)
+    return _build({key: _convert(key, value, _hint(key)) for key, value in values.items()})
+
+
+def _keys(section: str, leaves: Iterable[str]) -> set[str]:
+    return {f"{section}.{leaf}" for leaf in leaves}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The file as ``{"section.leaf": value}``."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"config: there is no file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"config: {path} must hold the sections {', '.join(SECTIONS)}, got {document!r:.60}")
+    values: dict[str, Any] = {}
+    for name, content in document.items():
+        if name not in SECTIONS:
+            values[_known(str(name), ["output_dir", *SECTIONS])] = content
+            continue
+        if not isinstance(content, dict | None):
+            raise ValueError(f"config: section {name} must hold keys and values, got {content!r:.60}")
+        values.update({_known(f"{name}.{leaf}", KEYS): value for leaf, value in (content or {}).items()})
+    return values
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"config: an override is written key=value, got {override!r}")
+    return key.strip(), text.strip()
+
+
+def _yaml_value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"config: {key} cannot be read from {text!r}; a value is written as in YAML") from None
+
+
+def _full_key(key: str) -> str:
+    """The full name of a key as an override gives it."""
+    key = SHORTHANDS.get(key, key)
+    if "." in key or key in KEYS:
+        return _known(key, KEYS)
+    matches = [full for full in KEYS if full.endswith("." + key)]
+    if len(matches) > 1:
+        raise ValueError(f"config: {key!r} is in several sections; give {' or '.join(matches)}")
+    return matches[0] if matches else _known(key, KEYS)
+
+
+def _known(key: str, keys: list[str]) -> str:
+    if key in keys:
+        return key
+    leaves = {full.rpartition(".")[2]: full for full in keys}
+    near = difflib.get_close_matches(key, keys, n=3)
+    near += [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=2)]
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else f"there are {', '.join(keys)}"
+    raise ValueError(f"config: unknown key {key!r}; {hint}")
+
+
+def _hint(key: str) -> Any:
+    section, _, leaf = key.rpartition(".")
+    return get_type_hints(SECTIONS[section] if section else RunConfig)[leaf]
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """A value as its field wants it. YAML reads ``1e-3`` as text, so numbers in text count where a float may stand."""
+    options = [hint] if get_origin(hint) in (list, dict) or not get_args(hint) else list(get_args(hint))
+    if value is None and NoneType in options:
+        return None
+    for option in options:
+        plain = get_origin(option) or option
+        if plain is list and isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return value
+        if plain in (bool, str, dict, int) and type(value) is plain:
+            return value
+    if float in options and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise ValueError(f"config: {key} must be {' or '.join(map(_describe, options))}, got {value!r}")
+
+
+def _describe(hint: Any) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+    return words.get(hint, "a list of names" if get_origin(hint) is list else "a table of column: value")
+
+
+def _build(values: dict[str, Any]) -> RunConfig:
+    missing = [key for key in KEYS if key not in values and _is_required(key)]
+    if missing:
+        raise ValueError(f"config: {missing[0]} is missing; give it in the file or as {missing[0]}=...")
+    sections = {
+        name: room(**{key.partition(".")[2]: value for key, value in values.items() if key.startswith(name + ".")})
+        for name, room in SECTIONS.items()
+    }
+    return RunConfig(output_dir=values["output_dir"], **sections)
+
+
+def _is_required(key: str) -> bool:
+    section, _, leaf = key.rpartition(".")
+    entry = RunConfig.__dataclass_fields__[leaf] if not section else SECTIONS[section].__dataclass_fields__[leaf]
+    return entry.default is MISSING and entry.default_factory is MISSING

@@ -1,0 +1,385 @@
+"""When: asks the rooms above for scores and plans, hands the plans to surgery, keeps the events."""
+
+import difflib
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapters import adapted
+from apt.families import Family, find_family
+from apt.gates import ValidTokens
+from apt.pruner import AdaptivePruner, PruningConfig
+from apt.records import Event, RankPlan, append_jsonl
+from apt.salience import MovingAverage, adapter_importance, unit_scores
+from apt.surgery import apply_event
+from apt.tuner import AdapterSize, TuningConfig, plan_ranks
+from apt.units import UnitGroup, block_params, find_units
+
+METHODS = ("apt", "lora")
+BUILT_IN = ("method", "rank", "scale", "target_modules")  # patch_model has built these; a controller cannot change them
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Self-distillation. This version has no teacher."""
+
+    use_self_distillation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.use_self_distillation:
+            raise ValueError("distillation: this version has no teacher; set use_self_distillation to false")
+
+
+@dataclass(frozen=True, kw_only=True)
+class APTConfig:
+    """Everything about the method. A leaf's name is enough to override it: ``target_sparsity=0.6``."""
+
+    method: str = "apt"  # "apt", or "lora": adapters alone, no gates, no events
+    rank: int = 8  # of every adapter at the start, at least 1
+    scale: float = 2.0  # unitless, s in W + s B A (LoRA's alpha / r)
+    target_modules: tuple[str, ...] | None = (
+        None  # names, endings of names, or roles (q, v, up, ...); None: the family's
+    )
+    momentum_salience: float = 0.85  # of the moving averages of salience and importance, [0, 1)
+    verify_events: bool = False  # check after each event that the logits on the latest batch did not move
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"config: method must be one of {list(METHODS)}, got {self.method!r}")
+        if self.rank < 1:
+            raise ValueError(f"config: rank must be at least 1, got {self.rank}")
+        if not 0.0 <= self.momentum_salience < 1.0:
+            raise ValueError(f"config: momentum_salience must be in [0, 1), got {self.momentum_salience}")
+        if self.target_modules is not None:
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+    def with_overrides(self, **overrides: Any) -> "APTConfig":
+        """A copy with leaves replaced by name.
+
+        Raises:
+            ValueError: no leaf has that name (the nearest ones are given), or a value is out of range.
+        """
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in overrides.items():
+            section = _section_of(self, name)
+            changes.setdefault(section, {})[name] = value
+        top = changes.pop("", {})
+        nested = {section: replace(getattr(self, section), **leaves) for section, leaves in changes.items()}
+        return replace(self, **top, **nested)
+
+
+def _section_of(config: APTConfig, name: str) -> str:
+    """The section that holds a leaf, "" for the top level."""
+    known: dict[str, str] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            known.update({leaf.name: entry.name for leaf in fields(value)})
+        else:
+            known[entry.name] = ""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+        raise ValueError(f"config: unknown setting {name!r}; did you mean {', '.join(near)}?")
+    return known[name]
+
+
+@dataclass
+class PatchState:
+    """What `patch_model` leaves on the model: how it was built, and what `unpatch_model` and the export put back."""
+
+    config: APTConfig
+    family: Family | None  # None where the method needs none
+    valid: ValidTokens
+    requires_grad: dict[str, bool]  # of every parameter before the patch
+    use_cache: bool | None  # of the model's config before the patch
+    block_params: int  # of the original model, the denominator of sparsity; 0 without a family
+    params_before: int  # of the whole original model
+    hooks: list[Any] = field(default_factory=list)
+
+
+def patch_state(model: nn.Module) -> PatchState:
+    """The state that `patch_model` left. Raises ValueError on a model that is not patched."""
+    state = getattr(model, "_apt", None)
+    if not isinstance(state, PatchState):
+        raise ValueError("this model is not patched; call apt.patch_model(model) first")
+    return state
+
+
+class Controller:
+    """Prunes and tunes a patched model while your loop trains it.
+
+    ``run = Controller(model, optimizer, total_steps)``; then per optimizer step ``loss = run.loss(output, batch)``,
+    ``loss.backward()``, ``run.after_backward()`` once after the last micro-batch and before unscaling or clipping,
+    ``optimizer.step()``, ``run.after_step()`` before ``zero_grad``.
+
+    Args:
+        model: patched by `apt.patch_model`.
+        optimizer: over the trainable parameters; AdamW, Adam or SGD. Its moments follow every event.
+        total_steps: optimizer steps of the run.
+        config: None means the one `patch_model` stored.
+        scaler: the gradient scaler of fp16 training, if any.
+        event_log: a JSON-lines file that gets each event.
+        overrides: leaves of the config by name; what `patch_model` has built already cannot differ.
+
+    Raises:
+        ValueError: an unknown or conflicting setting, a run too short for its schedule, a sparsity that the floors
+            exclude, a model without prunable units, or more than one process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        config: APTConfig | None = None,
+        *,
+        scaler: Any = None,
+        event_log: Path | None = None,
+        **overrides: Any,
+    ) -> None:
+        state = patch_state(model)
+        self.config = (config or state.config).with_overrides(**overrides)
+        for name in BUILT_IN:
+            asked, built = getattr(self.config, name), getattr(state.config, name)
+            if asked != built:
+                raise ValueError(
+                    f"controller: the model was patched with {name}={built!r}, got {asked!r}; patch it anew"
+                )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                raise ValueError("controller: this version prunes in one process; train on one device")
+        self.model, self.total_steps, self.scaler, self.event_log = model, total_steps, scaler, event_log
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self.step = 0
+        self.events: list[Event] = []
+        self.salience = MovingAverage(self.config.momentum_salience)
+        self.importance = MovingAverage(self.config.momentum_salience)
+        self.groups: list[UnitGroup] = []
+        self._event_steps: list[int] = []
+        self._batch: dict[str, Any] | None = None
+        self._finite = True
+        self._start_params = _adapter_params(model)
+        if self.config.method == "apt" and self.config.pruning.num_events:
+            self._plan_run(state.block_params)
+
+    def _plan_run(self, total: int) -> None:
+        """Check that the schedule and the target can be met, and open the gates' statistics."""
+        self.schedule = self.config.pruning.schedule(self.total_steps)
+        self._event_steps = self.schedule.events
+        self.family = find_family(self.model)
+        self.total = total
+        self.pruner = AdaptivePruner(total, self.config.pruning)
+        self._refresh()
+        self.pruner.check(self.groups, block_params(self.model, self.family))
+        self._collect(True)
+
+    def _refresh(self) -> None:
+        pruning = self.config.pruning
+        self.groups = find_units(self.model, self.family, min_heads=pruning.min_heads, min_neurons=pruning.min_neurons)
+
+    def _collect(self, on: bool) -> None:
+        for group in self.groups:
+            group.gate.collecting = on
+            group.gate.reset_sums()
+
+    @property
+    def active(self) -> bool:
+        """Whether an event is still to come."""
+        return len(self.events) < len(self._event_steps)
+
+    def loss(self, output: Any, batch: Mapping[str, Any] | None = None) -> Tensor:
+        """The loss to differentiate: the task's, and what the method adds to it.
+
+        Args:
+            output: what the model returned: an output with ``.loss``, a mapping with ``"loss"``, or the loss itself.
+            batch: the inputs, kept when `verify_events` is on.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite; the parameters are still those of the step before.
+        """
+        loss = output if isinstance(output, Tensor) else output["loss"] if isinstance(output, Mapping) else output.loss
+        if not torch.isfinite(loss.detach()).all():
+            raise FloatingPointError(
+                f"controller: the loss is {loss.detach().mean().item()} at step {self.step + 1}; the parameters are still "
+                f"those of step {self.step}; lower the learning rate or check the data"
+            )
+        if self.config.verify_events and batch is not None:
+            self._batch = dict(batch)
+        return loss
+
+    def after_backward(self) -> None:
+        """Take in the statistics of one optimizer step: call after its last micro-batch, before unscaling or clipping.
+
+        Raises:
+            FloatingPointError: a gradient is NaN or infinite (with a scaler the step is dropped instead, as it does).
+        """
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norms = torch._foreach_norm(grads) if grads else []
+        self._finite = bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()) if norms else True
+        if not self._finite and self.scaler is None:
+            raise FloatingPointError(
+                f"controller: a gradient is NaN or infinite at step {self.step + 1}; the parameters are still those of "
+                f"step {self.step}; lower the learning rate or check the data"
+            )
+        if not self.active:
+            return
+        if self._finite:
+            scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+            self.salience.update({group.name: unit_scores(group, scale) for group in self.groups})
+            if self.config.tuning.adaptive_rank_update:
+                adapters = [(name, module) for name, module in adapted(self.model) if module.rank]
+                self.importance.update({name: adapter_importance(module, scale) for name, module in adapters})
+        for group in self.groups:
+            group.gate.reset_sums()
+
+    def after_step(self) -> None:
+        """Move the masks, and carry out the event that is due: call after ``optimizer.step()``, before ``zero_grad``."""
+        self.step += 1
+        if not self.active:
+            return
+        event_step = self._event_steps[len(self.events)]
+        begins, settled = self.schedule.windows(len(self.events))
+        if begins < self.step <= settled < event_step and self.salience.values:
+            self._move_masks(1.0 / (settled - begins), hard=self.step == settled)
+        if self.step >= event_step:
+            self._event(event_step, settled < event_step)
+
+    def _kept(self) -> tuple[dict[str, list[int]], float]:
+        """The set that stays at the next event, from the present scores."""
+        sparsity = self.schedule.get_current_sparsity(self._event_steps[len(self.events)])
+        live = block_params(self.model, self.family)
+        scores = {group.name: self.salience.values[group.name] for group in self.groups}
+        self._plan = self.pruner.plan(self.groups, scores, live, self.step, sparsity)
+        return self._plan.kept, sparsity
+
+    def _move_masks(self, alpha: float, hard: bool) -> None:
+        """One step of the decay: chosen units rise by alpha, the others fall; at the end all stand at 0 or 1."""
+        kept, _ = self._kept()
+        for group in self.groups:
+            target = torch.zeros_like(group.gate.mask)
+            target[kept[group.name]] = 1.0
+            moved = (group.gate.mask + alpha * (2.0 * target - 1.0)).clamp_(0.0, 1.0)
+            group.gate.set_mask(target if hard else moved)
+
+    def _event(self, step: int, settled: bool) -> None:
+        started = time.perf_counter()
+        if settled:  # the masks stand at 0 or 1 since the decay ended; they say what stays
+            kept = {group.name: group.gate.mask.nonzero().flatten().tolist() for group in self.groups}
+            plan = replace(self._plan, step=step, kept=kept)
+        else:
+            self._move_masks(1.0, hard=True)
+            plan = replace(self._plan, step=step)
+        before = block_params(self.model, self.family)
+        logits = self._logits()
+        apply_event(self.model, self._as_event(step, plan, None, before, 0.0), self.optimizer)
+        for name, positions in plan.kept.items():
+            self.salience.keep(
+                name, torch.tensor(positions, dtype=torch.long, device=self.salience.values[name].device)
+            )
+        self._refresh()
+        rank_plan = self._rank_plan(step)
+        event = self._as_event(step, None, rank_plan, before, 0.0)
+        apply_event(self.model, event, self.optimizer)
+        self._verify(step, logits)
+        event = self._as_event(step, plan, rank_plan, before, time.perf_counter() - started)
+        self.importance.reset()
+        self.events.append(event)
+        if "torch._dynamo" in sys.modules:  # shapes are static between events; start the recompile count anew
+            torch._dynamo.reset()
+        if not self.active:
+            self._collect(False)
+        if self.event_log is not None:
+            append_jsonl(self.event_log, event.to_json())
+
+    def _as_event(self, step: int, prune: Any, rank: RankPlan | None, before: int, seconds: float) -> Event:
+        live = block_params(self.model, self.family)
+        return Event(
+            step=step,
+            prune=prune,
+            rank=rank,
+            target_sparsity=self.schedule.get_current_sparsity(step),
+            sparsity=1.0 - live / self.total,
+            removed=(before - live) / self.total,
+            block_params=live,
+            trainable_params=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            seconds=seconds,
+        )
+
+    def _rank_plan(self, step: int) -> RankPlan | None:
+        tuning = self.config.tuning
+        if not tuning.adaptive_rank_update:
+            return None
+        sizes = {
+            name: AdapterSize(
+                rank=module.rank,
+                width=module.n_in + module.n_out,
+                importance=float(self.importance.values.get(name, torch.zeros(()))),
+            )
+            for name, module in adapted(self.model)
+            if module.rank
+        }
+        budget = int(self._start_params * self.schedule.budget_ratio(step, tuning.budget_ratio))
+        return plan_ranks(sizes, step, budget, tuning.max_rank)
+
+    @torch.no_grad()
+    def _logits(self) -> Tensor | None:
+        if not self.config.verify_events or self._batch is None:
+            return None
+        training = self.model.training
+        self.model.eval()
+        logits = self.model(**self._batch).logits
+        self.model.train(training)
+        assert isinstance(logits, Tensor)
+        return logits
+
+    def _verify(self, step: int, before: Tensor | None) -> None:
+        after = self._logits()
+        if before is None or after is None:
+            return
+        moved = float((after - before).abs().max())
+        allowed = {torch.float64: 1e-9, torch.float32: 1e-4}.get(after.dtype, 5e-2) * max(
+            1.0, float(before.abs().max())
+        )
+        if not moved <= allowed:
+            raise RuntimeError(
+                f"controller: the event of step {step} moved a logit by {moved:.2e} (at most {allowed:.0e})"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs beside model and optimizer: JSON values and tensors."""
+        return {
+            "step": self.step,
+            "events": [event.to_json() for event in self.events],
+            "start_params": self._start_params,
+            "salience": dict(self.salience.values),
+            "importance": dict(self.importance.values),
+            "masks": {group.name: group.gate.mask.clone() for group in self.groups},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state_dict` was made; the model must have the shapes of that moment already."""
+        self.step = state["step"]
+        self.events = [Event.from_json(row) for row in state["events"]]
+        self._start_params = state["start_params"]
+        self.salience.values = dict(state["salience"])
+        self.importance.values = dict(state["importance"])
+        for group in self.groups:
+            group.gate.set_mask(state["masks"][group.name])
+        if self.active:
+            self._kept() if self.salience.values else None
+        elif self._event_steps:
+            self._collect(False)
+
+
+def _adapter_params(model: nn.Module) -> int:
+    modules = [module for _, module in adapted(model) if module.rank]
+    return sum(module.rank * (module.n_in + module.n_out) for module in modules)

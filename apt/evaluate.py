@@ -1,0 +1,156 @@
+"""Scores and efficiency: how good a model is, how fast it answers, and what each event saved."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from apt.data import Examples
+from apt.records import Event
+from apt.surgery import apply_event
+from apt.tasks import compute_metrics
+
+WARM_UPS = 3  # passes before the clock runs: allocations and thread pools settle
+SMALLEST_TIMED = 0.03  # fraction of the block parameters; what removes less is lost in the noise of a step
+
+
+class Evaluator:
+    """Runs a model over sentences.
+
+    Args:
+        tokenizer: of the model; it pads.
+        batch_size: sentences of one forward pass.
+    """
+
+    def __init__(self, tokenizer: Any, batch_size: int = 32) -> None:
+        from transformers import DataCollatorWithPadding
+
+        self.collator = DataCollatorWithPadding(tokenizer)
+        self.batch_size = batch_size
+
+    def predict(self, model: nn.Module, data: Examples) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Logits ``[N, C]`` and labels ``[N]`` in the order of the data, on the device of the model.
+
+        Batches are made of sentences of like length, so little is computed for padding.
+        """
+        # Longest first: what does not fit into memory fails at once.
+        order = sorted(range(len(data)), key=lambda i: -len(data.columns["input_ids"][i]))
+        device = next(model.parameters()).device
+        chunks = []
+        with _evaluating(model), torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                batch = self.collator([data[i] for i in order[start : start + self.batch_size]])
+                inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+                chunks.append(model(**inputs).logits.float().cpu().numpy())
+        logits = np.concatenate(chunks)
+        logits[order] = logits.copy()
+        return logits, np.asarray(data.columns["labels"])
+
+    def evaluate(self, model: nn.Module, data: Examples) -> dict[str, float]:
+        """The metrics of the task, `accuracy` among them."""
+        return compute_metrics(self.predict(model, data))
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module gets its own mode back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def latency_ms(
+    models: Mapping[str, nn.Module], *, batch_size: int, length: int, vocab_size: int, repeats: int
+) -> dict[str, float]:
+    """Median time in ms of a forward pass of each model, taken in turns, so that a drifting machine touches all alike.
+
+    Args:
+        models: by name, all on one device.
+        batch_size: sentences.
+        length: tokens of each; all are valid.
+        vocab_size: token ids are drawn below it.
+        repeats: timed passes of each model.
+    """
+    device = next(next(iter(models.values())).parameters()).device
+    ids = torch.randint(vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0)).to(device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def forward(model: nn.Module) -> Callable[[], object]:
+        return lambda: model(**batch)
+
+    with _evaluating(*models.values()), torch.inference_mode():
+        return _medians_ms({name: forward(model) for name, model in models.items()}, repeats, device)
+
+
+def time_events(
+    make_model: Callable[[], nn.Module], events: Iterable[Event], batch: Mapping[str, Tensor], steps: int
+) -> list[dict[str, Any]]:
+    """What each event saves: forward and backward on one batch by the model before it and after it, taken in turns.
+
+    The events are replayed one after the other; those that remove less than 3 % of the block parameters are not timed.
+
+    Args:
+        make_model: a freshly patched model, as the run began with.
+        events: of the run, in order.
+        batch: inputs and labels, on the device of that model.
+        steps: timed passes of each model; their median counts.
+
+    Returns:
+        Rows of step, removed (a fraction), ms_before, ms_after, and ratio, before over after: above 1 is faster.
+    """
+    model = make_model().train()
+    device = next(model.parameters()).device
+    rows = []
+    for event in events:
+        before = copy.deepcopy(model) if event.removed >= SMALLEST_TIMED else None
+        apply_event(model, event)
+        if before is not None:
+            times = _medians_ms({"before": _step(before, batch), "after": _step(model, batch)}, steps, device)
+            rows.append(
+                {
+                    "step": event.step,
+                    "removed": event.removed,
+                    "ms_before": times["before"],
+                    "ms_after": times["after"],
+                    "ratio": times["before"] / times["after"],
+                }
+            )
+    return rows
+
+
+def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        model(**batch).loss.backward()
+
+    return run
+
+
+def _medians_ms(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(WARM_UPS + repeats):
+        for name, run in runs.items():
+            _wait_for(device)
+            started = time.perf_counter()
+            run()
+            _wait_for(device)
+            if repeat >= WARM_UPS:
+                times[name].append(1000.0 * (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,210 @@
+"""A finished model to a folder that others load, and back: merged, shrunk, safetensors and JSON only."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from apt import __version__
+from apt.adapters import adapted
+from apt.controller import patch_state
+from apt.families import Family, find_family
+from apt.patch import summary
+from apt.surgery import empty_attention
+from apt.units import head_size
+
+FORMAT = 1  # of apt_export.json; a reader refuses what is newer than itself
+CARD, WEIGHTS = "apt_export.json", "model.safetensors"
+
+
+def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Save a patched model as an ordinary smaller one: adapters merged in float32, pruned units gone.
+
+    The folder holds ``config.json``, ``model.safetensors`` under the stock parameter names, and ``apt_export.json`` with
+    the size of every layer. `load_model` reads it; a model that lost no unit loads by ``AutoModel`` too. The model in
+    memory is not changed.
+
+    Args:
+        model: patched by `apt.patch_model`, a Hugging Face model.
+        folder: written under a temporary name, then renamed.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        ValueError: the model is not patched or still masks units between two events, or the folder exists.
+    """
+    folder = Path(folder)
+    state, counts = patch_state(model), summary(model)
+    if counts.masked:
+        raise ValueError(f"export: {counts.masked} units are masked but not removed yet; train past the next event")
+    if folder.exists() and not overwrite:
+        raise ValueError(f"export: {folder} exists; give another folder or overwrite=True")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+    config = model.config
+    assert hasattr(config, "save_pretrained")
+    trained_use_cache = getattr(config, "use_cache", None)
+    if state.use_cache is not None:
+        config.use_cache = state.use_cache
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(partial)
+    if state.use_cache is not None:
+        config.use_cache = trained_use_cache
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(partial)
+    save_file(_merged_state(model), partial / WEIGHTS, metadata={"format": "pt"})
+    card = {
+        "format": FORMAT,
+        "apt_version": __version__,
+        "class": type(model).__name__,
+        "layers": [{"heads": h, "neurons": n} for h, n in zip(counts.heads, counts.neurons, strict=True)],
+        "sparsity": counts.sparsity,
+        "params_before": counts.params_before,
+        "params_after": counts.params_after,
+        "bytes": (partial / WEIGHTS).stat().st_size,
+        "sha256": _sha256(partial / WEIGHTS),
+    }
+    (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(partial, folder)
+    return folder
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """Load an export as a plain model of its stock class, in evaluation mode, with the layer sizes it was saved with.
+
+    Raises:
+        ValueError: the folder is not an export, a file is truncated or corrupt, or a newer version made it.
+    """
+    folder = Path(folder)
+    card = _read_card(folder)
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    state = _read_weights(folder, card)
+    dtype = next(iter(state.values())).dtype
+    with init_empty_weights(include_buffers=False):
+        model = _model_class(card["class"])(config)
+        if card["layers"]:
+            _resize(model, find_family(model), card["layers"])
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if absent or unexpected:
+        raise ValueError(
+            f"load_model: {folder / WEIGHTS} does not fit the model: {(absent + list(unexpected))[0]} is off"
+        )
+    return model.to(dtype).eval().requires_grad_(True)
+
+
+def _merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Stock names to tensors: adapters merged, views cloned, a tied tensor once."""
+    modules = dict(adapted(model))
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        module = modules.get(owner)
+        if module is not None:
+            if leaf not in ("weight", "bias"):
+                continue
+            bias = module.view()[1]
+            tensor = module.merged_weight() if leaf == "weight" or bias is None else bias
+        elif tensor.numel():
+            if tensor.data_ptr() in seen:
+                continue
+            seen.add(tensor.data_ptr())
+        state[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return state
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"load_model: {folder} is not an export of apt; it has no {CARD}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"load_model: {folder / CARD} is corrupt ({error}); export the model again") from None
+    if not isinstance(card, dict) or not isinstance(card.get("format"), int):
+        raise ValueError(f"load_model: {folder / CARD} is corrupt (no format number); export the model again")
+    if card["format"] > FORMAT:
+        raise ValueError(
+            f"load_model: {folder} has format {card['format']}, written by apt-lm {card.get('apt_version')}; this version "
+            f"reads up to {FORMAT}; upgrade apt-lm"
+        )
+    return card
+
+
+def _read_weights(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.exists():
+        raise ValueError(f"load_model: {path} is missing; export the model again")
+    size = path.stat().st_size
+    if size != card["bytes"]:
+        raise ValueError(
+            f"load_model: {path} has {size} of {card['bytes']} bytes; it is truncated, copy or export it again"
+        )
+    if _sha256(path) != card["sha256"]:
+        raise ValueError(f"load_model: {path} is corrupt (its checksum differs); copy or export it again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"load_model: {path} is corrupt ({error}); export the model again") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    """`hashlib.file_digest` of Python 3.11, for 3.10."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _model_class(name: str) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ValueError(f"load_model: transformers {transformers.__version__} has no class {name!r}; upgrade it")
+    return found
+
+
+def _resize(model: nn.Module, family: Family, layers: list[dict[str, int]]) -> None:
+    """Give the linears of an empty model the sizes of an export; the weights follow."""
+    for layer, size in zip(family.layer_list(model), layers, strict=True):
+        linears = {role: layer.get_submodule(name) for role, name in family.linears.items()}
+        groups = linears["k"].weight.shape[0] // head_size(model, family, layer)
+        for role in ("q", "k", "v"):
+            _set_size(linears[role], out=linears[role].weight.shape[0] // groups * size["heads"])
+        for role in ("up", "gate"):
+            if role in linears:
+                _set_size(linears[role], out=size["neurons"])
+        _set_size(linears["o"], into=linears["o"].weight.shape[1] // groups * size["heads"])
+        _set_size(linears["down"], into=size["neurons"])
+        if size["heads"] == 0:
+            empty_attention(layer, family)
+
+
+def _set_size(linear: nn.Module, *, out: int | None = None, into: int | None = None) -> None:
+    assert isinstance(linear, nn.Linear)
+    linear.out_features = linear.out_features if out is None else out
+    linear.in_features = linear.in_features if into is None else into
+    linear.weight = nn.Parameter(torch.empty(linear.out_features, linear.in_features, device="meta"))
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(torch.empty(linear.out_features, device="meta"))

@@ -1,0 +1,32 @@
+"""Which families can be pruned, and the one that a model belongs to. To add one: a table beside these, and its line here."""
+
+from torch import nn
+
+from apt.families.base import ROLES, Family, base_model
+from apt.families.bert import BERT
+from apt.families.empty import EmptyAttention
+from apt.families.llama import LLAMA
+
+FAMILIES = (BERT, LLAMA)
+
+__all__ = ["FAMILIES", "ROLES", "EmptyAttention", "Family", "base_model", "find_family"]
+
+
+def find_family(model: nn.Module) -> Family:
+    """The family of a model, by its ``config.model_type``.
+
+    Raises:
+        ValueError: no family knows that type, or the model has cross-attention, which none here prunes.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            if getattr(config, "add_cross_attention", False):
+                raise ValueError(f"families: {model_type} with cross-attention cannot be pruned; use method='lora'")
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    raise ValueError(
+        f"families: model_type {model_type!r} cannot be pruned; known are {known}; to add one, write its table in "
+        f"apt/families/ and list it in FAMILIES, or use method='lora', which needs no family"
+    )

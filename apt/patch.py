@@ -1,0 +1,242 @@
+"""Puts adapters and gates into a plain model, and takes them out again."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.adapters import APTAdapter, adapted
+from apt.controller import APTConfig, PatchState, patch_state
+from apt.families import ROLES, Family, base_model, find_family
+from apt.gates import MaskGate, ValidTokens
+from apt.units import block_params, head_size
+
+
+def patch_model(
+    model: nn.Module, config: APTConfig | None = None, *, method: str = "apt", **overrides: Any
+) -> nn.Module:
+    """Freeze a model and put adapters and gates into it, in place.
+
+    Adapters and the task head train; everything else is frozen. With ``method="apt"`` every linear of attention and FFN
+    becomes an `APTAdapter` (rank 0 where nothing trains) and the output and down projections get a gate that costs nothing
+    until a `Controller` opens it. With ``method="lora"`` only the targets are replaced; this works for any ``nn.Module``.
+
+    Args:
+        model: a Hugging Face model, or any module for ``method="lora"``.
+        config: None is the default; `method` and `overrides` apply on top.
+        method: "apt" or "lora".
+        overrides: leaves of the config by name.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model is patched already, its family is unknown (method "apt"), a target matches nothing, or a
+            setting is unknown or out of range.
+    """
+    if isinstance(getattr(model, "_apt", None), PatchState):
+        raise ValueError("patch_model: this model is patched already; call apt.unpatch_model(model) first")
+    if method != "apt" or config is None:
+        overrides = {"method": method, **overrides}
+    config = (config or APTConfig()).with_overrides(**overrides)
+    family = find_family(model) if config.method == "apt" else _family_or_none(model)
+    targets = _targets(model, config, family)
+    replaced = _prunable(model, family) if config.method == "apt" and family is not None else targets
+    hf_config = getattr(model, "config", None)
+    state = PatchState(
+        config=config,
+        family=family,
+        valid=ValidTokens(),
+        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        use_cache=getattr(hf_config, "use_cache", None),
+        block_params=0 if family is None else block_params(model, family),
+        params_before=sum(p.numel() for p in model.parameters()),
+    )
+    model.requires_grad_(False)
+    for name in sorted(set(targets) | set(replaced)):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        rank = config.rank if name in set(targets) else 0
+        _replace(model, name, APTAdapter(linear, rank, config.scale, init_std=config.tuning.init_std))
+    if config.method == "apt" and family is not None:
+        _put_gates(model, family, state.valid)
+        state.hooks.append(model.register_forward_pre_hook(_ValidTokenHook(model, state.valid), with_kwargs=True))
+    _open_task_head(model)
+    model._apt = state  # type: ignore[assignment]
+    return model
+
+
+def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Put plain ``nn.Linear`` layers back, in place, and restore what was trainable; sizes stay as pruned.
+
+    Args:
+        merge: add the adapters into the weights first; otherwise what they learnt is dropped.
+    """
+    state = patch_state(model)
+    for name, module in list(adapted(model)):
+        _replace(model, name, plain_linear(module, merge))
+    for hook in state.hooks:
+        hook.remove()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(state.requires_grad.get(name, False))
+    del model._apt
+    return model
+
+
+def plain_linear(module: APTAdapter, merge: bool) -> nn.Linear:
+    """The live part of an adapted linear as an ordinary layer, with the adapter added in or left out."""
+    weight, bias = module.view()
+    linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    linear.in_features, linear.out_features = module.n_in, module.n_out
+    linear.weight = nn.Parameter(module.merged_weight() if merge else weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+class _ValidTokenHook:
+    """Forward pre-hook that keeps the batch's padding mask where the gates read it."""
+
+    def __init__(self, model: nn.Module, valid: ValidTokens) -> None:
+        self.names = list(inspect.signature(model.forward).parameters)
+        self.valid = valid
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        self.valid.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+def _family_or_none(model: nn.Module) -> Family | None:
+    try:
+        return find_family(model)
+    except ValueError:
+        return None
+
+
+def _prunable(model: nn.Module, family: Family) -> list[str]:
+    """Full names of every linear in the family's table."""
+    prefix = family.prefix(model)
+    count = len(family.layer_list(model))
+    names = [f"{prefix}.{index}.{name}" for index in range(count) for name in family.linears.values()]
+    if not names:
+        raise ValueError("patch_model: the model has no layers, so it has no prunable units")
+    return names
+
+
+def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list[str]:
+    """Full names of the linears that get an adapter.
+
+    A target is a role of the family's table, the full name of a module, or an ending of it after a dot. The pooler and
+    what lies outside the base model is trained in full, so it gets no adapter.
+    """
+    if config.target_modules is None and family is None:
+        raise ValueError(
+            "patch_model: no default targets for this model; give target_modules, for example the names of its linear layers"
+        )
+    wanted = config.target_modules or (family.default_targets if family else ())
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found: dict[str, None] = {}
+    for target in wanted:
+        if family is not None and target in ROLES:
+            role = family.linears.get(target)
+            matches = [f"{family.prefix(model)}.{i}.{role}" for i in range(len(family.layer_list(model))) if role]
+        else:
+            matches = [name for name in linears if name == target or name.endswith("." + target)]
+        if not matches:
+            some = ", ".join(linears[:6])
+            raise ValueError(
+                f"patch_model: target_modules entry {target!r} matches no linear layer; there are {some}, ..."
+            )
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _put_gates(model: nn.Module, family: Family, valid: ValidTokens) -> None:
+    for layer in family.layer_list(model):
+        out, down = layer.get_submodule(family.linears["o"]), layer.get_submodule(family.linears["down"])
+        key = layer.get_submodule(family.linears["k"])
+        assert isinstance(out, APTAdapter) and isinstance(down, APTAdapter) and isinstance(key, APTAdapter)
+        groups = key.n_out // head_size(model, family, layer)
+        out.gate_in = MaskGate(groups, out.n_in // groups, valid, out.weight.device)
+        down.gate_in = MaskGate(down.n_in, 1, valid, down.weight.device)
+
+
+def _open_task_head(model: nn.Module) -> None:
+    """Train what lies outside the base model, and its pooler, in full; a language-model head stays frozen."""
+    base = base_model(model)
+    outside = [module for module in model.children() if module is not base] if base is not model else []
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    if embeddings is None:
+        pooler = getattr(base, "pooler", None) if base is not model else None
+        for module in [*outside, *([pooler] if isinstance(pooler, nn.Module) else [])]:
+            module.requires_grad_(True)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module.train(model.training))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is trainable, gone and left. Counts of the whole model are with the adapters merged."""
+
+    sparsity: float  # 1 - kept / total of the block parameters
+    params_before: int
+    params_after: int
+    trainable_params: int
+    heads: list[int]  # query heads' KV groups left, per layer
+    neurons: list[int]  # per layer
+    masked: int  # units whose mask is below 1
+    ranks: dict[str, int]  # of every adapter
+
+    def __str__(self) -> str:
+        ranks = sorted(self.ranks.values())
+        spread = f"{ranks[0]}-{ranks[-1]} over {len(ranks)} adapters" if ranks else "no adapters"
+        return "\n".join(
+            [
+                f"parameters  {self.params_after:,} of {self.params_before:,} ({self.trainable_params:,} train)",
+                f"sparsity    {self.sparsity:.1%} of the block parameters, {self.masked} units masked",
+                f"heads       {' '.join(map(str, self.heads))}",
+                f"neurons     {' '.join(map(str, self.neurons))}",
+                f"ranks       {spread}",
+            ]
+        )
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count a patched model. Raises ValueError on one that is not patched."""
+    state = patch_state(model)
+    modules = dict(adapted(model))
+    parameters = sum(p.numel() for p in model.parameters())
+    tails = sum(m.weight.numel() - m.n_out * m.n_in for m in modules.values())
+    tails += sum(m.bias.numel() - m.n_out for m in modules.values() if m.bias is not None)
+    adapters = sum(m.rank * (m.n_in + m.n_out) for m in modules.values())
+    heads, neurons, masked, sparsity = [], [], 0, 0.0
+    if state.config.method == "apt" and state.family is not None:
+        for layer in state.family.layer_list(model):
+            for name, counts in (("o", heads), ("down", neurons)):
+                gate = layer.get_submodule(state.family.linears[name]).gate_in if _has_o(state, layer, name) else None
+                counts.append(0 if gate is None else gate.num_units)
+                masked += 0 if gate is None else int((gate.mask < 1).sum())
+        sparsity = 1.0 - block_params(model, state.family) / state.block_params
+    return Summary(
+        sparsity=sparsity,
+        params_before=state.params_before,
+        params_after=parameters - tails - adapters,
+        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        heads=heads,
+        neurons=neurons,
+        masked=masked,
+        ranks={name: module.rank for name, module in modules.items() if module.rank},
+    )
+
+
+def _has_o(state: PatchState, layer: nn.Module, role: str) -> bool:
+    """An output projection that lay inside an attention that is gone is gone with it."""
+    assert state.family is not None
+    attention = layer.get_submodule(state.family.attention)
+    return role != "o" or not state.family.attention_holds_o or hasattr(attention, "o_proj")

@@ -1,0 +1,74 @@
+"""What a run leaves behind: plans and events, one JSON line each. Plans are decisions; they can be replayed."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunePlan:
+    """Which units stay at an event.
+
+    `kept` maps a unit group (``"layers.3.heads"``) to the ascending positions that stay, counted in the order the units
+    have just before the event.
+    """
+
+    step: int  # optimizer steps done
+    target_sparsity: float  # fraction of the block parameters that should be gone after this event
+    kept: dict[str, list[int]]
+    round_to: int  # neurons come in multiples of this
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlan:
+    """The rank of every adapter that grows at an event; the others keep theirs."""
+
+    step: int
+    budget: int  # adapter parameters that may exist after this event
+    ranks: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One pruning and tuning event, as it was carried out."""
+
+    step: int
+    prune: PrunePlan | None
+    rank: RankPlan | None
+    target_sparsity: float
+    sparsity: float  # reached, 1 - kept / total of the block parameters
+    removed: float  # by this event, fraction of the original block parameters
+    block_params: int  # left
+    trainable_params: int
+    seconds: float  # search and surgery
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Event":
+        prune, rank = row["prune"], row["rank"]
+        plans = {"prune": prune and PrunePlan(**prune), "rank": rank and RankPlan(**rank)}
+        return cls(**{**row, **plans})
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Add one line to a JSON-lines file; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every line of a JSON-lines file, blank ones left out."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def write_json(path: Path, row: dict[str, Any]) -> None:
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,118 @@
+"""What a run left behind -> tables in the terminal. A function of the run's folder alone."""
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from apt.records import Event, read_jsonl
+
+METRICS, EVENTS, TIMINGS = "metrics.json", "events.jsonl", "event_timing.json"
+WIDTH = 100  # columns, where the output is no terminal and so has no width
+
+
+def print_report(folder: str | Path, file: IO[str] | None = None) -> None:
+    """Print the tables of a run: results, events, and what each event saved, where there were any.
+
+    Args:
+        folder: of a finished run.
+        file: None is the standard output.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+        ValueError: a file in it is corrupt.
+    """
+    console = Console(file=file)
+    if not console.is_terminal:
+        console = Console(file=file, width=WIDTH)
+    for table in tables(Path(folder)):
+        console.print(table)
+
+
+def tables(folder: Path) -> list[Table]:
+    """The tables of a run, as `print_report` shows them."""
+    path = folder / METRICS
+    if not path.exists():
+        raise FileNotFoundError(f"report: {folder} holds no finished run; it has no {METRICS}")
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_jsonl(folder / EVENTS) if (folder / EVENTS).exists() else []
+        events = [Event.from_json(row) for row in rows]
+        timings = json.loads((folder / TIMINGS).read_text(encoding="utf-8")) if (folder / TIMINGS).exists() else {}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"report: a record in {folder} is corrupt ({error}); run the training again") from None
+    found = [_results(metrics, folder)]
+    if events:
+        found.append(_events(events))
+    if timings.get("events"):
+        found.append(_timings(timings))
+    return found
+
+
+def _results(metrics: dict[str, Any], folder: Path) -> Table:
+    table = Table(title=f"{folder}: {metrics.get('method', '')}", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for name in ("accuracy", "f1"):
+        if name in metrics:
+            table.add_row(f"{name} on {metrics.get('test_size', 0):,} sentences", f"{metrics[name]:.4f}")
+    table.add_row("sparsity asked", f"{metrics['target_sparsity']:.1%}")
+    table.add_row("sparsity reached", f"{metrics['sparsity']:.1%}")
+    table.add_row("parameters before", f"{metrics['params_before']:,}")
+    table.add_row("parameters after", f"{metrics['params_after']:,}")
+    since = metrics.get("resumed_from_step")
+    table.add_row("training, s" + (f" (from step {since} on)" if since else ""), f"{metrics['train_seconds']:.1f}")
+    table.add_row("tokens/s before the first event", _number(metrics["tokens_per_s_before"], ",.0f"))
+    table.add_row("tokens/s after the last event", _number(metrics["tokens_per_s_after"], ",.0f"))
+    shape = metrics.get("latency_shape")
+    shape = f" ({shape[0]} x {shape[1]} tokens)" if shape else ""
+    table.add_row(f"inference dense, ms{shape}", f"{metrics['latency_ms_dense']:.1f}")
+    table.add_row(f"inference small, ms{shape}", f"{metrics['latency_ms_small']:.1f}")
+    table.add_row("inference dense over small", f"{metrics['latency_ms_dense'] / metrics['latency_ms_small']:.2f}")
+    return table
+
+
+def _events(events: list[Event]) -> Table:
+    headers = ("step", "sparsity asked", "reached", "heads left", "neurons left", "trainable parameters", "seconds")
+    table = _numbers("Events", *headers)
+    for event in events:
+        table.add_row(
+            str(event.step),
+            f"{event.target_sparsity:.1%}",
+            f"{event.sparsity:.1%}",
+            _left(event, ".heads"),
+            _left(event, ".neurons"),
+            f"{event.trainable_params:,}",
+            f"{event.seconds:.2f}",
+        )
+    return table
+
+
+def _left(event: Event, ending: str) -> str:
+    """Units of one kind that an event left, over all layers."""
+    if event.prune is None:
+        return "-"
+    return f"{sum(len(kept) for name, kept in event.prune.kept.items() if name.endswith(ending)):,}"
+
+
+def _timings(timings: dict[str, Any]) -> Table:
+    shape = f"{timings['sentences']} x {timings['tokens']} tokens"
+    title = f"Forward and backward on one batch, {shape}, median of {timings['steps']}"
+    table = _numbers(title, "event at step", "removed", "ms before", "ms after", "before over after")
+    for row in timings["events"]:
+        times = f"{row['ms_before']:.1f}", f"{row['ms_after']:.1f}", f"{row['ratio']:.2f}"
+        table.add_row(str(row["step"]), f"{row['removed']:.1%}", *times)
+    return table
+
+
+def _numbers(title: str, *headers: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for header in headers:
+        table.add_column(header, justify="right")
+    return table
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

@@ -1,0 +1,202 @@
+"""Carries out plans, on model and optimizer together. In a run nothing else changes a shape.
+
+Parameters keep their identity (`param.data` is exchanged), so optimizer groups and their order stay as they are, and the
+moments of every surviving row and column stay with it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapters import APTAdapter, adapted, exchange
+from apt.families import EmptyAttention, Family, find_family
+from apt.records import Event, PrunePlan, RankPlan
+from apt.units import UnitGroup, find_units
+
+
+def apply_event(model: nn.Module, event: Event, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Carry out an event's plans: in a run, or replayed onto a freshly patched model."""
+    if event.prune is not None:
+        apply_prune_plan(model, event.prune, optimizer)
+    if event.rank is not None:
+        apply_rank_plan(model, event.rank, optimizer)
+
+
+@torch.no_grad()
+def apply_prune_plan(
+    model: nn.Module, plan: PrunePlan, optimizer: torch.optim.Optimizer | None = None, *, keep_tail: bool = False
+) -> None:
+    """Remove the units that the plan does not keep. The function of a model whose masks say the same does not change.
+
+    Args:
+        model: a patched model.
+        plan: positions that stay, by unit group.
+        optimizer: its moments follow.
+        keep_tail: leave what was cut behind the kept part of each weight, where a dense reader still finds it; the
+            adapted layers then compute with a view. Otherwise its memory is freed.
+
+    Raises:
+        ValueError: the plan names other groups or positions than the model has.
+    """
+    family = find_family(model)
+    groups = {group.name: group for group in find_units(model, family)}
+    unknown = sorted(set(plan.kept) - set(groups))
+    if unknown:
+        raise ValueError(f"surgery: the plan of step {plan.step} names {unknown[0]}, which this model does not have")
+    for name, positions in plan.kept.items():
+        group = groups[name]
+        if positions and (positions != sorted(set(positions)) or positions[-1] >= group.num_units or positions[0] < 0):
+            raise ValueError(
+                f"surgery: {name} has {group.num_units} units; kept positions must ascend and lie below that"
+            )
+        if len(positions) < group.num_units:
+            _prune_group(model, family, group, positions, optimizer, keep_tail)
+
+
+def _prune_group(
+    model: nn.Module,
+    family: Family,
+    group: UnitGroup,
+    positions: list[int],
+    optimizer: torch.optim.Optimizer | None,
+    keep_tail: bool,
+) -> None:
+    kept = torch.tensor(positions, dtype=torch.long, device=group.gate.mask.device)
+    for member in group.members:
+        features = (kept[:, None] * member.width + torch.arange(member.width, device=kept.device)).flatten()
+        _cut(member.linear, member.axis, features, optimizer, keep_tail)
+    group.gate.keep(kept)
+    if not positions:
+        for member in group.members:
+            _drop_adapter(member.linear, optimizer)
+        if group.kind == "head":
+            empty_attention(family.layer_list(model)[group.layer], family)
+
+
+def empty_attention(layer: nn.Module, family: Family) -> None:
+    """Put an `EmptyAttention` in the place of a layer's attention, which has no heads left."""
+    width, bias = 0, None
+    if family.attention_holds_o:
+        out = layer.get_submodule(family.linears["o"])
+        width = out.weight.shape[0]
+        bias = out.bias
+    parent, _, name = family.attention.rpartition(".")
+    setattr(layer.get_submodule(parent), name, EmptyAttention(width, bias))
+
+
+def _cut(
+    linear: APTAdapter, axis: str, features: Tensor, optimizer: torch.optim.Optimizer | None, keep_tail: bool
+) -> None:
+    """Keep the given rows ("out") or columns ("in") of a linear and of its adapter."""
+    dim = 0 if axis == "out" else 1
+    live = linear.n_out if axis == "out" else linear.n_in
+    tensors = [(linear.weight, dim)]
+    if axis == "out" and linear.bias is not None:
+        tensors.append((linear.bias, 0))
+    for tensor, along in tensors:
+        index = _retained_first(features, live, tensor.shape[along]) if keep_tail else features
+        exchange(tensor, tensor.data.index_select(along, index))
+    if axis == "out":
+        linear.n_out = features.numel()
+    else:
+        linear.n_in = features.numel()
+    parameter = linear.lora_B if axis == "out" else linear.lora_A
+    if parameter is not None:
+        _follow(parameter, lambda t: t.index_select(dim, features), optimizer)
+
+
+def _retained_first(features: Tensor, live: int, full: int) -> Tensor:
+    """The stable partition: kept features, then those cut now, then the tail of earlier events as it was."""
+    cut = torch.ones(full, dtype=torch.bool, device=features.device)
+    cut[features] = False
+    cut[live:] = False
+    tail = torch.arange(live, full, device=features.device)
+    return torch.cat([features, cut.nonzero().flatten(), tail])
+
+
+def apply_rank_plan(model: nn.Module, plan: RankPlan, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Raise the ranks that the plan names; the output of the model does not change.
+
+    New rows start with first moment 0 and second moment at the mean over the rank axis of the surviving ranks: with
+    zeros there, the one step count that AdamW keeps per parameter would make them jump by several learning rates.
+
+    Raises:
+        ValueError: the plan names an adapter that the model does not have, or a rank that is not above the present one.
+    """
+    adapters = dict(adapted(model))
+    for name, rank in plan.ranks.items():
+        if name not in adapters:
+            raise ValueError(
+                f"surgery: the plan of step {plan.step} names adapter {name}, which this model does not have"
+            )
+        adapter = adapters[name]
+        parameters = [(adapter.lora_A, 0), (adapter.lora_B, 1)]
+        grads = [parameter.grad for parameter, _ in parameters if parameter is not None]
+        for parameter, _ in parameters:
+            if parameter is not None:
+                parameter.grad = None
+        num = rank - adapter.rank
+        adapter.increase_rank(rank, "gaussian")
+        for (parameter, dim), grad in zip(parameters, grads, strict=True):
+            assert parameter is not None
+            if grad is not None:
+                parameter.grad = _pad(grad, dim, num)
+            for key, value in _moments(parameter, optimizer, parameter.shape[dim] - num, dim):
+                fill = value.mean(dim, keepdim=True) if key.endswith("_sq") else None
+                _state(optimizer, parameter)[key] = _pad(value, dim, num, fill)
+
+
+def _pad(tensor: Tensor, dim: int, num: int, fill: Tensor | None = None) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = num
+    return torch.cat([tensor, tensor.new_zeros(shape) if fill is None else fill.expand(shape)], dim)
+
+
+def _follow(
+    parameter: nn.Parameter, transform: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Change a parameter, its gradient and every moment of it in the same way."""
+    moments = list(_moments(parameter, optimizer, None, None))
+    grad, parameter.grad = parameter.grad, None
+    exchange(parameter, transform(parameter.data))
+    if grad is not None:
+        parameter.grad = transform(grad)
+    for key, value in moments:
+        _state(optimizer, parameter)[key] = transform(value)
+
+
+def _state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
+    return {} if optimizer is None else optimizer.state.get(parameter, {})
+
+
+def _moments(
+    parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None, size: int | None, dim: int | None
+) -> list[tuple[str, Tensor]]:
+    """State tensors shaped like the parameter (as it was: `size` along `dim`); step counters are passed over."""
+    shape = list(parameter.shape)
+    if dim is not None and size is not None:
+        shape[dim] = size
+    found = []
+    for key, value in _state(optimizer, parameter).items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        if list(value.shape) != shape:
+            raise ValueError(
+                f"surgery: {type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for a parameter of shape "
+                f"{shape}, which cannot follow a pruning event; use AdamW, Adam or SGD"
+            )
+        found.append((key, value))
+    return found
+
+
+def _drop_adapter(linear: APTAdapter, optimizer: torch.optim.Optimizer | None) -> None:
+    """Remove an adapter whose layer is empty, from the optimizer too."""
+    gone = {id(parameter) for parameter in (linear.lora_A, linear.lora_B) if parameter is not None}
+    if optimizer is not None and gone:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in gone:
+                    optimizer.state.pop(parameter, None)
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    linear.drop_adapter()

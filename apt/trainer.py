@@ -1,0 +1,159 @@
+"""APTrainer: a `transformers.Trainer` that drives the controller. It takes no decision of its own."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from apt.checkpoint import load_controller, restore_shapes, save_controller
+from apt.controller import APTConfig, Controller, patch_state
+
+
+class APTrainer(Trainer):
+    """Trains a patched model and prunes it on the way; every argument of `transformers.Trainer` works.
+
+    Args:
+        model: patched by `apt.patch_model`.
+        config: None means the one `patch_model` stored.
+        event_log: a JSON-lines file that gets each event.
+        overrides: leaves of the config by name, e.g. ``target_sparsity=0.6``.
+
+    Raises:
+        ValueError: the model is not patched, or a setting is unknown or out of range.
+    """
+
+    controller: Controller
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any = None,
+        *,
+        config: APTConfig | None = None,
+        event_log: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        names = _trainer_arguments()
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
+        self.apt_config = (config or patch_state(model).config).with_overrides(**overrides)
+        self.event_log = event_log
+        self._resume_from: Path | None = None
+        self._clock = _StepClock()
+        super().__init__(model=model, args=args, **kwargs)
+        # The controller adds per-batch means to the loss, so accumulation divides the whole of it alike.
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(_Drive(self))
+
+    def start_controller(self, total_steps: int) -> None:
+        """Make the controller once the optimizer exists and the length of the run is known."""
+        self.controller = Controller(
+            self.model,
+            self.optimizer,
+            total_steps,
+            self.apt_config,
+            scaler=getattr(self.accelerator, "scaler", None),
+            event_log=self.event_log,
+        )
+        if self._resume_from is not None:
+            load_controller(self.controller, self._resume_from)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train. On a NaN or infinite loss or gradient the last good state is saved as a checkpoint first.
+
+        Raises:
+            FloatingPointError: names the step and the checkpoint.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except FloatingPointError as error:
+            self.model.zero_grad(set_to_none=True)
+            self._save_checkpoint(self.model, trial=None)
+            raise FloatingPointError(
+                f"{error}; saved as {Path(self.args.output_dir) / f'checkpoint-{self.state.global_step}'}"
+            ) from None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            loss = self.controller.loss(loss, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        self._clock.tokens += 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.controller.after_backward()
+        return loss
+
+    def throughput(self) -> dict[str, float]:
+        """Tokens per second (padding included) before the first event and after the last; equal where there was none."""
+        steps = [event.step for event in self.controller.events]
+        first, last = (steps[0], steps[-1]) if steps else (self._clock.steps, 0)
+        return {
+            "tokens_per_s_before": self._clock.rate(0, first),
+            "tokens_per_s_after": self._clock.rate(last, self._clock.steps),
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if hasattr(self, "controller"):
+            save_controller(self.controller, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._resume_from = Path(resume_from_checkpoint)
+        restore_shapes(self.model, self._resume_from)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class _Drive(TrainerCallback):
+    """Calls the controller where the Trainer has its hooks."""
+
+    def __init__(self, trainer: APTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.start_controller(state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._clock.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._clock.end()
+        self.trainer.controller.after_step()
+
+
+class _StepClock:
+    """Tokens and seconds of every optimizer step of this process; events lie between steps."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._rows: list[tuple[int, float]] = []
+        self._started = 0.0
+
+    @property
+    def steps(self) -> int:
+        return len(self._rows)
+
+    def begin(self) -> None:
+        self.tokens, self._started = 0, time.perf_counter()
+
+    def end(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._rows.append((self.tokens, time.perf_counter() - self._started))
+
+    def rate(self, first: int, last: int) -> float:
+        rows = self._rows[first:last]
+        return sum(tokens for tokens, _ in rows) / max(1e-9, sum(seconds for _, seconds in rows))
+
+
+def _trainer_arguments() -> set[str]:
+    import inspect
+
+    return set(inspect.signature(Trainer.__init__).parameters)

@@ -1,0 +1,5 @@
+"""Tensor ops of the masked, adapted linear layer. Tensors in, tensors out; importable without triton."""
+
+from apt_kernels.ops import calls, column_sums, gate, masked_lora_linear, masked_norm, reset_calls
+
+__all__ = ["calls", "column_sums", "gate", "masked_lora_linear", "masked_norm", "reset_calls"]

@@ -1,0 +1,51 @@
+"""The one row format: a measured number with all it depends on, appended to a CSV file."""
+
+import csv
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit, as columns of every row."""
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x{torch.get_num_threads()}"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a result file, none where it does not exist yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row by writing the whole file under a temporary name: a run that is killed leaves the old file."""
+    rows = [*read_rows(path), {key: str(value) for key, value in row.items()}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for r in rows for key in r)))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80."""
+    p20, p50, p80 = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
+    return float(p20), float(p50), float(p80)

@@ -1,0 +1,45 @@
+"""Distribution apt-lm: the packages `apt` and `apt_kernels`, and the command `apt-lm`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="apt-lm",
+    version="0.1.0",
+    description="Fine-tune a pretrained language model and make it smaller while it trains",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["apt", "apt.*", "apt_kernels"]),
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.15,<6",
+        "accelerate>=1.10",
+        "safetensors",
+        "numpy",
+        "pyyaml",
+        "rich",
+        "tqdm",
+        'triton>=3.4; platform_system == "Linux"',
+    ],
+    extras_require={
+        "train": ["datasets", "scikit-learn", "pandas", "pyarrow"],
+        "peft": ["peft>=0.21"],
+        "plots": ["matplotlib", "pandas"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "peft>=0.21",
+            "scikit-learn",
+            "scipy",
+            "pandas",
+        ],
+    },
+    entry_points={"console_scripts": ["apt-lm = apt.cli:main"]},
+)

@@ -1,0 +1,61 @@
+"""What the text of the repository promises: no path of one machine, examples that parse, links that lead somewhere."""
+
+import ast
+import re
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").rglob("*.md")])
+MACHINE_PATHS = [b"/" + name + b"/" for name in (b"work", b"farm")]
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_one_version() -> None:
+    first = [
+        re.search(pattern, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        for name, pattern in [
+            ("setup.py", r'version="(.+)"'),
+            ("apt/__init__.py", r'^__version__ = "(.+)"'),
+            ("CHANGELOG.md", r"^## (\S+)"),
+        ]
+    ]
+    assert len({match and match[1] for match in first}) == 1
+
+
+def test_no_path_of_a_development_machine() -> None:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / line for line in listing.stdout.splitlines()]
+    found = [
+        f"{path.relative_to(ROOT)}: {pattern.decode()}"
+        for path in paths
+        for pattern in MACHINE_PATHS
+        if path.is_file() and pattern in path.read_bytes()
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_python_in_pages_parses(page: Path) -> None:
+    for _, language, code in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            ast.parse(textwrap.dedent(code), filename=page.name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    targets = [link.partition("#")[0] for link in LINK.findall(text) if "://" not in link]
+    broken = [target for target in targets if target and not (page.parent / target).exists()]
+    assert not broken
