@@ -25,7 +25,7 @@ test: $(STAMPS)/dev $(STAMPS)/demo ## the default tests: CPU, no network
 check: $(STAMPS)/dev $(STAMPS)/demo ## lint, format, types, then the default tests: what CI runs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy --strict apt apt_kernels
+	$(PY) -m mypy apt apt_kernels
 	$(PY) -m pytest
 
 bench: $(STAMPS)/dev $(STAMPS)/demo ## compare with PEFT LoRA and full fine-tuning; resumes; ARGS="..." is passed on

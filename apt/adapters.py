@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,10 @@ class APTAdapter(nn.Module):
 
     ``y = W x + b + s * B A x``   (APT, arXiv 2401.12200, eq. 2; the masks are `gate_in` here or act at the producer)
 
-    It takes the place and the parameter names of the linear it adapts (``weight``, ``bias``), beside them ``lora_A`` and
-    ``lora_B``; with rank 0 it has neither and is that linear. The scale is a stored constant: growth of the rank leaves
-    the output as it was. Retained rows and columns stand first in ``weight``; ``n_out`` and ``n_in`` say how many, and
-    forward computes with that view, so a dense reader of the same weight can live beside it.
+    It takes the place and the parameter names of the linear it adapts (``weight``, ``bias``), beside them ``lora_A``
+    and ``lora_B``; with rank 0 it has neither and is that linear. The scale is a stored constant: growth of the rank
+    leaves the output as it was. Retained rows and columns stand first in ``weight``; ``n_out`` and ``n_in`` say how
+    many, and forward computes with that view, so a dense reader of the same weight can live beside it.
 
     Args:
         base: the layer to adapt, weight ``[O, I]``; its parameters are taken over and frozen.
@@ -50,10 +50,11 @@ class APTAdapter(nn.Module):
             raise ValueError(f"APTAdapter: rank must be at least 0, got {rank}")
         self.scale, self.init_std = scale, init_std
         self.n_out, self.n_in = base.weight.shape
-        self.weight = base.weight.requires_grad_(False)
-        self.bias = None if base.bias is None else base.bias.requires_grad_(False)
+        base.requires_grad_(False)
+        weight: Any = base.weight  # torch declares it a Tensor
+        self.weight, self.bias = weight, base.bias
         self.gate_in = gate_in
-        self.lora_A = self.lora_B = None
+        self.lora_A, self.lora_B = None, None
         if rank:
             self.lora_A = nn.Parameter(self._new_rows(rank, "lora"))
             self.lora_B = nn.Parameter(torch.zeros(self.n_out, rank, device=self.weight.device, dtype=self._dtype))
@@ -109,7 +110,7 @@ class APTAdapter(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """``W + s B A`` of the live part, added in at least float32, in the dtype of the weight: a fresh ``[n_out, n_in]``."""
+        """``W + s B A`` of the live part, a fresh ``[n_out, n_in]``: added in at least float32, then cast back."""
         weight, _ = self.view()
         if self.lora_A is None or self.lora_B is None:
             return weight.clone(memory_format=torch.contiguous_format)
@@ -131,8 +132,8 @@ class APTAdapter(nn.Module):
 def exchange(parameter: nn.Parameter, data: Tensor) -> None:
     """Give a parameter data of another shape; the object, and with it every list that holds it, stays.
 
-    While a graph of an earlier step is alive (a loop's ``loss`` variable is enough), autograd keeps the old shape in the
-    parameter's gradient accumulator, and lets go of it only when the dtype changes: so it passes through another one.
+    While a graph of an earlier step is alive (a loop's ``loss`` variable is enough), autograd keeps the old shape in
+    the parameter's gradient accumulator, and lets go only when the dtype changes: so it passes through another one.
     """
     other = torch.float16 if data.dtype != torch.float16 else torch.float32
     parameter.data = data.new_empty(0, dtype=other)

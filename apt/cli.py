@@ -100,7 +100,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     output = Path(config.output_dir).expanduser()
     partial = output.with_name(output.name + ".partial") if output.name else output
     _check_output(output, overwrite)
-    checkpoint = _prepare(partial, config, overwrite, resume)
+    checkpoint = _unfinished(partial, config, overwrite, resume)
     _start(config)
     from apt.data import DatasetLoader
     from apt.tasks import build_tokenizer
@@ -108,6 +108,9 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     tokenizer = build_tokenizer(config)
     data = DatasetLoader(config.data, tokenizer, config.training.seed, num_labels=config.model.num_labels)
     print(f"{len(data.train):,} sentences to train on, {len(data.test):,} to test on", file=sys.stderr)
+    if checkpoint is None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     (partial / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     trainer, seconds = _fit(config, tokenizer, data, partial, checkpoint)
     metrics = _measure(config, tokenizer, data, partial, trainer)
@@ -134,8 +137,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"train: {output} exists and is no run; it stays as it is, give another output_dir")
 
 
-def _prepare(partial: Path, config: RunConfig, overwrite: bool, resume: bool) -> str | None:
-    """Make the folder that the run writes to. Returns the checkpoint to go on from, None for a fresh start."""
+def _unfinished(partial: Path, config: RunConfig, overwrite: bool, resume: bool) -> str | None:
+    """The checkpoint to go on from, None for a fresh start; ValueError where that would cost a checkpoint unasked."""
     found = sorted(partial.glob(f"{CHECKPOINTS}/checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     if found and resume:
         _check_same_run(partial / CONFIG, config)
@@ -145,8 +148,6 @@ def _prepare(partial: Path, config: RunConfig, overwrite: bool, resume: bool) ->
             f"train: {partial} holds {found[-1].name} of an unfinished run; give --resume to go on, or --overwrite to "
             f"start anew"
         )
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     return None
 
 
@@ -167,6 +168,7 @@ def _start(config: RunConfig) -> None:
     """Seeds, threads, and quiet libraries; this is the process of a command, so it may set them."""
     import torch
     import transformers
+    from huggingface_hub import utils as hub
 
     if config.hardware.num_threads is not None:
         torch.set_num_threads(config.hardware.num_threads)
@@ -174,6 +176,9 @@ def _start(config: RunConfig) -> None:
     logging: Any = transformers.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # Where the hub cannot be reached, its retries are told one by one; our error says it once.
+    hub_logging: Any = hub.logging
+    hub_logging.set_verbosity_error()
 
 
 def _fit(
@@ -193,6 +198,11 @@ def _fit(
             if self.training_bar is not None and logs and "loss" in logs:
                 self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
+        def close(self) -> None:
+            """End its line, also where training failed: what is printed next starts on a line of its own."""
+            if self.training_bar is not None:
+                self.training_bar.close()
+
     model = build_model(config, data.num_labels, tokenizer, data.label_names)
     trainer = APTrainer(
         model=patch_model(model, config.apt_config()),
@@ -204,9 +214,13 @@ def _fit(
         event_log=partial / EVENTS,
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Bar)
+    bar = Bar()
+    trainer.add_callback(bar)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        bar.close()
     seconds = time.perf_counter() - started
     # A run that went on from a checkpoint has logged again what came after it.
     (partial / EVENTS).unlink(missing_ok=True)
@@ -219,7 +233,7 @@ def _measure(
     config: RunConfig, tokenizer: Any, data: "DatasetLoader", partial: Path, trainer: "APTrainer"
 ) -> dict[str, Any]:
     """Export the model, load it again, and measure what was loaded; writes the model and the timings of the events."""
-    from apt.evaluate import Evaluator, latency_ms
+    from apt.evaluate import Evaluator
     from apt.export import export_model, load_model
     from apt.patch import summary
     from apt.tasks import METRIC, build_model, choose_device
@@ -234,13 +248,7 @@ def _measure(
     tokenizer.save_pretrained(partial / MODEL)
     small = load_model(partial / MODEL).to(device)
     dense = build_model(config, data.num_labels, tokenizer).to(device)
-    times = latency_ms(
-        {"dense": dense, "small": small},
-        batch_size=settings.inference_batch_size,
-        length=settings.inference_length,
-        vocab_size=len(tokenizer),
-        repeats=settings.inference_repeats,
-    )
+    latency = _latency(config, dense, small, len(tokenizer))
     scores = evaluator.evaluate(small, data.test)
     if trainer.controller.events and settings.event_timing_steps:
         write_json(partial / TIMINGS, _event_timing(config, tokenizer, data, trainer, dense))
@@ -256,16 +264,33 @@ def _measure(
         "params_after": counts.params_after,
         "num_events": len(trainer.controller.events),
         "steps": trainer.state.global_step,
-        "latency_ms_dense": times["dense"],
-        "latency_ms_small": times["small"],
-        "speedup": times["dense"] / times["small"],
-        "latency_shape": [settings.inference_batch_size, settings.inference_length],
+        **latency,
         **trainer.throughput(),
         "train_size": len(data.train),
         "test_size": len(data.test),
         "seed": config.training.seed,
         "device": str(device),
         "versions": _versions(),
+    }
+
+
+def _latency(config: RunConfig, dense: "nn.Module", small: "nn.Module", vocab_size: int) -> dict[str, Any]:
+    from apt.evaluate import latency_ms
+
+    settings = config.evaluation
+    shape = settings.inference_batch_size, settings.inference_length
+    times = latency_ms(
+        {"dense": dense, "small": small},
+        batch_size=shape[0],
+        length=shape[1],
+        vocab_size=vocab_size,
+        repeats=settings.inference_repeats,
+    )
+    return {
+        "latency_ms_dense": times["dense"],
+        "latency_ms_small": times["small"],
+        "speedup": times["dense"] / times["small"],
+        "latency_shape": list(shape),
     }
 
 

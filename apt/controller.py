@@ -15,9 +15,9 @@ from apt.adapters import adapted
 from apt.families import Family, find_family
 from apt.gates import ValidTokens
 from apt.pruner import AdaptivePruner, PruningConfig
-from apt.records import Event, RankPlan, append_jsonl
+from apt.records import Event, PrunePlan, RankPlan, append_jsonl
 from apt.salience import MovingAverage, adapter_importance, unit_scores
-from apt.surgery import apply_event
+from apt.surgery import apply_prune_plan, apply_rank_plan
 from apt.tuner import AdapterSize, TuningConfig, plan_ranks
 from apt.units import UnitGroup, block_params, find_units
 
@@ -154,9 +154,9 @@ class Controller:
                 raise ValueError(
                     f"controller: the model was patched with {name}={built!r}, got {asked!r}; patch it anew"
                 )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise ValueError("controller: this version prunes in one process; train on one device")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise ValueError("controller: this version prunes in one process; train on one device")
         self.model, self.total_steps, self.scaler, self.event_log = model, total_steps, scaler, event_log
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         self.step = 0
@@ -178,11 +178,11 @@ class Controller:
         self.family = find_family(self.model)
         self.total = total
         self.pruner = AdaptivePruner(total, self.config.pruning)
-        self._refresh()
+        self._find_groups()
         self.pruner.check(self.groups, block_params(self.model, self.family))
         self._collect(True)
 
-    def _refresh(self) -> None:
+    def _find_groups(self) -> None:
         pruning = self.config.pruning
         self.groups = find_units(self.model, self.family, min_heads=pruning.min_heads, min_neurons=pruning.min_neurons)
 
@@ -209,8 +209,8 @@ class Controller:
         loss = output if isinstance(output, Tensor) else output["loss"] if isinstance(output, Mapping) else output.loss
         if not torch.isfinite(loss.detach()).all():
             raise FloatingPointError(
-                f"controller: the loss is {loss.detach().mean().item()} at step {self.step + 1}; the parameters are still "
-                f"those of step {self.step}; lower the learning rate or check the data"
+                f"controller: the loss is {loss.detach().mean().item()} at step {self.step + 1}; the parameters are "
+                f"still those of step {self.step}; lower the learning rate or check the data"
             )
         if self.config.verify_events and batch is not None:
             self._batch = dict(batch)
@@ -242,56 +242,79 @@ class Controller:
             group.gate.reset_sums()
 
     def after_step(self) -> None:
-        """Move the masks, and carry out the event that is due: call after ``optimizer.step()``, before ``zero_grad``."""
+        """Move the masks, carry out the event that is due: call after ``optimizer.step()``, before ``zero_grad``."""
         self.step += 1
         if not self.active:
             return
         event_step = self._event_steps[len(self.events)]
         begins, settled = self.schedule.windows(len(self.events))
-        if begins < self.step <= settled < event_step and self.salience.values:
-            self._move_masks(1.0 / (settled - begins), hard=self.step == settled)
+        if not self.salience.values:  # every step so far overflowed under loss scaling; the event waits for a score
+            return
+        if begins < self.step < settled:
+            self._move_masks(1.0 / (settled - begins))
+        elif self.step == settled < event_step:
+            self._settle_masks()
         if self.step >= event_step:
-            self._event(event_step, settled < event_step)
+            self._event(settled=settled < event_step)
 
-    def _kept(self) -> tuple[dict[str, list[int]], float]:
-        """The set that stays at the next event, from the present scores."""
-        sparsity = self.schedule.get_current_sparsity(self._event_steps[len(self.events)])
-        live = block_params(self.model, self.family)
+    def _prune_plan(self) -> PrunePlan:
+        """What stays at the next event, from the present scores."""
+        step = self._event_steps[len(self.events)]
         scores = {group.name: self.salience.values[group.name] for group in self.groups}
-        self._plan = self.pruner.plan(self.groups, scores, live, self.step, sparsity)
-        return self._plan.kept, sparsity
+        live = block_params(self.model, self.family)
+        return self.pruner.plan(self.groups, scores, live, step, self.schedule.get_current_sparsity(step))
 
-    def _move_masks(self, alpha: float, hard: bool) -> None:
-        """One step of the decay: chosen units rise by alpha, the others fall; at the end all stand at 0 or 1."""
-        kept, _ = self._kept()
+    def _move_masks(self, alpha: float) -> None:
+        """One step of the decay: the masks of chosen units rise by alpha, the others fall."""
+        kept = self._prune_plan().kept
         for group in self.groups:
-            target = torch.zeros_like(group.gate.mask)
-            target[kept[group.name]] = 1.0
-            moved = (group.gate.mask + alpha * (2.0 * target - 1.0)).clamp_(0.0, 1.0)
-            group.gate.set_mask(target if hard else moved)
+            towards = torch.full_like(group.gate.mask, -alpha)
+            towards[kept[group.name]] = alpha
+            group.gate.set_mask((group.gate.mask + towards).clamp_(0.0, 1.0))
 
-    def _event(self, step: int, settled: bool) -> None:
+    def _settle_masks(self) -> None:
+        """End the decay: what is chosen now stays until the event, and every mask is exactly 0 or 1."""
+        kept = self._prune_plan().kept
+        for group in self.groups:
+            mask = torch.zeros_like(group.gate.mask)
+            mask[kept[group.name]] = 1.0
+            group.gate.set_mask(mask)
+
+    def _event(self, settled: bool) -> None:
         started = time.perf_counter()
-        if settled:  # the masks stand at 0 or 1 since the decay ended; they say what stays
-            kept = {group.name: group.gate.mask.nonzero().flatten().tolist() for group in self.groups}
-            plan = replace(self._plan, step=step, kept=kept)
-        else:
-            self._move_masks(1.0, hard=True)
-            plan = replace(self._plan, step=step)
-        before = block_params(self.model, self.family)
-        logits = self._logits()
-        apply_event(self.model, self._as_event(step, plan, None, before, 0.0), self.optimizer)
-        for name, positions in plan.kept.items():
-            self.salience.keep(
-                name, torch.tensor(positions, dtype=torch.long, device=self.salience.values[name].device)
-            )
-        self._refresh()
+        if not settled:
+            self._settle_masks()
+        # The masks say what stays: they may have been settled some steps ago, with the scores of then.
+        kept = {group.name: group.gate.mask.nonzero().flatten() for group in self.groups}
+        step = self._event_steps[len(self.events)]
+        plan = PrunePlan(
+            step=step,
+            target_sparsity=self.schedule.get_current_sparsity(step),
+            kept={name: positions.tolist() for name, positions in kept.items()},
+            round_to=self.config.pruning.round_to,
+        )
+        before, logits = block_params(self.model, self.family), self._logits()
+        apply_prune_plan(self.model, plan, self.optimizer)
+        for name, positions in kept.items():
+            self.salience.keep(name, positions)
+        self._find_groups()
         rank_plan = self._rank_plan(step)
-        event = self._as_event(step, None, rank_plan, before, 0.0)
-        apply_event(self.model, event, self.optimizer)
-        self._verify(step, logits)
-        event = self._as_event(step, plan, rank_plan, before, time.perf_counter() - started)
+        if rank_plan is not None:
+            apply_rank_plan(self.model, rank_plan, self.optimizer)
         self.importance.reset()
+        self._verify(step, logits)
+        live = block_params(self.model, self.family)
+        event = Event(
+            step=step,
+            prune=plan,
+            rank=rank_plan,
+            target_sparsity=plan.target_sparsity,
+            sparsity=1.0 - live / self.total,
+            removed=(before - live) / self.total,
+            block_params=live,
+            trainable_params=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            seconds=time.perf_counter() - started,
+        )
         self.events.append(event)
         if "torch._dynamo" in sys.modules:  # shapes are static between events; start the recompile count anew
             torch._dynamo.reset()
@@ -299,20 +322,6 @@ class Controller:
             self._collect(False)
         if self.event_log is not None:
             append_jsonl(self.event_log, event.to_json())
-
-    def _as_event(self, step: int, prune: Any, rank: RankPlan | None, before: int, seconds: float) -> Event:
-        live = block_params(self.model, self.family)
-        return Event(
-            step=step,
-            prune=prune,
-            rank=rank,
-            target_sparsity=self.schedule.get_current_sparsity(step),
-            sparsity=1.0 - live / self.total,
-            removed=(before - live) / self.total,
-            block_params=live,
-            trainable_params=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            seconds=seconds,
-        )
 
     def _rank_plan(self, step: int) -> RankPlan | None:
         tuning = self.config.tuning
@@ -374,9 +383,7 @@ class Controller:
         self.importance.values = dict(state["importance"])
         for group in self.groups:
             group.gate.set_mask(state["masks"][group.name])
-        if self.active:
-            self._kept() if self.salience.values else None
-        elif self._event_steps:
+        if not self.active:
             self._collect(False)
 
 

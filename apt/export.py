@@ -27,9 +27,9 @@ CARD, WEIGHTS = "apt_export.json", "model.safetensors"
 def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Save a patched model as an ordinary smaller one: adapters merged in float32, pruned units gone.
 
-    The folder holds ``config.json``, ``model.safetensors`` under the stock parameter names, and ``apt_export.json`` with
-    the size of every layer. `load_model` reads it; a model that lost no unit loads by ``AutoModel`` too. The model in
-    memory is not changed.
+    The folder holds ``config.json``, ``model.safetensors`` under the stock parameter names, and ``apt_export.json``
+    with the size of every layer. `load_model` reads it; a model that lost no unit loads by ``AutoModel`` too. The
+    model in memory is not changed.
 
     Args:
         model: patched by `apt.patch_model`, a Hugging Face model.
@@ -49,8 +49,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    config = model.config
-    assert hasattr(config, "save_pretrained")
+    config: Any = model.config
     trained_use_cache = getattr(config, "use_cache", None)
     if state.use_cache is not None:
         config.use_cache = state.use_cache
@@ -58,7 +57,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     config.save_pretrained(partial)
     if state.use_cache is not None:
         config.use_cache = trained_use_cache
-    generation = getattr(model, "generation_config", None)
+    generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(partial)
     save_file(_merged_state(model), partial / WEIGHTS, metadata={"format": "pt"})
@@ -98,7 +97,7 @@ def load_model(folder: str | Path) -> nn.Module:
         model = _model_class(card["class"])(config)
         if card["layers"]:
             _resize(model, find_family(model), card["layers"])
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     model.tie_weights()
     absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if absent or unexpected:
@@ -140,8 +139,8 @@ def _read_card(folder: Path) -> dict[str, Any]:
         raise ValueError(f"load_model: {folder / CARD} is corrupt (no format number); export the model again")
     if card["format"] > FORMAT:
         raise ValueError(
-            f"load_model: {folder} has format {card['format']}, written by apt-lm {card.get('apt_version')}; this version "
-            f"reads up to {FORMAT}; upgrade apt-lm"
+            f"load_model: {folder} has format {card['format']}, written by apt-lm {card.get('apt_version')}; this "
+            f"version reads up to {FORMAT}; upgrade apt-lm"
         )
     return card
 
@@ -188,7 +187,7 @@ def _model_class(name: str) -> Any:
 def _resize(model: nn.Module, family: Family, layers: list[dict[str, int]]) -> None:
     """Give the linears of an empty model the sizes of an export; the weights follow."""
     for layer, size in zip(family.layer_list(model), layers, strict=True):
-        linears = {role: layer.get_submodule(name) for role, name in family.linears.items()}
+        linears: dict[str, Any] = {role: layer.get_submodule(name) for role, name in family.linears.items()}
         groups = linears["k"].weight.shape[0] // head_size(model, family, layer)
         for role in ("q", "k", "v"):
             _set_size(linears[role], out=linears[role].weight.shape[0] // groups * size["heads"])

@@ -9,7 +9,7 @@ from torch import nn
 
 from apt.adapters import APTAdapter, adapted
 from apt.controller import APTConfig, PatchState, patch_state
-from apt.families import ROLES, Family, base_model, find_family
+from apt.families import ROLES, EmptyAttention, Family, base_model, find_family
 from apt.gates import MaskGate, ValidTokens
 from apt.units import block_params, head_size
 
@@ -20,8 +20,9 @@ def patch_model(
     """Freeze a model and put adapters and gates into it, in place.
 
     Adapters and the task head train; everything else is frozen. With ``method="apt"`` every linear of attention and FFN
-    becomes an `APTAdapter` (rank 0 where nothing trains) and the output and down projections get a gate that costs nothing
-    until a `Controller` opens it. With ``method="lora"`` only the targets are replaced; this works for any ``nn.Module``.
+    becomes an `APTAdapter` (rank 0 where nothing trains) and the output and down projections get a gate that costs
+    nothing until a `Controller` opens it. With ``method="lora"`` only the targets are replaced; this works for any
+    ``nn.Module``.
 
     Args:
         model: a Hugging Face model, or any module for ``method="lora"``.
@@ -72,6 +73,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """Put plain ``nn.Linear`` layers back, in place, and restore what was trainable; sizes stay as pruned.
 
     Args:
+        model: patched by `patch_model`.
         merge: add the adapters into the weights first; otherwise what they learnt is dropped.
     """
     state = patch_state(model)
@@ -134,7 +136,7 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list
     """
     if config.target_modules is None and family is None:
         raise ValueError(
-            "patch_model: no default targets for this model; give target_modules, for example the names of its linear layers"
+            "patch_model: no default targets for this model; give target_modules, such as names of its linear layers"
         )
     wanted = config.target_modules or (family.default_targets if family else ())
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -156,9 +158,7 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list
 
 def _put_gates(model: nn.Module, family: Family, valid: ValidTokens) -> None:
     for layer in family.layer_list(model):
-        out, down = layer.get_submodule(family.linears["o"]), layer.get_submodule(family.linears["down"])
-        key = layer.get_submodule(family.linears["k"])
-        assert isinstance(out, APTAdapter) and isinstance(down, APTAdapter) and isinstance(key, APTAdapter)
+        out, down, key = (_adapter(layer, family.linears[role]) for role in ("o", "down", "k"))
         groups = key.n_out // head_size(model, family, layer)
         out.gate_in = MaskGate(groups, out.n_in // groups, valid, out.weight.device)
         down.gate_in = MaskGate(down.n_in, 1, valid, down.weight.device)
@@ -215,11 +215,13 @@ def summary(model: nn.Module) -> Summary:
     tails = sum(m.weight.numel() - m.n_out * m.n_in for m in modules.values())
     tails += sum(m.bias.numel() - m.n_out for m in modules.values() if m.bias is not None)
     adapters = sum(m.rank * (m.n_in + m.n_out) for m in modules.values())
-    heads, neurons, masked, sparsity = [], [], 0, 0.0
+    heads: list[int] = []
+    neurons: list[int] = []
+    masked, sparsity = 0, 0.0
     if state.config.method == "apt" and state.family is not None:
         for layer in state.family.layer_list(model):
             for name, counts in (("o", heads), ("down", neurons)):
-                gate = layer.get_submodule(state.family.linears[name]).gate_in if _has_o(state, layer, name) else None
+                gate = _gate(layer, state.family, name)
                 counts.append(0 if gate is None else gate.num_units)
                 masked += 0 if gate is None else int((gate.mask < 1).sum())
         sparsity = 1.0 - block_params(model, state.family) / state.block_params
@@ -235,8 +237,15 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _has_o(state: PatchState, layer: nn.Module, role: str) -> bool:
-    """An output projection that lay inside an attention that is gone is gone with it."""
-    assert state.family is not None
-    attention = layer.get_submodule(state.family.attention)
-    return role != "o" or not state.family.attention_holds_o or hasattr(attention, "o_proj")
+def _gate(layer: nn.Module, family: Family, role: str) -> MaskGate | None:
+    """The gate before the output or down projection; None where the projection went with its attention."""
+    attention = layer.get_submodule(family.attention)
+    if role == "o" and family.attention_holds_o and isinstance(attention, EmptyAttention):
+        return None
+    return _adapter(layer, family.linears[role]).gate_in
+
+
+def _adapter(layer: nn.Module, name: str) -> APTAdapter:
+    module = layer.get_submodule(name)
+    assert isinstance(module, APTAdapter)
+    return module

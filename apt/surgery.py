@@ -1,10 +1,11 @@
 """Carries out plans, on model and optimizer together. In a run nothing else changes a shape.
 
-Parameters keep their identity (`param.data` is exchanged), so optimizer groups and their order stay as they are, and the
-moments of every surviving row and column stay with it.
+Parameters keep their identity (`param.data` is exchanged), so optimizer groups and their order stay as they are, and
+the moments of every surviving row and column stay with it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +79,8 @@ def empty_attention(layer: nn.Module, family: Family) -> None:
     """Put an `EmptyAttention` in the place of a layer's attention, which has no heads left."""
     width, bias = 0, None
     if family.attention_holds_o:
-        out = layer.get_submodule(family.linears["o"])
-        width = out.weight.shape[0]
-        bias = out.bias
+        out: Any = layer.get_submodule(family.linears["o"])
+        width, bias = out.weight.shape[0], out.bias
     parent, _, name = family.attention.rpartition(".")
     setattr(layer.get_submodule(parent), name, EmptyAttention(width, bias))
 
@@ -183,8 +183,8 @@ def _moments(
             continue
         if list(value.shape) != shape:
             raise ValueError(
-                f"surgery: {type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for a parameter of shape "
-                f"{shape}, which cannot follow a pruning event; use AdamW, Adam or SGD"
+                f"surgery: {type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for a parameter of "
+                f"shape {shape}, which cannot follow a pruning event; use AdamW, Adam or SGD"
             )
         found.append((key, value))
     return found

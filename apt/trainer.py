@@ -49,8 +49,9 @@ class APTrainer(Trainer):
 
     def start_controller(self, total_steps: int) -> None:
         """Make the controller once the optimizer exists and the length of the run is known."""
+        assert self.optimizer is not None
         self.controller = Controller(
-            self.model,
+            self._module(),
             self.optimizer,
             total_steps,
             self.apt_config,
@@ -69,11 +70,14 @@ class APTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         except FloatingPointError as error:
-            self.model.zero_grad(set_to_none=True)
-            self._save_checkpoint(self.model, trial=None)
-            raise FloatingPointError(
-                f"{error}; saved as {Path(self.args.output_dir) / f'checkpoint-{self.state.global_step}'}"
-            ) from None
+            self._module().zero_grad(set_to_none=True)
+            self._save_checkpoint(self._module(), trial=None)
+            saved = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
+            raise FloatingPointError(f"{error}; saved as {saved}") from None
+
+    def _module(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -92,7 +96,7 @@ class APTrainer(Trainer):
         return loss
 
     def throughput(self) -> dict[str, float]:
-        """Tokens per second (padding included) before the first event and after the last; equal where there was none."""
+        """Tokens per second, padding included, before the first event and after the last; the same with none."""
         steps = [event.step for event in self.controller.events]
         first, last = (steps[0], steps[-1]) if steps else (self._clock.steps, 0)
         return {
@@ -103,11 +107,11 @@ class APTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if hasattr(self, "controller"):
-            save_controller(self.controller, Path(output_dir or self.args.output_dir))
+            save_controller(self.controller, Path(output_dir or self.args.output_dir or ""))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resume_from = Path(resume_from_checkpoint)
-        restore_shapes(self.model, self._resume_from)
+        restore_shapes(self._module(), self._resume_from)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 

@@ -40,8 +40,8 @@ class AdapterSize:
 def plan_ranks(adapters: dict[str, AdapterSize], step: int, budget: int, max_rank: int) -> RankPlan:
     """Grow the more important half of the adapters until the budget is spent (method.md 5.2).
 
-    With ``rate = (budget - now) / sum_top(width * rank) + 1`` each of the top half goes to ``int(rank * rate)``, at most
-    `max_rank`; what rounding left over is spent rank by rank in order of importance. No rank falls.
+    With ``rate = (budget - now) / sum_top(width * rank) + 1`` each of the top half goes to ``int(rank * rate)``, at
+    most `max_rank`; what rounding left over is spent rank by rank in order of importance. No rank falls.
 
     Args:
         adapters: by name.

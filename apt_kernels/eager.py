@@ -111,7 +111,7 @@ class Gate(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(mask, valid_T)
         ctx.sums_2D, ctx.count = sums_2D, count
-        # Added to `sums` in backward only, so a forward that is recomputed (checkpointing) or thrown away counts for nothing.
+        # Added to `sums` in backward only, so a forward that is recomputed or thrown away counts for nothing.
         ctx.abs_D = column_sums(h_TD, valid_T) if sums_2D is not None else None
         return h_TD.view_as(h_TD) if mask is None else h_TD * mask.to(h_TD.dtype)
 

@@ -56,8 +56,8 @@ def masked_lora_linear(
 ) -> Tensor:
     """The adapted frozen linear layer with masks on both sides.
 
-    Computes ``m_out * (W xm + b + s * B diag(g) A xm)`` with ``xm = m_in * x`` (APT, arXiv 2401.12200, eq. 2). Gradients
-    flow to x, a, b and gate; weight, bias and masks are frozen.
+    Computes ``m_out * (W xm + b + s * B diag(g) A xm)`` with ``xm = m_in * x`` (APT, arXiv 2401.12200, eq. 2).
+    Gradients flow to x, a, b and gate; weight, bias and masks are frozen.
 
     Args:
         x: input, ``[..., I]``; under autocast it is cast to the autocast dtype.
@@ -115,8 +115,8 @@ def gate(
 ) -> Tensor:
     """Multiply by a unit mask and collect what salience needs.
 
-    Returns ``h * m``. Where `sums` is given, the backward pass adds ``sum_t |h|`` to ``sums[0]``, ``sum_t |dL/dy|`` (the
-    upstream gradient at the gate's output) to ``sums[1]`` and the number of tokens to `count`, padding left out.
+    Returns ``h * m``. Where `sums` is given, the backward pass adds ``sum_t |h|`` to ``sums[0]``, ``sum_t |dL/dy|``
+    (the upstream gradient at the gate's output) to ``sums[1]`` and the number of tokens to `count`, padding left out.
 
     Args:
         h: ``[..., D]``.
@@ -164,11 +164,17 @@ def masked_norm(
 ) -> Tensor:
     """LayerNorm or RMSNorm whose statistics weigh each dimension by its mask.
 
-    ``n = sum m``, ``mean = sum m x / n``, ``var = sum m (x - mean)^2 / n`` (RMSNorm: ``mean = 0``), so that it equals the
-    dense norm at m = 1, the norm of the kept dimensions at m in {0, 1}, and is continuous between.
+    ``n = sum m``, ``mean = sum m x / n``, ``var = sum m (x - mean)^2 / n`` (RMSNorm: ``mean = 0``), so that it equals
+    the dense norm at m = 1, the norm of the kept dimensions at m in {0, 1}, and is continuous between.
 
     Args:
-        x: ``[..., D]``.  weight, bias, mask: ``[D]``; the mask gets no gradient.  eps: added to the variance.
+        x: ``[..., D]``.
+        weight: ``[D]``.
+        bias: ``[D]``, or None.
+        mask: ``[D]``, 1 kept, 0 pruned, between while it decays; gets no gradient. None is all ones.
+        eps: added to the variance.
+        kind: "layer" or "rms".
+        backend: forces an implementation; None chooses.
 
     Returns:
         ``[..., D]`` in the dtype of x; sums are kept in at least float32. Dropped dimensions are not zeroed.

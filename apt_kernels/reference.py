@@ -19,7 +19,7 @@ def masked_lora_linear(
     mask_in: Tensor | None = None,
     mask_out: Tensor | None = None,
 ) -> Tensor:
-    """``m_out * (W (m_in * x) + b + s * B diag(g) A (m_in * x))``   (APT, arXiv 2401.12200, eq. 2, with a rank gate)."""
+    """``m_out * (W xm + b + s * B diag(g) A xm)`` with ``xm = m_in * x``   (APT, arXiv 2401.12200, eq. 2)."""
     x_TI = x_TI if mask_in is None else x_TI * mask_in
     z_TR = x_TI @ a_RI.T
     z_TR = z_TR if gate is None else z_TR * gate

@@ -4,8 +4,8 @@
 
 Every run is a process of its own with the same data, epochs, batches and seed; arms of one seed follow each other, so a
 machine that drifts touches them alike. One CSV row a run; rows that are there already are skipped, so a comparison that
-was stopped goes on. The Markdown table beside the CSV is drawn from the CSV alone. LoRA is PEFT's, with the modules, the
-rank and alpha = rank * scale of the config; all arms train the pooler and the classifier too.
+was stopped goes on. The Markdown table beside the CSV is drawn from the CSV alone. LoRA is PEFT's, with the modules,
+the rank and alpha = rank * scale of the config; all arms train the pooler and the classifier too.
 """
 
 import argparse
@@ -111,7 +111,9 @@ def peft_lora(model: Any, config: Any) -> Any:
     import apt
 
     twin = apt.patch_model(copy.deepcopy(model), config.apt_config(), method="lora")
-    trained = [name for name in ("pooler", "classifier", "score") if any(n.endswith(name) for n, _ in model.named_modules())]
+    trained = [
+        name for name in ("pooler", "classifier", "score") if any(n.endswith(name) for n, _ in model.named_modules())
+    ]
     return get_peft_model(
         model,
         LoraConfig(

@@ -1,7 +1,7 @@
 """One training step of `patch_model(method="lora")` against PEFT's LoRA: ``python -m bench.lora_step [--out FILE]``.
 
-Random weights, three shapes, fp32, adapters on every projection of attention values and queries and of the FFN; forward,
-backward and AdamW step. Outputs are compared before anything is timed; steps of the two are interleaved.
+Random weights, three shapes, fp32, adapters on q and v and for encoders on the FFN; forward, backward and AdamW step.
+Outputs are compared before anything is timed; steps of the two are interleaved.
 """
 
 import argparse

@@ -6,46 +6,67 @@ from apt.data.sources import Table
 
 
 class Labels:
-    """What the labels of the training data are: whole numbers from 0 on, or names, which count in sorted order."""
+    """The classes that the training data has.
+
+    Args:
+        train: they are taken from here.
+        column: with the labels.
+        num_labels: classes; None means as many as there are distinct labels, or as the source has names for.
+
+    Attributes: `num_labels`, and `names` by class number (None where labels are plain numbers).
+
+    Raises:
+        ValueError: a label is missing or is no class; file, line and column are named.
+    """
 
     def __init__(self, train: Table, column: str, num_labels: int | None) -> None:
         self.column = column
         cells = train.column(column)
-        numbers = sum(_is_number(cell) for cell in cells)
-        self.names: list[str] | None = train.label_names
-        self.by_name = 2 * numbers < len(cells)
+        self.names = train.label_names
+        # Whatever most labels are, the others must be too.
+        self.by_name = 2 * sum(_is_number(cell) for cell in cells) < len(cells)
         if self.by_name:
-            self.names = sorted({cell for cell in cells if isinstance(cell, str) and cell.strip()})
-        distinct = len(self.names) if self.names else len({_whole(cell) for cell in cells} - {None})
-        self.num_labels = distinct if num_labels is None else num_labels
+            self.names = sorted({str(cell) for cell in cells if cell is not None and cell != ""})
+        known = len(self.names or set(self._numbers(train)))
         if num_labels is not None and self.names and len(self.names) > num_labels:
             raise ValueError(f"data: {train.source} has {len(self.names)} labels, but model.num_labels is {num_labels}")
-        self.of(train)
-        if self.num_labels < 2:
+        if num_labels is None and known < 2:
             raise ValueError(f"data: column {column!r} of {train.source} has one label only, {cells[0]!r}")
+        self.num_labels = known if num_labels is None else num_labels
+        self.of(train)
 
     def of(self, table: Table) -> list[int]:
         """The labels of a table as class numbers, or ValueError for the first row that has none."""
-        return [self._class(cell, table, row) for row, cell in enumerate(table.column(self.column))]
+        numbers = self._numbers(table)
+        for row, number in enumerate(numbers):
+            if not 0 <= number < self.num_labels:
+                raise ValueError(
+                    f"{self._place(table, row)} label {number} is out of range; with {self.num_labels} labels they go "
+                    f"from 0 to {self.num_labels - 1} (model.num_labels sets how many)"
+                )
+        return numbers
 
-    def _class(self, cell: Any, table: Table, row: int) -> int:
-        place = f"data: {table.source}, line {table.lines[row]}, column {self.column!r}:"
-        if cell is None or cell == "":
-            raise ValueError(f"{place} the label is missing")
-        if self.by_name:
-            assert self.names is not None
-            if cell not in self.names:
-                raise ValueError(f"{place} label {cell!r} is not one of {', '.join(self.names[:8])}")
-            return self.names.index(cell)
-        number = _whole(cell)
-        if number is None:
-            raise ValueError(f"{place} label {cell!r} is not a whole number; classes are numbered from 0")
-        if not 0 <= number < self.num_labels:
-            raise ValueError(
-                f"{place} label {number} is out of range; with {self.num_labels} labels they go from 0 to "
-                f"{self.num_labels - 1} (model.num_labels sets how many)"
-            )
-        return number
+    def _numbers(self, table: Table) -> list[int]:
+        numbers = []
+        for row, cell in enumerate(table.column(self.column)):
+            if cell is None or cell == "":
+                raise ValueError(f"{self._place(table, row)} the label is missing")
+            if self.by_name:
+                assert self.names is not None
+                if str(cell) not in self.names:
+                    known = ", ".join(self.names[:8])
+                    raise ValueError(f"{self._place(table, row)} label {cell!r} is not one of {known}")
+                numbers.append(self.names.index(str(cell)))
+            # A csv that went through a table of floats says 1.0.
+            elif _is_number(cell) and float(cell).is_integer():
+                numbers.append(int(float(cell)))
+            else:
+                place = self._place(table, row)
+                raise ValueError(f"{place} label {cell!r} is not a whole number; classes are numbered from 0")
+        return numbers
+
+    def _place(self, table: Table, row: int) -> str:
+        return f"data: {table.source}, line {table.lines[row]}, column {self.column!r}:"
 
 
 def _is_number(cell: Any) -> bool:
@@ -54,8 +75,3 @@ def _is_number(cell: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _whole(cell: Any) -> int | None:
-    """A label as a whole number, also from "1" and "1.0"; None where it is none."""
-    return int(float(cell)) if _is_number(cell) and float(cell).is_integer() else None

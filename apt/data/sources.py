@@ -37,8 +37,22 @@ class Table:
 
 
 def resolve_model(name: str) -> str:
-    """A local path for ``package:NAME/path``; any other name (a folder, a name on the hub) as it is."""
-    return str(_package_path(name)) if name.startswith(PACKAGE) else name
+    """The local folder that a name means, of a package too; a name on the hub as it is.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ImportError: the package is not installed.
+    """
+    if name.startswith(PACKAGE):
+        return str(_package_path(name))
+    if _is_local(name) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"model: there is no folder {name}")
+    return str(Path(name).expanduser()) if _is_local(name) else name
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name is written as a path, which no name on the hub is."""
+    return name.startswith((".", "~")) or Path(name).is_absolute()
 
 
 def _package_path(name: str) -> Path:
@@ -63,7 +77,7 @@ def read_tables(name: str) -> dict[str, Table]:
         tables = _read_folder(path)
     elif path.is_file():
         tables = {"train": _read_file(path)}
-    elif path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")):
+    elif path.suffix in SUFFIXES or _is_local(name):
         raise FileNotFoundError(f"data: there is no file or folder {path}")
     else:
         tables = _read_hub(name)

@@ -1,4 +1,4 @@
-"""Which families can be pruned, and the one that a model belongs to. To add one: a table beside these, and its line here."""
+"""Which families can be pruned, and the one of a model. To add one: a table beside these, and its line here."""
 
 from torch import nn
 

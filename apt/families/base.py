@@ -15,7 +15,8 @@ class Family:
         model_types: values of ``config.model_type`` that have this shape.
         layers: the list of layers, relative to the base model.
         linears: role -> module name; roles are q, k, v, o, up, gate (where the FFN is gated) and down.
-        attention: the module that is replaced when a layer loses all its heads; its forward returns ``(output, weights)``.
+        attention: the module that is replaced when a layer loses all its heads; its forward returns a pair, the output
+            and the attention weights.
         attention_holds_o: whether the output projection lies inside that module.
         default_targets: roles that get an adapter unless `target_modules` says otherwise.
         decoder: whether generation reads cache and mask lengths in the first layer of each attention type.
