@@ -74,7 +74,7 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
             "test_size": 48,
             "max_length": 16,
         },
-        "training": {"learning_rate": "1e-2", "batch_size": 8, "max_steps": 30, "logging_steps": 5},
+        "training": {"learning_rate": "3e-3", "batch_size": 8, "max_steps": 100, "logging_steps": 5},
         "pruning": {"target_sparsity": 0.5, "num_events": 3},
         "evaluation": {"inference_length": 8, "inference_repeats": 2, "event_timing_steps": 2},
         "hardware": {"num_threads": 1, "device": "cpu"},

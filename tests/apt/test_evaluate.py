@@ -1,0 +1,138 @@
+"""Scores do not depend on batches and padding; timings are of the models and events they claim to be of."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import sentences, tiny_bert, tiny_tokenizer, write_csv
+from torch import nn
+
+import apt
+from apt.config import DataConfig
+from apt.data import DatasetLoader
+from apt.evaluate import Evaluator, latency_ms, time_events
+from apt.records import Event, PrunePlan, RankPlan
+from apt.tasks import compute_metrics
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of a layer this small wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def data(tmp_path: Path, tokenizer: Any) -> DatasetLoader:
+    path = write_csv(tmp_path / "a.csv", sentences(40))
+    return DatasetLoader(DataConfig(datasets=str(path), test_size=21), tokenizer)
+
+
+def test_predictions_come_in_the_order_of_the_data(tokenizer: Any, data: DatasetLoader) -> None:
+    model = tiny_bert().train()
+    model.bert.eval()
+    logits, labels = Evaluator(tokenizer, batch_size=4).predict(model, data.test)
+    assert labels.tolist() == data.test.columns["labels"]
+    assert model.training  # every module has the mode it had
+    assert not model.bert.training
+    model.eval()
+    for i in range(len(data.test)):
+        ids = torch.tensor([data.test[i]["input_ids"]])
+        np.testing.assert_allclose(logits[i], model(input_ids=ids).logits[0].detach().numpy(), atol=1e-5)
+
+
+def test_evaluate_gives_the_metrics(tokenizer: Any, data: DatasetLoader) -> None:
+    model, evaluator = tiny_bert(), Evaluator(tokenizer, batch_size=8)
+    logits, labels = evaluator.predict(model, data.test)
+    scores = evaluator.evaluate(model, data.test)
+    assert scores["accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
+
+
+def test_metrics_by_hand() -> None:
+    logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    scores = compute_metrics((logits, np.array([0, 1, 0, 1])))
+    # One hit of class 1, two guesses at it, two that are it.
+    assert scores == {"accuracy": 0.5, "f1": pytest.approx(0.5)}
+    assert compute_metrics((np.eye(3), np.array([0, 1, 1]))) == {"accuracy": pytest.approx(2 / 3)}
+    assert compute_metrics((logits[:1], np.array([0])))["f1"] == 0.0
+
+
+class Recorder(nn.Module):
+    """Notes who was called, and with what."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        super().__init__()
+        self.name, self.calls = name, calls
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        assert torch.is_inference_mode_enabled()
+        assert not self.training
+        assert input_ids.shape == attention_mask.shape == (3, 5)
+        assert int(input_ids.max()) < 11
+        assert bool(attention_mask.all())
+        self.calls.append(self.name)
+        return self.weight
+
+
+def test_latency_takes_the_models_in_turns() -> None:
+    calls: list[str] = []
+    models = {name: Recorder(name, calls) for name in ("dense", "small")}
+    times = latency_ms(models, batch_size=3, length=5, vocab_size=11, repeats=4)
+    assert set(times) == {"dense", "small"}
+    assert min(times.values()) > 0.0
+    # Three warm-ups and four timed ones of each.
+    assert calls == ["dense", "small"] * 7
+    assert all(model.training for model in models.values())
+
+
+def event(step: int, kept: dict[str, list[int]], removed: float, ranks: dict[str, int]) -> Event:
+    return Event(
+        step=step,
+        prune=PrunePlan(step=step, target_sparsity=0.5, kept=kept, round_to=8),
+        rank=RankPlan(step=step, budget=0, ranks=ranks),
+        target_sparsity=0.5,
+        sparsity=0.5,
+        removed=removed,
+        block_params=0,
+        trainable_params=0,
+        seconds=0.0,
+    )
+
+
+def test_events_are_replayed_and_timed() -> None:
+    models = []
+
+    def make_model() -> nn.Module:
+        models.append(apt.patch_model(tiny_bert(), target_modules=("q", "up")))
+        return models[-1]
+
+    first = {"layers.0.heads": [0, 2], "layers.0.neurons": list(range(64))}
+    second = {"layers.1.neurons": list(range(0, 64, 2))}
+    third = {"layers.0.heads": [1], "layers.1.heads": []}
+    grown = {"bert.encoder.layer.0.attention.self.query": 12}
+    events = [event(4, first, 0.2, grown), event(8, second, 0.029, {}), event(12, third, 0.2, {})]
+    ids = torch.randint(5, 40, (4, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1])}
+    rows = time_events(make_model, events, batch, steps=2)
+    # The second one removes too little to be timed, and is carried out all the same.
+    assert [row["step"] for row in rows] == [4, 12]
+    assert len(models) == 1
+    counts = apt.summary(models[0])
+    assert (counts.heads, counts.neurons) == ([1, 0], [64, 32])
+    assert counts.ranks["bert.encoder.layer.0.attention.self.query"] == 12
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["ms_before"] / row["ms_after"])
+        assert row["ms_after"] > 0.0
+    with_grad = {name for name, p in models[0].named_parameters() if p.grad is not None}
+    assert with_grad == {name for name, p in models[0].named_parameters() if p.requires_grad}
