@@ -104,7 +104,8 @@ def load_model(folder: str | Path) -> nn.Module:
         raise ValueError(
             f"load_model: {folder / WEIGHTS} does not fit the model: {(absent + list(unexpected))[0]} is off"
         )
-    return model.to(dtype).eval().requires_grad_(True)
+    plain: nn.Module = model.to(dtype).eval().requires_grad_(True)
+    return plain
 
 
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:

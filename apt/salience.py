@@ -18,7 +18,7 @@ def unit_scores(group: UnitGroup, grad_scale: float = 1.0) -> Tensor:
         grad_scale: the loss scaler's factor on the gradients.
     """
     h_D, g_D = group.gate.sums
-    features_D = h_D * g_D / (group.gate.count.clamp(min=1.0) * grad_scale)
+    features_D: Tensor = h_D * g_D / (group.gate.count.clamp(min=1.0) * grad_scale)
     return features_D.view(-1, group.gate.unit_size).sum(1)
 
 

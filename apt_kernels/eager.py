@@ -93,7 +93,8 @@ def column_sums(x_TD: Tensor, valid_T: Tensor | None) -> Tensor:
     """``sum_t valid_t |x_t|`` in at least float32: ``[D]``. One pass to take the magnitude, one to reduce."""
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
     if valid_T is None:
-        return torch.linalg.vector_norm(x_TD, ord=1, dim=0, dtype=dtype)
+        sums_D: Tensor = torch.linalg.vector_norm(x_TD, ord=1, dim=0, dtype=dtype)
+        return sums_D
     return valid_T.to(dtype) @ x_TD.abs().to(dtype)
 
 

@@ -1,6 +1,7 @@
 """Public ops: checks, choice of implementation, counters. The arithmetic lies in `eager.py` and the kernel files."""
 
 import os
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,6 +10,11 @@ from torch import Tensor
 from apt_kernels import eager
 
 IMPLEMENTATIONS = ("torch",)  # the kernel files add theirs here
+
+# torch leaves `Function.apply` untyped; the result's type is written once, here.
+_eager_lora_linear: Callable[..., Tensor] = eager.MaskedLoraLinear.apply
+_eager_gate: Callable[..., Tensor] = eager.Gate.apply
+_eager_norm: Callable[..., Tensor] = eager.MaskedNorm.apply
 
 _calls: dict[str, dict[str, int]] = {}
 
@@ -98,9 +104,7 @@ def masked_lora_linear(
     if not 0.0 <= dropout < 1.0 or (dropout > 0.0 and seed is None):
         raise ValueError(f"{op}: dropout must be in [0, 1) and needs a seed, got dropout={dropout}, seed={seed}")
     _implementation(op, backend)
-    y = eager.MaskedLoraLinear.apply(
-        x.reshape(-1, I), weight, a, b, bias, gate, mask_in, mask_out, scale, dropout, seed or 0
-    )
+    y = _eager_lora_linear(x.reshape(-1, I), weight, a, b, bias, gate, mask_in, mask_out, scale, dropout, seed or 0)
     return y.view(*lead, O)
 
 
@@ -135,7 +139,7 @@ def gate(
         raise ValueError("gate: sums and count go together; give both or neither")
     _implementation("gate", backend)
     collect = sums is not None and torch.is_grad_enabled() and h.requires_grad
-    y = eager.Gate.apply(
+    y = _eager_gate(
         h.reshape(-1, D),
         mask,
         sums if collect else None,
@@ -187,5 +191,5 @@ def masked_norm(
     if kind not in ("layer", "rms"):
         raise ValueError(f"masked_norm: kind must be 'layer' or 'rms', got {kind!r}")
     _implementation("masked_norm", backend)
-    y = eager.MaskedNorm.apply(x.reshape(-1, D), weight, bias, mask, eps, kind == "layer")
+    y = _eager_norm(x.reshape(-1, D), weight, bias, mask, eps, kind == "layer")
     return y.view(x.shape)

@@ -39,7 +39,8 @@ class Family:
     def prefix(self, model: nn.Module) -> str:
         """Full name of the list of layers, as `named_modules` of the model gives it."""
         layers = self.layer_list(model)
-        return next(name for name, module in model.named_modules() if module is layers)
+        prefix: str = next(name for name, module in model.named_modules() if module is layers)
+        return prefix
 
 
 def base_model(model: nn.Module) -> nn.Module:

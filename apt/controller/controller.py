@@ -1,10 +1,8 @@
 """When: asks the rooms above for scores and plans, hands the plans to surgery, keeps the events."""
 
-import difflib
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,106 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapters import adapted
-from apt.families import Family, find_family
-from apt.gates import ValidTokens
-from apt.pruner import AdaptivePruner, PruningConfig
+from apt.controller.config import APTConfig
+from apt.controller.state import patch_state
+from apt.families import find_family
+from apt.pruner import AdaptivePruner
 from apt.records import Event, PrunePlan, RankPlan, append_jsonl
 from apt.salience import MovingAverage, adapter_importance, unit_scores
 from apt.surgery import apply_prune_plan, apply_rank_plan
-from apt.tuner import AdapterSize, TuningConfig, plan_ranks
+from apt.tuner import AdapterSize, plan_ranks
 from apt.units import UnitGroup, block_params, find_units
 
-METHODS = ("apt", "lora")
 BUILT_IN = ("method", "rank", "scale", "target_modules")  # patch_model has built these; a controller cannot change them
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """Self-distillation. This version has no teacher."""
-
-    use_self_distillation: bool = False
-
-    def __post_init__(self) -> None:
-        if self.use_self_distillation:
-            raise ValueError("distillation: this version has no teacher; set use_self_distillation to false")
-
-
-@dataclass(frozen=True, kw_only=True)
-class APTConfig:
-    """Everything about the method. A leaf's name is enough to override it: ``target_sparsity=0.6``."""
-
-    method: str = "apt"  # "apt", or "lora": adapters alone, no gates, no events
-    rank: int = 8  # of every adapter at the start, at least 1
-    scale: float = 2.0  # unitless, s in W + s B A (LoRA's alpha / r)
-    target_modules: tuple[str, ...] | None = (
-        None  # names, endings of names, or roles (q, v, up, ...); None: the family's
-    )
-    momentum_salience: float = 0.85  # of the moving averages of salience and importance, [0, 1)
-    verify_events: bool = False  # check after each event that the logits on the latest batch did not move
-    pruning: PruningConfig = field(default_factory=PruningConfig)
-    tuning: TuningConfig = field(default_factory=TuningConfig)
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"config: method must be one of {list(METHODS)}, got {self.method!r}")
-        if self.rank < 1:
-            raise ValueError(f"config: rank must be at least 1, got {self.rank}")
-        if not 0.0 <= self.momentum_salience < 1.0:
-            raise ValueError(f"config: momentum_salience must be in [0, 1), got {self.momentum_salience}")
-        if self.target_modules is not None:
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-
-    def with_overrides(self, **overrides: Any) -> "APTConfig":
-        """A copy with leaves replaced by name.
-
-        Raises:
-            ValueError: no leaf has that name (the nearest ones are given), or a value is out of range.
-        """
-        changes: dict[str, dict[str, Any]] = {}
-        for name, value in overrides.items():
-            section = _section_of(self, name)
-            changes.setdefault(section, {})[name] = value
-        top = changes.pop("", {})
-        nested = {section: replace(getattr(self, section), **leaves) for section, leaves in changes.items()}
-        return replace(self, **top, **nested)
-
-
-def _section_of(config: APTConfig, name: str) -> str:
-    """The section that holds a leaf, "" for the top level."""
-    known: dict[str, str] = {}
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        if is_dataclass(value):
-            known.update({leaf.name: entry.name for leaf in fields(value)})
-        else:
-            known[entry.name] = ""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-        raise ValueError(f"config: unknown setting {name!r}; did you mean {', '.join(near)}?")
-    return known[name]
-
-
-@dataclass
-class PatchState:
-    """What `patch_model` leaves on the model: how it was built, and what `unpatch_model` and the export put back."""
-
-    config: APTConfig
-    family: Family | None  # None where the method needs none
-    valid: ValidTokens
-    requires_grad: dict[str, bool]  # of every parameter before the patch
-    use_cache: bool | None  # of the model's config before the patch
-    block_params: int  # of the original model, the denominator of sparsity; 0 without a family
-    params_before: int  # of the whole original model
-    hooks: list[Any] = field(default_factory=list)
-
-
-def patch_state(model: nn.Module) -> PatchState:
-    """The state that `patch_model` left. Raises ValueError on a model that is not patched."""
-    state = getattr(model, "_apt", None)
-    if not isinstance(state, PatchState):
-        raise ValueError("this model is not patched; call apt.patch_model(model) first")
-    return state
 
 
 class Controller:

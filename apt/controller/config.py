@@ -1,0 +1,77 @@
+"""APTConfig: everything about the method, and the overriding of a leaf by its name."""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from apt.pruner import PruningConfig
+from apt.tuner import TuningConfig
+
+METHODS = ("apt", "lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Self-distillation. This version has no teacher."""
+
+    use_self_distillation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.use_self_distillation:
+            raise ValueError("distillation: this version has no teacher; set use_self_distillation to false")
+
+
+@dataclass(frozen=True, kw_only=True)
+class APTConfig:
+    """Everything about the method. A leaf's name is enough to override it: ``target_sparsity=0.6``."""
+
+    method: str = "apt"  # "apt", or "lora": adapters alone, no gates, no events
+    rank: int = 8  # of every adapter at the start, at least 1
+    scale: float = 2.0  # unitless, s in W + s B A (LoRA's alpha / r)
+    target_modules: tuple[str, ...] | None = (
+        None  # names, endings of names, or roles (q, v, up, ...); None: the family's
+    )
+    momentum_salience: float = 0.85  # of the moving averages of salience and importance, [0, 1)
+    verify_events: bool = False  # check after each event that the logits on the latest batch did not move
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"config: method must be one of {list(METHODS)}, got {self.method!r}")
+        if self.rank < 1:
+            raise ValueError(f"config: rank must be at least 1, got {self.rank}")
+        if not 0.0 <= self.momentum_salience < 1.0:
+            raise ValueError(f"config: momentum_salience must be in [0, 1), got {self.momentum_salience}")
+        if self.target_modules is not None:
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+    def with_overrides(self, **overrides: Any) -> "APTConfig":
+        """A copy with leaves replaced by name.
+
+        Raises:
+            ValueError: no leaf has that name (the nearest ones are given), or a value is out of range.
+        """
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in overrides.items():
+            section = _section_of(self, name)
+            changes.setdefault(section, {})[name] = value
+        top = changes.pop("", {})
+        nested = {section: replace(getattr(self, section), **leaves) for section, leaves in changes.items()}
+        return replace(self, **top, **nested)
+
+
+def _section_of(config: APTConfig, name: str) -> str:
+    """The section that holds a leaf, "" for the top level."""
+    known: dict[str, str] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            known.update({leaf.name: entry.name for leaf in fields(value)})
+        else:
+            known[entry.name] = ""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+        raise ValueError(f"config: unknown setting {name!r}; did you mean {', '.join(near)}?")
+    return known[name]

@@ -1,0 +1,32 @@
+"""What `patch_model` leaves on a model, for the controller, the export and `unpatch_model`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from apt.controller.config import APTConfig
+from apt.families import Family
+from apt.gates import ValidTokens
+
+
+@dataclass
+class PatchState:
+    """What `patch_model` leaves on the model: how it was built, and what `unpatch_model` and the export put back."""
+
+    config: APTConfig
+    family: Family | None  # None where the method needs none
+    valid: ValidTokens
+    requires_grad: dict[str, bool]  # of every parameter before the patch
+    use_cache: bool | None  # of the model's config before the patch
+    block_params: int  # of the original model, the denominator of sparsity; 0 without a family
+    params_before: int  # of the whole original model
+    hooks: list[Any] = field(default_factory=list)
+
+
+def patch_state(model: nn.Module) -> PatchState:
+    """The state that `patch_model` left. Raises ValueError on a model that is not patched."""
+    state = getattr(model, "_apt", None)
+    if not isinstance(state, PatchState):
+        raise ValueError("this model is not patched; call apt.patch_model(model) first")
+    return state
