@@ -98,10 +98,10 @@ class APTrainer(Trainer):
     def throughput(self) -> dict[str, float]:
         """Tokens per second, padding included, before the first event and after the last; the same with none."""
         steps = [event.step for event in self.controller.events]
-        first, last = (steps[0], steps[-1]) if steps else (self._clock.steps, 0)
+        first, last = (steps[0], steps[-1]) if steps else (self._clock.last, 0)
         return {
             "tokens_per_s_before": self._clock.rate(0, first),
-            "tokens_per_s_after": self._clock.rate(last, self._clock.steps),
+            "tokens_per_s_after": self._clock.rate(last, self._clock.last),
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -128,33 +128,32 @@ class _Drive(TrainerCallback):
         self.trainer._clock.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._clock.end()
+        self.trainer._clock.end(state.global_step)
         self.trainer.controller.after_step()
 
 
 class _StepClock:
-    """Tokens and seconds of every optimizer step of this process; events lie between steps."""
+    """Tokens and seconds of the optimizer steps of this process, by their number in the run; events lie between."""
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._rows: list[tuple[int, float]] = []
+        self.last = 0  # number of the latest step
+        self._rows: dict[int, tuple[int, float]] = {}
         self._started = 0.0
-
-    @property
-    def steps(self) -> int:
-        return len(self._rows)
 
     def begin(self) -> None:
         self.tokens, self._started = 0, time.perf_counter()
 
-    def end(self) -> None:
+    def end(self, step: int) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._rows.append((self.tokens, time.perf_counter() - self._started))
+        self._rows[step] = self.tokens, time.perf_counter() - self._started
+        self.last = step
 
     def rate(self, first: int, last: int) -> float:
-        rows = self._rows[first:last]
-        return sum(tokens for tokens, _ in rows) / max(1e-9, sum(seconds for _, seconds in rows))
+        """Tokens per second over the steps after `first` up to `last`; 0 where this process did none of them."""
+        rows = [row for step, row in self._rows.items() if first < step <= last]
+        return sum(tokens for tokens, _ in rows) / sum(seconds for _, seconds in rows) if rows else 0.0
 
 
 def _trainer_arguments() -> set[str]:

@@ -1,5 +1,6 @@
 """Public ops: checks, choice of implementation, counters. The arithmetic lies in `eager.py` and the kernel files."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Literal
@@ -94,7 +95,7 @@ def masked_lora_linear(
     _require(op, {"mask_in": (mask_in, (I,)), "mask_out": (mask_out, (O,))})
     if gate is not None and gate.dim() != 1:
         _require(op, {"gate": (gate, (*lead, R))})
-        gate = gate.reshape(-1, R)
+        gate = gate.reshape(math.prod(lead), R)
     elif gate is not None:
         _require(op, {"gate": (gate, (R,))})
     if weight.dtype != x.dtype:
@@ -104,7 +105,8 @@ def masked_lora_linear(
     if not 0.0 <= dropout < 1.0 or (dropout > 0.0 and seed is None):
         raise ValueError(f"{op}: dropout must be in [0, 1) and needs a seed, got dropout={dropout}, seed={seed}")
     _implementation(op, backend)
-    y = _eager_lora_linear(x.reshape(-1, I), weight, a, b, bias, gate, mask_in, mask_out, scale, dropout, seed or 0)
+    x_TI = x.reshape(math.prod(lead), I)  # not -1, which nothing determines where I is 0
+    y = _eager_lora_linear(x_TI, weight, a, b, bias, gate, mask_in, mask_out, scale, dropout, seed or 0)
     return y.view(*lead, O)
 
 
@@ -140,7 +142,7 @@ def gate(
     _implementation("gate", backend)
     collect = sums is not None and torch.is_grad_enabled() and h.requires_grad
     y = _eager_gate(
-        h.reshape(-1, D),
+        h.reshape(math.prod(h.shape[:-1]), D),
         mask,
         sums if collect else None,
         count if collect else None,

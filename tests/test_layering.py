@@ -33,6 +33,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "trainer",
     "export",
     "report",
+    "run",
     "manager",
     "cli",
     "__main__",

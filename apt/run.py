@@ -1,0 +1,274 @@
+"""A whole run: from a config to a folder that holds the small model, its metrics and its events."""
+
+import copy
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import utils as hub
+from torch import nn
+from transformers import AutoTokenizer, ProgressCallback
+
+from apt import __version__
+from apt.config import RunConfig, load_config
+from apt.data import DatasetLoader
+from apt.evaluate import Evaluator, latency_ms, time_events
+from apt.export import export_model, load_model
+from apt.patch import patch_model, summary
+from apt.records import append_jsonl, write_json
+from apt.report import print_report
+from apt.tasks import METRIC, build_model, build_tokenizer, choose_device, compute_metrics, training_arguments
+from apt.trainer import APTrainer
+
+CONFIG, METRICS, EVENTS, TIMINGS = "config.yaml", "metrics.json", "events.jsonl", "event_timing.json"
+CHECKPOINTS, MODEL = "checkpoints", "model"
+FREE_ON_RESUME = ("save_steps", "logging_steps")  # of the training section; all else shapes the run
+
+
+def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> Path:
+    """A whole run: train, export, load the export again, measure it, report. Returns the run's folder.
+
+    Everything is written to ``<output_dir>.partial``, which gets its name only at the end: a finished run of that name
+    stays until a new one has succeeded.
+
+    Raises:
+        ValueError: the output folder holds something, or a setting, the data or the model is not what it must be.
+        FloatingPointError: the loss became NaN or infinite; the last good state is saved as a checkpoint.
+    """
+    output = Path(config.output_dir).expanduser()
+    partial = output.with_name(output.name + ".partial") if output.name else output
+    _check_output(output, overwrite)
+    checkpoint = _unfinished(partial, config, overwrite, resume)
+    _start(config)
+    tokenizer = build_tokenizer(config)
+    data = DatasetLoader(config.data, tokenizer, config.training.seed, num_labels=config.model.num_labels)
+    print(f"{len(data.train):,} sentences to train on, {len(data.test):,} to test on", file=sys.stderr)
+    if checkpoint is None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    (partial / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    trainer, seconds = _fit(config, tokenizer, data, partial, checkpoint)
+    metrics = _measure(config, tokenizer, data, partial, trainer)
+    if checkpoint is not None:
+        # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
+        step = int(Path(checkpoint).name.rpartition("-")[2])
+        metrics |= {"resumed_from_step": step, "tokens_per_s_before": None, "tokens_per_s_after": None}
+    write_json(partial / METRICS, metrics | {"train_seconds": seconds})
+    shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+    _give_name(partial, output)
+
+    print_report(output)
+    return output
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.name:
+        raise ValueError(f"train: output_dir must name a folder, got {str(output)!r}")
+    if (output / METRICS).exists() and not overwrite:
+        raise ValueError(f"train: {output} holds a finished run; give --overwrite to replace it, or another output_dir")
+    if output.exists() and not (output / METRICS).exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"train: {output} exists and is no run; it stays as it is, give another output_dir")
+
+
+def _unfinished(partial: Path, config: RunConfig, overwrite: bool, resume: bool) -> str | None:
+    """The checkpoint to go on from, None for a fresh start; ValueError where that would cost a checkpoint unasked."""
+    found = sorted(partial.glob(f"{CHECKPOINTS}/checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    if found and resume:
+        _check_same_run(partial / CONFIG, config)
+        return str(found[-1])
+    if found and not overwrite:
+        raise ValueError(
+            f"train: {partial} holds {found[-1].name} of an unfinished run; give --resume to go on, or --overwrite to "
+            f"start anew"
+        )
+    return None
+
+
+def _check_same_run(path: Path, config: RunConfig) -> None:
+    """A checkpoint goes on with the settings it was made with: optimizer and schedule come from it anyway."""
+    before = load_config(path)
+    for section in ("model", "data", "training", "pruning", "tuning", "distillation"):
+        ours, theirs = vars(getattr(config, section)), vars(getattr(before, section))
+        for key in ours:
+            if ours[key] != theirs[key] and not (section == "training" and key in FREE_ON_RESUME):
+                raise ValueError(
+                    f"train: {section}.{key} is {ours[key]!r}, but the unfinished run has {theirs[key]!r}; --resume "
+                    f"with the same settings, or --overwrite to start anew"
+                )
+
+
+def _start(config: RunConfig) -> None:
+    """Seeds, threads, and quiet libraries; this is the process of a command, so it may set them."""
+    if config.hardware.num_threads is not None:
+        torch.set_num_threads(config.hardware.num_threads)
+    transformers.set_seed(config.training.seed)
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Where the hub cannot be reached, its retries are told one by one; our error says it once.
+    hub_logging: Any = hub.logging
+    hub_logging.set_verbosity_error()
+
+
+class _Bar(ProgressCallback):
+    """The progress bar with the loss on it, instead of a line for each."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def close(self) -> None:
+        """End its line, also where training failed: what is printed next starts on a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
+
+def _fit(
+    config: RunConfig, tokenizer: Any, data: DatasetLoader, partial: Path, checkpoint: str | None
+) -> tuple[APTrainer, float]:
+    """Patch and train the model; returns the trainer and the seconds of training."""
+    model = build_model(config, data.num_labels, tokenizer, data.label_names)
+    trainer = APTrainer(
+        model=patch_model(model, config.apt_config()),
+        args=training_arguments(config, partial / CHECKPOINTS),
+        train_dataset=data.train,
+        data_collator=data.collator,
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        event_log=partial / EVENTS,
+    )
+    trainer.remove_callback(ProgressCallback)
+    bar = _Bar()
+    trainer.add_callback(bar)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        bar.close()
+    seconds = time.perf_counter() - started
+    # A run that went on from a checkpoint has logged again what came after it.
+    (partial / EVENTS).unlink(missing_ok=True)
+    for event in trainer.controller.events:
+        append_jsonl(partial / EVENTS, event.to_json())
+    return trainer, seconds
+
+
+def _measure(
+    config: RunConfig, tokenizer: Any, data: DatasetLoader, partial: Path, trainer: APTrainer
+) -> dict[str, Any]:
+    """Export the model, load it again, and measure what was loaded; writes the model and the timings of the events."""
+    settings, device = config.evaluation, choose_device(config.hardware)
+    evaluator = Evaluator(tokenizer, settings.inference_batch_size)
+    model = trainer.model
+    assert model is not None
+    counts = summary(model)
+    trained = evaluator.evaluate(model, data.test)[METRIC]
+    export_model(model, partial / MODEL, overwrite=True)
+    tokenizer.save_pretrained(partial / MODEL)
+    small = load_model(partial / MODEL).to(device)
+    dense = build_model(config, data.num_labels, tokenizer).to(device)
+    latency = _latency(config, dense, small, len(tokenizer))
+    scores = evaluator.evaluate(small, data.test)
+    if trainer.controller.events and settings.event_timing_steps:
+        write_json(partial / TIMINGS, _event_timing(config, tokenizer, data, trainer, dense))
+    return {
+        "method": config.model.method,
+        "model": config.model.name,
+        "data": config.data.datasets,
+        **scores,
+        f"{METRIC}_before_export": trained,
+        "target_sparsity": config.pruning.target_sparsity if config.model.method == "apt" else 0.0,
+        "sparsity": counts.sparsity,
+        "params_before": counts.params_before,
+        "params_after": counts.params_after,
+        "num_events": len(trainer.controller.events),
+        "steps": trainer.state.global_step,
+        **latency,
+        **trainer.throughput(),
+        "train_size": len(data.train),
+        "test_size": len(data.test),
+        "seed": config.training.seed,
+        "device": str(device),
+        "versions": _versions(),
+    }
+
+
+def _latency(config: RunConfig, dense: nn.Module, small: nn.Module, vocab_size: int) -> dict[str, Any]:
+
+    settings = config.evaluation
+    shape = settings.inference_batch_size, settings.inference_length
+    times = latency_ms(
+        {"dense": dense, "small": small},
+        batch_size=shape[0],
+        length=shape[1],
+        vocab_size=vocab_size,
+        repeats=settings.inference_repeats,
+    )
+    return {
+        "latency_ms_dense": times["dense"],
+        "latency_ms_small": times["small"],
+        "speedup": times["dense"] / times["small"],
+        "latency_shape": list(shape),
+    }
+
+
+def _event_timing(
+    config: RunConfig, tokenizer: Any, data: DatasetLoader, trainer: APTrainer, dense: nn.Module
+) -> dict[str, Any]:
+    """Steps before and after each event, on a batch of sentences of middling length."""
+
+    size = min(config.training.batch_size, len(data.train))
+    by_length = sorted(range(len(data.train)), key=lambda i: len(data.train.columns["input_ids"][i]))
+    middle = (len(by_length) - size) // 2
+    device = next(dense.parameters()).device
+    batch = data.collator([data.train[i] for i in by_length[middle : middle + size]])
+    batch = {name: value.to(device) for name, value in batch.items()}
+    steps = config.evaluation.event_timing_steps
+
+    def make_model() -> nn.Module:
+        return patch_model(copy.deepcopy(dense), config.apt_config()).to(device)
+
+    rows = time_events(make_model, trainer.controller.events, batch, steps)
+    return {"sentences": size, "tokens": batch["input_ids"].shape[1], "steps": steps, "events": rows}
+
+
+def _versions() -> dict[str, str]:
+
+    return {
+        "apt-lm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _give_name(partial: Path, output: Path) -> None:
+    """Rename a complete run; an older one of the name is moved aside first and removed last."""
+    replaced = output.with_name(output.name + ".replaced")
+    if (output / METRICS).exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(output, replaced)
+    os.rename(partial, output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Scores of an export, with the tokenizer beside it, on the test split of a config.
+
+    Raises:
+        ValueError: the folder is no export, or the data does not fit it.
+    """
+    _start(config)
+
+    model = load_model(folder).to(choose_device(config.hardware))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hf_config: Any = model.config
+    data = DatasetLoader(config.data, tokenizer, config.training.seed, num_labels=hf_config.num_labels)
+    scores = Evaluator(tokenizer, config.evaluation.inference_batch_size).evaluate(model, data.test)
+    return {**scores, "test_size": len(data.test), "folder": str(folder), "data": config.data.datasets}

@@ -1,0 +1,160 @@
+"""Scores against brute force: units from the tensors themselves, adapters by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from check import close
+from tiny_models import MODELS, fill_adapters, tiny_batch, tiny_model
+from torch import Tensor, nn
+
+import apt
+from apt.adapters import APTAdapter
+from apt.families import find_family
+from apt.gates import MaskGate
+from apt.salience import MovingAverage, adapter_importance, unit_scores
+from apt.units import UnitGroup, find_units
+
+WIDE = torch.float64
+
+
+def collecting(name: str) -> tuple[Any, list[UnitGroup]]:
+    """A model whose gates collect, in float64 as the rest."""
+    model = fill_adapters(apt.patch_model(tiny_model(name), rank=2))
+    groups = find_units(model, find_family(model))
+    for group in groups:
+        group.gate.sums = group.gate.sums.to(WIDE)
+        group.gate.count = group.gate.count.to(WIDE)
+        group.gate.collecting = True
+    return model, groups
+
+
+def brute_force(model: Any, groups: list[UnitGroup], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``sum over features of mean|h| * sum|dL/dy|`` from the tensors before and behind each gate, token by token."""
+    seen: dict[MaskGate, tuple[Tensor, Tensor]] = {}
+
+    def keep(gate: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        output.retain_grad()
+        seen[gate] = (inputs[0].detach(), output)  # type: ignore[index]
+
+    hooks = [group.gate.register_forward_hook(keep) for group in groups]
+    model(**batch).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    valid = batch["attention_mask"].bool()
+    scores = {}
+    for group in groups:
+        h, y = seen[group.gate]
+        units = []
+        for unit in range(group.num_units):
+            features = range(unit * group.gate.unit_size, (unit + 1) * group.gate.unit_size)
+            units.append(sum(h[valid][:, k].abs().mean() * y.grad[valid][:, k].abs().sum() for k in features))
+        scores[group.name] = torch.stack(units)
+    return scores
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["open", "masks on their way"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "llama"])
+def test_unit_scores_equal_brute_force_without_padding(name: str, masked: bool) -> None:
+    model, groups = collecting(name)
+    if masked:
+        for group in groups:
+            group.gate.set_mask(torch.randint(0, 3, (group.num_units,)) / 2)
+    wanted = brute_force(model, groups, tiny_batch(name))
+    for group in groups:
+        close(group.name, unit_scores(group), wanted[group.name])
+    assert min(scores.max() for scores in wanted.values()) > 1e-6
+
+
+def test_padding_would_count() -> None:
+    """The batch above can tell: with every token taken for real, the scores differ."""
+    model, groups = collecting("llama_gqa")
+    batch = tiny_batch("llama_gqa")
+    brute_force(model, groups, batch)
+    padded = {group.name: unit_scores(group) for group in groups}
+    model, groups = collecting("llama_gqa")
+    model._apt.hooks[0].remove()  # nobody says which tokens are real
+    brute_force(model, groups, batch)
+    assert all((unit_scores(group) - padded[group.name]).abs().max() > 1e-6 for group in groups)
+
+
+def pieces(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, len(batch["labels"]), size)]
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=["4 x 1", "2 x 2"])
+def test_scores_do_not_depend_on_micro_batching(size: int) -> None:
+    """Loss over k, one backward each, scores once at the end: as one batch. (The product is not additive.)"""
+    batch = tiny_batch("roberta")
+    model, groups = collecting("roberta")
+    model(**batch).loss.backward()
+    whole = {group.name: unit_scores(group) for group in groups}
+    model, groups = collecting("roberta")
+    parts = pieces(batch, size)
+    for part in parts:
+        (model(**part).loss / len(parts)).backward()
+    for group in groups:
+        close(group.name, unit_scores(group), whole[group.name])
+
+
+def test_scores_do_not_depend_on_the_batch_size() -> None:
+    """Of a mean loss: each sentence twice is the same evidence."""
+    batch = tiny_batch("bert")
+    twice = {key: torch.cat([value, value]) for key, value in batch.items()}
+    found = []
+    for given in (batch, twice):
+        model, groups = collecting("bert")
+        model(**given).loss.backward()
+        found.append(torch.cat([unit_scores(group) for group in groups]))
+    close("twice", found[1], found[0])
+
+
+def test_scores_are_divided_by_the_loss_scale() -> None:
+    batch = tiny_batch("bert")
+    model, groups = collecting("bert")
+    model(**batch).loss.backward()
+    plain = [unit_scores(group) for group in groups]
+    model, groups = collecting("bert")
+    (model(**batch).loss * 1024).backward()
+    for group, wanted in zip(groups, plain, strict=True):
+        close(group.name, unit_scores(group, 1024.0), wanted)
+
+
+def test_no_token_gives_no_score() -> None:
+    _, groups = collecting("bert")
+    assert all(not unit_scores(group).any() for group in groups)
+
+
+def test_adapter_importance_by_hand() -> None:
+    adapter = APTAdapter(nn.Linear(4, 3), rank=2).to(WIDE)
+    assert adapter_importance(adapter) == 0  # no gradient yet
+    with torch.no_grad():
+        adapter.lora_B.copy_(torch.tensor([[1.0, -2.0], [3.0, 0.5], [0.0, 4.0]]))
+    adapter.lora_B.grad = torch.tensor([[2.0, 1.0], [-1.0, 2.0], [5.0, -0.5]], dtype=WIDE)
+    by_rank = [1 * 2 + 3 * -1 + 0, -2 * 1 + 0.5 * 2 + 4 * -0.5]  # -1 and -3: signed inside a rank
+    assert adapter_importance(adapter) == abs(by_rank[0]) + abs(by_rank[1])
+    assert adapter_importance(adapter, 4.0) == 1.0
+
+
+def test_importance_of_a_and_of_b_is_one_number() -> None:
+    """Signed sums inside a rank are the same for both factors, which is why B alone is read."""
+    model = fill_adapters(apt.patch_model(tiny_model("bert"), rank=3))
+    model(**tiny_batch("bert")).loss.backward()
+    for name, adapter in model.named_modules():
+        if isinstance(adapter, APTAdapter) and adapter.rank:
+            of_a = (adapter.lora_A * adapter.lora_A.grad).sum(1).abs().sum()
+            close(name, adapter_importance(adapter), of_a.detach())
+
+
+def test_moving_average() -> None:
+    average = MovingAverage(0.85)
+    old = torch.zeros(3, dtype=WIDE)
+    for new in torch.rand(4, 3, dtype=WIDE):
+        average.update({"unit": new})
+        old = 0.85 * old + 0.15 * new
+        close("average", average.values["unit"], old)
+    average.keep("unit", torch.tensor([0, 2]))
+    average.keep("absent", torch.tensor([0]))
+    close("kept", average.values["unit"], old[[0, 2]])
+    average.reset()
+    assert average.values == {}

@@ -1,0 +1,112 @@
+"""Units: exact costs, in every family, whole and shrunk, and the floors that decoders need."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import GENERATORS, MODELS, NAMES, random_plan, tiny_model
+from torch import nn
+
+import apt
+from apt.families import ROLES, base_model, find_family
+from apt.surgery import apply_prune_plan
+from apt.units import block_params, find_units, required_heads
+
+
+def live_params(model: nn.Module) -> int:
+    """Every number inside the layers but the adapters'."""
+    layers = find_family(model).layer_list(model)
+    return sum(p.numel() for name, p in layers.named_parameters() if "lora_" not in name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_params_are_what_lies_inside_the_layers(name: str) -> None:
+    model = tiny_model(name)
+    wanted = live_params(model)
+    assert block_params(model, find_family(model)) == wanted  # a plain model has no adapters to leave out
+    model = apt.patch_model(model, rank=3, target_modules=ROLES if "bert" not in name else ("q", "o", "up", "down"))
+    assert block_params(model, find_family(model)) == wanted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cost_of_a_unit_is_what_goes_with_it(name: str) -> None:
+    """Removing one unit of one group frees exactly its cost; a second time too, at the sizes of then."""
+    model = apt.patch_model(tiny_model(name))
+    family = find_family(model)
+    for seed in (1, 2):
+        for group in find_units(model, family):
+            if group.num_units > group.floor + 1:
+                before, cost = live_params(model), group.cost()
+                kept = {group.name: list(range(1, group.num_units))}
+                apply_prune_plan(model, replace(random_plan(model, seed=seed), kept=kept))
+                assert before - live_params(model) == cost == before - block_params(model, family), group.name
+        apply_prune_plan(model, random_plan(model, seed=seed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_units_and_what_stays_add_up(name: str) -> None:
+    model = apt.patch_model(tiny_model(name))
+    family = find_family(model)
+    groups = find_units(model, family)
+    layers = family.layer_list(model)
+    prunable = {id(module) for group in groups for module in (member.linear for member in group.members)}
+    stays = 0
+    for module in layers.modules():
+        if id(module) not in prunable:
+            stays += sum(p.numel() for p in module.parameters(recurse=False))
+    out_biases = [m.linear.bias for group in groups for m in group.members if m.axis == "in"]
+    stays += sum(bias.numel() for bias in out_biases if bias is not None)
+    assert sum(group.num_units * group.cost() for group in groups) + stays == live_params(model)
+
+
+def test_costs_by_hand() -> None:
+    """d = 32: BERT has 4 heads of 8 and biases; grouped Llama 4 groups of 2 query heads of 4 and none."""
+    models = [apt.patch_model(tiny_model(name)) for name in ("bert", "llama_gqa")]
+    costs = [{group.kind: group.cost() for group in find_units(model, find_family(model))} for model in models]
+    assert costs[0] == {"head": 4 * 32 * 8 + 3 * 8, "neuron": 2 * 32 + 1}
+    assert costs[1] == {"head": 32 * (2 * 8 + 2 * 4), "neuron": 3 * 32}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_order_and_members(name: str) -> None:
+    model = apt.patch_model(tiny_model(name))
+    groups = find_units(model, find_family(model))
+    layers = MODELS[name].settings.get("num_hidden_layers", 3)
+    assert [group.name for group in groups] == [
+        f"layers.{i}.{kind}s" for i in range(layers) for kind in ("head", "neuron")
+    ]
+    gated = "bert" not in name
+    for group in groups:
+        assert len(group.members) == (4 if group.kind == "head" else 2 + gated)
+        assert [member.axis for member in group.members][-1] == "in"
+        assert len({id(member.linear) for member in group.members}) == len(group.members)
+        for member in group.members:
+            live = member.linear.n_out if member.axis == "out" else member.linear.n_in
+            assert live == member.width * group.num_units
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoders_keep_a_group_in_the_first_layer_of_each_attention_type(name: str) -> None:
+    model = apt.patch_model(tiny_model(name))
+    wanted = {0, 1} if name == "qwen2_mixed" else {0} if name in [*GENERATORS, "llama_cls"] else set()
+    assert required_heads(model.config, find_family(model)) == wanted
+    floors = {group.name: group.floor for group in find_units(model, find_family(model))}
+    assert {key for key, floor in floors.items() if floor} == {f"layers.{index}.heads" for index in wanted}
+    raised = find_units(model, find_family(model), min_heads=2, min_neurons=7)
+    assert {group.floor for group in raised if group.kind == "head"} == {2}
+    assert {group.floor for group in raised if group.kind == "neuron"} == {7}
+    capped = find_units(model, find_family(model), min_heads=99, min_neurons=99)
+    assert all(group.floor == group.num_units for group in capped)
+
+
+def test_a_group_that_lost_everything_is_no_group() -> None:
+    model = apt.patch_model(tiny_model("llama"))
+    apply_prune_plan(model, random_plan(model, no_heads=[1], no_neurons=[2], seed=1))
+    names = {group.name for group in find_units(model, find_family(model))}
+    assert {"layers.1.heads", "layers.2.neurons"}.isdisjoint(names)
+    assert len(names) == 4
+
+
+def test_the_base_model_alone_has_the_same_units() -> None:
+    model = apt.patch_model(base_model(tiny_model("bert")).to(torch.float32))
+    assert len(find_units(model, find_family(model))) == 6

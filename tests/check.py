@@ -1,0 +1,32 @@
+"""Two comparisons for every test, and the one table of tolerances. None is ever loosened to get green."""
+
+import torch
+from torch import Tensor
+
+# What an op may err beyond eager PyTorch in the same dtype, for values of unit variance.
+SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# How far two ways to the same number may part, over max(1, |number|).
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+def no_worse_than_eager(name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """`truth` is the reference in float64, `eager` the same reference in the dtype of `got`."""
+    assert got.shape == truth.shape, f"{name}: {tuple(got.shape)} instead of {tuple(truth.shape)}"
+    assert got.dtype == eager.dtype, f"{name}: {got.dtype} instead of {eager.dtype}"
+    if got.numel() == 0:
+        return
+    assert torch.isfinite(got).all(), f"{name}: non-finite"
+    allowed = (eager.double() - truth).abs() + SLACK[got.dtype] * truth.abs().clamp(min=1.0)
+    excess = ((got.double() - truth).abs() - allowed).max().item()
+    assert excess <= 0, f"{name}: {excess:.2e} beyond eager's own error, {tuple(got.shape)}, {got.dtype}"
+
+
+def close(name: str, got: Tensor, wanted: Tensor) -> None:
+    """Equal up to the order of additions."""
+    assert got.shape == wanted.shape, f"{name}: {tuple(got.shape)} instead of {tuple(wanted.shape)}"
+    assert got.dtype == wanted.dtype, f"{name}: {got.dtype} instead of {wanted.dtype}"
+    if got.numel() == 0:
+        return
+    assert torch.isfinite(got).all(), f"{name}: non-finite"
+    apart = ((got - wanted).abs() / wanted.abs().clamp(min=1.0)).max().item()
+    assert apart <= TOLERANCE[got.dtype], f"{name}: {apart:.2e} apart, {tuple(got.shape)}, {got.dtype}"

@@ -1,0 +1,317 @@
+"""masked_lora_linear: the reference's numbers and gradients, no more work and memory than promised, clear errors."""
+
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+import torch
+from check import close, no_worse_than_eager
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import apt_kernels
+from apt_kernels import masked_lora_linear, reference
+
+SCALE = 0.7
+LEARNT = ("x", "a", "b", "gate")
+# leading shape of x, I, O, R
+SHAPES = {
+    "one token": ((1,), 16, 24, 8),
+    "odd": ((7,), 13, 11, 5),
+    "ragged": ((33,), 65, 129, 5),
+    "3-D": ((2, 5), 24, 40, 8),
+    "1-D": ((), 12, 10, 2),
+    "wide rank": ((9,), 16, 16, 40),
+    "no rank": ((9,), 16, 24, 0),
+    "no inputs": ((9,), 0, 24, 4),
+    "no outputs": ((9,), 16, 0, 4),
+    "no tokens": ((0,), 16, 24, 4),
+}
+OPTIONS = [
+    {"mask_in": m_in, "mask_out": m_out, "bias": bias, "gate": gate}
+    for m_in, m_out, bias, gate in product((0, 1), (0, 1), (0, 1), (None, "rank", "row"))
+]
+EVERYTHING = {"mask_in": 1, "mask_out": 1, "bias": 1, "gate": "row"}
+
+
+def option_id(options: dict[str, Any]) -> str:
+    return "+".join(f"gate per {v}" if k == "gate" else k for k, v in options.items() if v) or "plain"
+
+
+Inputs = dict[str, Any]  # x, weight, a, b, then what the op takes by name; None where an option is off
+
+
+def make_inputs(
+    lead: tuple[int, ...], I: int, O: int, R: int, device: str, *, mask_in: int, mask_out: int, bias: int, gate: Any
+) -> Inputs:
+    """Inputs in float64 that give an output of about unit variance, and gradients too."""
+
+    def draw(*shape: int, over: int = 1) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, device=device) / max(1, over) ** 0.5
+
+    def mask(size: int) -> Tensor:  # some shut, some open, some on their way
+        return torch.randint(0, 3, (size,), device=device).double() / 2
+
+    return {
+        "x": draw(*lead, I),
+        "weight": draw(O, I, over=max(I, O)),
+        "a": draw(R, I, over=max(I, R)),
+        "b": draw(O, R, over=max(O, R)),
+        "bias": draw(O) if bias else None,
+        "gate": {None: None, "rank": draw(R), "row": draw(*lead, R)}[gate],
+        "mask_in": mask(I) if mask_in else None,
+        "mask_out": mask(O) if mask_out else None,
+    }
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Fresh leaves in a dtype; those that learn ask for their gradient."""
+    return {k: None if t is None else t.detach().to(dtype).requires_grad_(k in LEARNT) for k, t in inputs.items()}
+
+
+def call(op: Any, inputs: Inputs, **more: Any) -> Tensor:
+    named = dict(inputs)
+    positional = [named.pop(k) for k in ("x", "weight", "a", "b")]
+    return op(*positional, **named, **{"scale": SCALE, **more})
+
+
+def run(op: Any, inputs: Inputs, upstream: Tensor, **more: Any) -> dict[str, Tensor]:
+    """Output and every gradient."""
+    leaves = {k: t for k, t in inputs.items() if t is not None and t.requires_grad}
+    y = call(op, inputs, **more)
+    grads = torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype))
+    return {"y": y.detach(), **{f"grad of {k}": grad for k, grad in zip(leaves, grads, strict=True)}}
+
+
+def upstream_of(inputs: Inputs) -> Tensor:
+    """A random gradient, so that an index slip in backward is seen."""
+    lead = inputs["x"].shape[:-1]
+    return torch.randn_like(inputs["x"].new_zeros(*lead, len(inputs["weight"]))) / max(1, lead.numel()) ** 0.5
+
+
+def against_reference(inputs: Inputs, dtype: torch.dtype) -> None:
+    inputs = {k: None if t is None else t.to(dtype).double() for k, t in inputs.items()}  # all three see the same
+    upstream = upstream_of(inputs).to(dtype)
+    got = run(masked_lora_linear, cast(inputs, dtype), upstream)
+    eager = run(reference.masked_lora_linear, cast(inputs, dtype), upstream)
+    truth = run(reference.masked_lora_linear, cast(inputs, torch.float64), upstream)
+    assert got.keys() == truth.keys()
+    for name in truth:
+        no_worse_than_eager(name, got[name], eager[name], truth[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
+def test_every_combination_of_options(options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    against_reference(make_inputs((3, 7), 20, 28, 5, device, **options), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape(shape: str, dtype: torch.dtype, device: str) -> None:
+    for gate in ("rank", "row"):
+        against_reference(make_inputs(*SHAPES[shape], device, **{**EVERYTHING, "gate": gate}), dtype)
+
+
+@pytest.mark.parametrize("strided", ["view of a bigger weight", "transposed weight", "strided x", "expanded upstream"])
+def test_strides(strided: str, device: str) -> None:
+    inputs = cast(make_inputs((7,), 13, 11, 5, device, **EVERYTHING), torch.float64)
+    upstream = upstream_of(inputs)
+    if strided == "view of a bigger weight":
+        bigger = torch.full((20, 30), float("nan"), dtype=torch.float64, device=device)
+        bigger[:11, :13] = inputs["weight"]
+        inputs["weight"] = bigger[:11, :13]
+    elif strided == "transposed weight":
+        inputs["weight"] = inputs["weight"].T.contiguous().T
+    elif strided == "strided x":
+        inputs["x"] = inputs["x"].detach().repeat_interleave(2, dim=1)[:, ::2].requires_grad_()
+    else:
+        upstream = upstream[:1].expand(7, 11)
+    got = run(masked_lora_linear, inputs, upstream)
+    truth = run(reference.masked_lora_linear, inputs, upstream.contiguous())
+    for name in truth:
+        close(name, got[name], truth[name])
+
+
+def test_new_ranks_over_zero_columns_of_b_leave_the_output(device: str) -> None:
+    inputs = make_inputs((7,), 13, 11, 5, device, **{**EVERYTHING, "gate": None})
+    before = call(masked_lora_linear, inputs)
+    inputs["a"] = torch.cat([inputs["a"], torch.randn_like(inputs["a"])])
+    inputs["b"] = torch.cat([inputs["b"], torch.zeros_like(inputs["b"])], dim=1)
+    close("y", call(masked_lora_linear, inputs), before)
+
+
+SUBSETS = [subset for size in range(1, 5) for subset in combinations(LEARNT, size)]
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids="+".join)
+def test_only_the_gradients_asked_for_are_computed(wanted: tuple[str, ...], device: str) -> None:
+    T, I, O, R = 6, 20, 28, 5
+    inputs = cast(make_inputs((T,), I, O, R, device, **{**EVERYTHING, "gate": "rank"}), torch.float64)
+    upstream = upstream_of(inputs)
+    truth = run(reference.masked_lora_linear, inputs, upstream)
+    for name in LEARNT:
+        inputs[name].requires_grad_(name in wanted)
+    y = call(masked_lora_linear, inputs)
+    with FlopCounterMode(display=False) as counter:
+        y.backward(upstream)
+    for name, tensor in inputs.items():
+        if name in wanted:
+            close(name, tensor.grad, truth[f"grad of {name}"])
+        else:
+            assert tensor.grad is None
+    # dB, the gradient of the rank product, dA, dx; the in-place product that completes dx is not in torch's table.
+    products = T * O * R * ("b" in wanted) + T * O * R * bool({"x", "a", "gate"} & set(wanted))
+    products += T * I * R * ("a" in wanted) + T * O * I * ("x" in wanted)
+    assert counter.get_total_flops() == 2 * products
+
+
+@pytest.mark.parametrize("gate", ["rank", "row"])
+def test_gradcheck(gate: str, device: str) -> None:
+    inputs = cast(make_inputs((2, 3), 5, 4, 3, device, **{**EVERYTHING, "gate": gate}), torch.float64)
+
+    def op(*learnt: Tensor) -> Tensor:
+        return call(masked_lora_linear, inputs | dict(zip(LEARNT, learnt, strict=True)), dropout=0.4, seed=5)
+
+    assert torch.autograd.gradcheck(op, [inputs[name] for name in LEARNT])
+
+
+def test_dropout_by_seed(device: str) -> None:
+    """On an op that is its rank product alone (W = 0, A = B = I), what is dropped can be read off the output."""
+    T, R = 2000, 4
+    x = torch.randn(T, R, dtype=torch.float64, device=device).requires_grad_()
+    eye = torch.eye(R, dtype=torch.float64, device=device)
+    b, gate = eye.clone().requires_grad_(), torch.ones(T, R, dtype=torch.float64, device=device).requires_grad_()
+
+    def op(p: float, seed: int | None) -> Tensor:
+        return masked_lora_linear(x, torch.zeros_like(eye), eye, b, scale=1.0, gate=gate, dropout=p, seed=seed)
+
+    y = op(0.25, 3)
+    assert torch.equal(y, op(0.25, 3))
+    assert not torch.equal(y, op(0.25, 4))
+    assert torch.equal(op(0.0, None), x)
+    kept = y != 0
+    close("kept entries", y[kept], x[kept] / 0.75)
+    assert abs(kept.double().mean().item() - 0.75) < 0.02
+    upstream = torch.randn_like(y)
+    grad_x, grad_b, grad_gate = torch.autograd.grad(y, [x, b, gate], upstream)
+    close("grad of x", grad_x, upstream * kept / 0.75)
+    close("grad of b", grad_b, upstream.T @ y.detach())
+    close("grad of gate", grad_gate, upstream * y.detach())
+
+
+def test_dropout_leaves_the_global_random_state(device: str) -> None:
+    inputs = make_inputs((4,), 6, 5, 2, device, **EVERYTHING)
+    before = torch.get_rng_state()
+    call(masked_lora_linear, inputs, dropout=0.5, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_second_backward_is_equal_and_nothing_given_is_written(device: str) -> None:
+    inputs = cast(make_inputs((7,), 13, 11, 5, device, **EVERYTHING), torch.float64)
+    y = call(masked_lora_linear, inputs, dropout=0.3, seed=1)
+    given = {**inputs, "upstream": upstream_of(inputs)}
+    before = {k: t.detach().clone() for k, t in given.items()}
+    leaves = [inputs[name] for name in LEARNT]
+    first, second = (torch.autograd.grad(y, leaves, given["upstream"], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(given[k], before[k]) for k in given)
+
+
+def test_adapters_in_float32_over_a_bfloat16_base(device: str) -> None:
+    narrow = cast(make_inputs((7,), 13, 11, 5, device, **EVERYTHING), torch.bfloat16)
+    wide = {k: narrow[k].detach().float().requires_grad_() for k in ("a", "b", "gate")}
+    upstream = upstream_of(narrow)
+    got = run(masked_lora_linear, narrow | wide, upstream)
+    assert {name for name, t in got.items() if t.dtype == torch.bfloat16} == {"y", "grad of x"}
+    eager = run(reference.masked_lora_linear, cast(narrow, torch.bfloat16), upstream)
+    truth = run(reference.masked_lora_linear, cast(narrow, torch.float64), upstream)
+    for name in truth:
+        no_worse_than_eager(name, got[name].bfloat16(), eager[name], truth[name])
+
+
+def test_autocast(device: str) -> None:
+    inputs = cast(make_inputs((3, 7), 20, 28, 5, device, **EVERYTHING), torch.float32)
+    upstream = upstream_of(inputs)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = run(masked_lora_linear, inputs, upstream)
+    assert got.pop("y").dtype == torch.bfloat16
+    assert {t.dtype for t in got.values()} == {torch.float32}
+    eager = run(reference.masked_lora_linear, cast(inputs, torch.bfloat16), upstream)
+    truth = run(reference.masked_lora_linear, cast(inputs, torch.float64), upstream)
+    for name, grad in got.items():
+        no_worse_than_eager(name, grad.bfloat16(), eager[name], truth[name])
+
+
+@pytest.mark.parametrize("options", [EVERYTHING, {**EVERYTHING, "gate": None, "mask_in": 0}], ids=option_id)
+def test_saves_nothing_but_x_the_rank_product_and_parameters(options: dict[str, Any], device: str) -> None:
+    T, R = 50, 5
+    inputs = cast(make_inputs((T,), 20, 28, R, device, **options), torch.float32)
+    shared = {t.data_ptr() for t in inputs.values() if t is not None}
+    fresh: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in shared:
+            fresh.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(masked_lora_linear, inputs, dropout=0.2, seed=1)
+    assert sum(t.numel() * t.element_size() for t in fresh) == T * R * 4
+
+
+def test_checkpointing_changes_no_bit(device: str) -> None:
+    inputs = cast(make_inputs((3, 7), 20, 28, 5, device, **EVERYTHING), torch.float32)
+    upstream = upstream_of(inputs)
+
+    def recomputed(*args: Tensor, **kwargs: Any) -> Any:
+        return checkpoint(masked_lora_linear, *args, use_reentrant=False, **kwargs)
+
+    plain = run(masked_lora_linear, inputs, upstream, dropout=0.3, seed=1)
+    again = run(recomputed, inputs, upstream, dropout=0.3, seed=1)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(3, 5)}, r"x must be \[3, 6\], got \[3, 5\]"),
+        ({"a": torch.zeros(2, 5)}, r"a must be \[2, 6\], got \[2, 5\]"),
+        ({"b": torch.zeros(4, 3)}, r"b must be \[4, 2\], got \[4, 3\]"),
+        ({"bias": torch.zeros(6)}, r"bias must be \[4\], got \[6\]"),
+        ({"mask_in": torch.ones(4)}, r"mask_in must be \[6\], got \[4\]"),
+        ({"mask_out": torch.ones(6)}, r"mask_out must be \[4\], got \[6\]"),
+        ({"gate": torch.ones(3)}, r"gate must be \[2\], got \[3\]"),
+        ({"gate": torch.ones(2, 2)}, r"gate must be \[3, 2\], got \[2, 2\]"),
+        ({"weight": torch.zeros(4, 6).double()}, "x is torch.float32 but weight is torch.float64"),
+        ({"weight": torch.zeros(4, 6).requires_grad_()}, "weight and bias are frozen"),
+        ({"bias": torch.zeros(4).requires_grad_()}, "weight and bias are frozen"),
+        ({"dropout": 1.0, "seed": 1}, r"dropout must be in \[0, 1\)"),
+        ({"dropout": -0.1, "seed": 1}, r"dropout must be in \[0, 1\)"),
+        ({"dropout": 0.5}, "needs a seed, got dropout=0.5, seed=None"),
+        ({"backend": "cuda"}, "backend 'cuda' is not available; choose one of"),
+    ],
+)
+def test_errors_name_what_is_wrong(change: dict[str, Any], words: str) -> None:
+    good = {"x": torch.zeros(3, 6), "weight": torch.zeros(4, 6), "a": torch.zeros(2, 6), "b": torch.zeros(4, 2)}
+    with pytest.raises(ValueError, match="masked_lora_linear: .*" + words):
+        masked_lora_linear(**{**good, "scale": 1.0, **change})
+
+
+def test_calls_are_counted_and_a_forced_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = (torch.zeros(3, 6), torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(4, 2))
+    apt_kernels.reset_calls()
+    assert apt_kernels.calls() == {}
+    for _ in range(2):
+        masked_lora_linear(*inputs, scale=1.0)
+    masked_lora_linear(*inputs, scale=1.0, backend="torch")
+    apt_kernels.gate(inputs[0])
+    counted = {"masked_lora_linear": {"torch": 3}, "gate": {"torch": 1}}
+    assert apt_kernels.calls() == counted
+    monkeypatch.setenv("APT_BACKEND", "triton")
+    for call in (lambda: masked_lora_linear(*inputs, scale=1.0), lambda: apt_kernels.gate(inputs[0])):
+        with pytest.raises(ValueError, match="backend 'triton' is not available"):
+            call()
+    assert apt_kernels.calls() == counted

@@ -1,0 +1,126 @@
+"""Random models of a few layers whose weights are large enough that a wrong index shows.
+
+At the usual initialisation a wrong neuron moves a logit by 1e-4 and a wrong bias by nothing; so the range is 0.2 and
+biases and norm weights are random too.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapters import adapted
+from apt.families import find_family
+from apt.records import PrunePlan
+from apt.units import find_units, required_heads
+
+VOCABULARY = 60
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+ENCODER = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
+class Tiny(NamedTuple):
+    config: str  # class names of transformers
+    model: str
+    settings: dict[str, Any]
+
+
+MODELS = {
+    "bert": Tiny("BertConfig", "BertForSequenceClassification", ENCODER),
+    "bert_mlm": Tiny("BertConfig", "BertForMaskedLM", ENCODER),
+    "roberta": Tiny("RobertaConfig", "RobertaForSequenceClassification", {**ENCODER, "type_vocab_size": 1}),
+    "llama": Tiny("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 4}),
+    "llama_gqa": Tiny("LlamaConfig", "LlamaForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
+    "llama_bias": Tiny("LlamaConfig", "LlamaForCausalLM", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "llama_cls": Tiny("LlamaConfig", "LlamaForSequenceClassification", {**GROUPED, "num_labels": 3}),
+    "mistral": Tiny("MistralConfig", "MistralForCausalLM", {**GROUPED, "sliding_window": 4}),
+    "qwen2": Tiny("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
+    "qwen2_mixed": Tiny(
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        {**GROUPED, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 4, "layer_types": MIXED},
+    ),
+    "qwen3": Tiny("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
+}
+NAMES = list(MODELS)
+CLASSIFIERS = [name for name in NAMES if MODELS[name].model.endswith("SequenceClassification")]
+GENERATORS = [name for name in NAMES if MODELS[name].model.endswith("CausalLM")]
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+    """A random model in evaluation mode; `settings` go into its config."""
+    import transformers
+
+    spec = MODELS[name]
+    torch.manual_seed(1)
+    config = getattr(transformers, spec.config)(**{**SIZES, **spec.settings, **settings})
+    model = getattr(transformers, spec.model)(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                centre = 1.0 if "norm" in parameter_name.lower() and parameter_name.endswith("weight") else 0.0
+                parameter.normal_(centre, 0.2)
+    return model.to(dtype).eval()
+
+
+def tiny_batch(name: str, size: int = 4, length: int = 9, seed: int = 2) -> dict[str, Tensor]:
+    """Token ids, labels and a padding mask with rows of different lengths."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (size, length), generator=draw)
+    mask = torch.ones_like(ids)
+    for row in range(size):
+        mask[row, length - row % 4 :] = 0  # 0 to 3 tokens of padding
+    labels = torch.randint(0, 3, (size,), generator=draw) if name in CLASSIFIERS else ids.clone()
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
+
+
+def fill_adapters(model: nn.Module, std: float = 0.2) -> nn.Module:
+    """Give every adapter a B that is not zero, as training would."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, module in adapted(model):
+            if module.lora_B is not None:
+                module.lora_B.copy_(torch.randn(module.lora_B.shape, generator=draw, dtype=torch.float64) * std)
+    return model
+
+
+def free_layers(model: nn.Module) -> list[int]:
+    """The layers that may lose all their heads."""
+    family = find_family(model)
+    return sorted(set(range(len(family.layer_list(model)))) - required_heads(model.config, family))
+
+
+def random_plan(
+    model: nn.Module, *, no_heads: Collection[int] = (), no_neurons: Collection[int] = (), keep: float = 0.6, seed: int
+) -> PrunePlan:
+    """A plan that keeps a random share of each group, at least one unit, and nothing in the layers named."""
+    draw = torch.Generator().manual_seed(seed)
+    kept = {}
+    for group in find_units(model, find_family(model)):
+        chosen = torch.rand(group.num_units, generator=draw) < keep
+        chosen[torch.randint(group.num_units, (1,), generator=draw)] = True
+        empty = group.layer in (no_heads if group.kind == "head" else no_neurons)
+        kept[group.name] = [] if empty else chosen.nonzero().flatten().tolist()
+    return PrunePlan(step=seed, target_sparsity=1.0 - keep, kept=kept, round_to=1)
+
+
+def set_masks(model: nn.Module, plan: PrunePlan) -> None:
+    """Shut with masks what the plan removes."""
+    for group in find_units(model, find_family(model)):
+        mask = torch.zeros(group.num_units)
+        mask[plan.kept[group.name]] = 1.0
+        group.gate.set_mask(mask)
