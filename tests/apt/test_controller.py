@@ -28,7 +28,7 @@ class Loop:
         self.run: Any = apt.Controller(model, self.optimizer, total_steps, **settings) if total_steps else None
 
     def take(self, steps: int, poison: float | None = None) -> "Loop":
-        """Train so many steps; where `poison` goes into a gradient, the optimizer sits the step out, as under a scaler."""
+        """Train so many steps; where `poison` goes into a gradient, the optimizer sits that step out."""
         for _ in range(steps):
             self.step += 1
             batch = tiny_batch(self.name, seed=self.step)
@@ -111,7 +111,7 @@ def test_ranks_follow_their_budget() -> None:
     loop = Loop("llama_gqa", model, 30, target_sparsity=0.3, max_rank=1000, **BRIEF)
     for event in range(3):
         loop.take(6)
-            plan = loop.run.events[event].rank
+        plan = loop.run.events[event].rank
         assert plan is not None
         assert plan.budget == int(start * (1.0 + 3.0 * (6 * (event + 1)) / 18))
         now = [(m.rank, m.n_in + m.n_out) for _, m in adapted(model) if m.rank]

@@ -1,0 +1,293 @@
+"""Putting adapters and gates in, taking them out, and what may train in between."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from check import close
+from tiny_models import CLASSIFIERS, MODELS, NAMES, fill_adapters, random_plan, tiny_batch, tiny_model
+from torch import Tensor, nn
+
+import apt
+from apt.adapters import APTAdapter, adapted
+from apt.surgery import apply_prune_plan
+
+
+def logits(model: Any, name: str) -> Tensor:
+    with torch.no_grad():
+        return model(**tiny_batch(name)).logits
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def ranked(model: nn.Module) -> list[str]:
+    return [name for name, module in adapted(model) if module.rank]
+
+
+def tower() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4, bias=False)))
+
+
+@pytest.mark.parametrize("method", ["apt", "lora"])
+@pytest.mark.parametrize("name", NAMES)
+def test_fresh_adapters_are_the_base_model(name: str, method: str) -> None:
+    model = tiny_model(name)
+    before = logits(model, name)
+    assert apt.patch_model(model, method=method) is model
+    assert torch.equal(logits(model, name), before)
+    fill_adapters(model)
+    assert not torch.allclose(logits(model, name), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_trains(name: str) -> None:
+    """Adapters at the family's places, and task heads with their pooler in full; heads of language models stay."""
+    model = apt.patch_model(tiny_model(name))
+    places = ("query", "value", "intermediate.dense") if "bert" in name else ("q_proj", "v_proj")
+    assert all(adapter.endswith(places) for adapter in ranked(model))
+    assert len(ranked(model)) == len(places) * MODELS[name].settings.get("num_hidden_layers", 3)
+    factors = {f"{adapter}.{factor}" for adapter in ranked(model) for factor in ("lora_A", "lora_B")}
+    heads = trainable(model) - factors
+    assert trainable(model) > heads
+    assert {head.rpartition(".")[0] for head in heads} == {
+        "bert": {"classifier", "bert.pooler.dense"},
+        "roberta": {"classifier.dense", "classifier.out_proj"},
+        "llama_cls": {"score"},
+    }.get(name, set())
+    assert bool(heads) == (name in CLASSIFIERS)
+    model(**tiny_batch(name)).loss.backward()
+    assert {key for key, p in model.named_parameters() if p.grad is not None} == trainable(model)
+
+
+def test_a_question_answering_head_trains() -> None:
+    from transformers import BertForQuestionAnswering
+
+    model = apt.patch_model(BertForQuestionAnswering(tiny_model("bert").config))
+    assert {name for name in trainable(model) if "lora" not in name} == {"qa_outputs.weight", "qa_outputs.bias"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "wanted"),
+    [
+        (["q", "down"], ["attention.self.query", "output.dense"]),
+        (["self.key"], ["attention.self.key"]),
+        (["attention.output.dense"], ["attention.output.dense"]),
+        (["bert.encoder.layer.1.attention.self.value"], ["attention.self.value"]),
+        (["query", "q"], ["attention.self.query"]),
+    ],
+    ids=["roles", "suffix", "longer suffix", "full name", "twice the same"],
+)
+@pytest.mark.parametrize("method", ["apt", "lora"])
+def test_targets(method: str, targets: list[str], wanted: list[str]) -> None:
+    model = apt.patch_model(tiny_model("bert"), method=method, target_modules=targets)
+    layers = [1] if targets[0].startswith("bert") else [0, 1, 2]
+    assert sorted(ranked(model)) == sorted(f"bert.encoder.layer.{i}.{name}" for i in layers for name in wanted)
+    assert {m.rank for _, m in adapted(model)} <= {0, 8}
+    if method == "lora":
+        assert ranked(model) == [name for name, _ in adapted(model)]  # nothing else is touched
+
+
+@pytest.mark.parametrize(("name", "full"), [("bert", "bert.pooler.dense"), ("roberta", "classifier.dense")])
+@pytest.mark.parametrize("method", ["apt", "lora"])
+def test_an_ending_that_also_fits_the_head_leaves_the_head_whole(method: str, name: str, full: str) -> None:
+    """As the docstring says: pooler and head are trained in full, so they get no adapter."""
+    model = apt.patch_model(tiny_model(name), method=method, target_modules=["dense"])
+    assert full not in dict(adapted(model))
+    assert f"{full}.weight" in trainable(model)
+    model(**tiny_batch(name)).loss.backward()
+
+
+def test_an_unknown_architecture() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
+    words = (
+        r"model_type 'gpt2' cannot be pruned; known are bert, llama, mistral, qwen2, qwen3, roberta; to add one, write"
+    )
+    with pytest.raises(ValueError, match=words) as caught:
+        apt.patch_model(model)
+    assert "\n" not in str(caught.value)
+    assert "method='lora'" in str(caught.value)
+    with pytest.raises(ValueError, match="model_type None cannot be pruned"):
+        apt.patch_model(tower())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"target_modules": ["q", "qurey"]}, r"target_modules entry 'qurey' matches no linear layer; there are bert\."),
+        ({"target_modules": ["gate"]}, "target_modules entry 'gate' matches no linear layer"),
+        ({"target_modules": ["uery"]}, "target_modules entry 'uery' matches no linear layer"),
+        ({"rang": 4}, "unknown setting 'rang'; did you mean rank"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"method": "lara"}, r"method must be one of \['apt', 'lora'\], got 'lara'"),
+        ({"momentum_salience": 1.0}, r"momentum_salience must be in \[0, 1\), got 1.0"),
+        ({"use_self_distillation": True}, "this version has no teacher"),
+        ({"target_sparsity": 1.2}, r"target_sparsity must be in \[0, 1\), got 1.2"),
+    ],
+)
+def test_settings_that_cannot_be_leave_the_model_as_it_was(settings: dict[str, Any], words: str) -> None:
+    model = tiny_model("bert")
+    with pytest.raises(ValueError, match=words):
+        apt.patch_model(model, **settings)
+    assert not list(adapted(model))
+    assert all(p.requires_grad for p in model.parameters())
+    apt.patch_model(model)
+
+
+def test_no_default_targets() -> None:
+    with pytest.raises(ValueError, match="no default targets for this model; give target_modules"):
+        apt.patch_model(tower(), method="lora")
+
+
+def test_a_model_without_layers_has_no_prunable_units() -> None:
+    with pytest.raises(ValueError, match="no layers, so it has no prunable units"):
+        apt.patch_model(tiny_model("bert", num_hidden_layers=0))
+
+
+def test_cross_attention_is_refused() -> None:
+    from transformers import BertLMHeadModel
+
+    config = copy.deepcopy(tiny_model("bert_mlm").config)
+    config.is_decoder = config.add_cross_attention = True
+    with pytest.raises(ValueError, match="bert with cross-attention cannot be pruned; use method='lora'"):
+        apt.patch_model(BertLMHeadModel(config))
+
+
+def test_patched_twice() -> None:
+    model = apt.patch_model(tiny_model("bert"))
+    before = trainable(model)
+    with pytest.raises(ValueError, match=r"patched already; call apt\.unpatch_model\(model\) first"):
+        apt.patch_model(model, method="lora")
+    assert trainable(model) == before
+    apt.patch_model(apt.unpatch_model(model))
+
+
+def test_lora_on_any_module() -> None:
+    model = tower()
+    x = torch.randn(5, 8)
+    before = model(x)
+    assert apt.patch_model(model, method="lora", target_modules=["0", "2.1"], rank=2) is model
+    assert ranked(model) == ["0", "2.0", "2.1"]  # "0" is the name of one and the ending of another
+    assert torch.equal(model(x), before)
+    model(x).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model)
+    assert all("lora" in name for name in trainable(model))
+
+
+@pytest.mark.parametrize("target", ["self_attn.out_proj", "linear1"])
+def test_a_linear_that_torch_reads_past_is_refused_or_heard(target: str) -> None:
+    """nn.MultiheadAttention and the fast path of nn.TransformerEncoderLayer take weights without calling the linear."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    refused = ""
+    try:
+        apt.patch_model(layer, method="lora", target_modules=[target])
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert target in refused
+        return
+    fill_adapters(layer)
+    x = torch.randn(2, 3, 8)
+    layer(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in layer.named_parameters() if "lora" in name)
+    trained = layer(x).detach()
+    with torch.no_grad():
+        close("inference", layer.eval()(x), trained)
+
+
+@pytest.mark.parametrize("method", ["apt", "lora"])
+@pytest.mark.parametrize("name", NAMES)
+def test_unpatching_restores_everything(name: str, method: str) -> None:
+    model = tiny_model(name)
+    frozen = next(model.parameters()).requires_grad_(False)
+    before, kinds = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    grads = {key: p.requires_grad for key, p in model.named_parameters()}
+    fill_adapters(apt.patch_model(model, method=method))
+    assert apt.unpatch_model(model) is model
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert [type(module) for module in model.modules()] == kinds
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == grads
+    assert next(model.parameters()) is frozen
+    assert not model._forward_pre_hooks
+    with pytest.raises(ValueError, match="not patched"):
+        apt.unpatch_model(model)
+
+
+@pytest.mark.parametrize("shrunk", [False, True], ids=["whole", "shrunk"])
+@pytest.mark.parametrize("name", NAMES)
+def test_unpatching_with_the_adapters_merged_keeps_the_outputs(name: str, shrunk: bool) -> None:
+    model = fill_adapters(apt.patch_model(tiny_model(name), rank=3))
+    if shrunk:
+        apply_prune_plan(model, random_plan(model, no_heads=[2], no_neurons=[0], seed=1))
+    before = logits(model, name)
+    apt.unpatch_model(model, merge=True)
+    assert not any(isinstance(module, APTAdapter) for module in model.modules())
+    close("logits", logits(model, name), before)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.parametrize("name", ["bert", "llama_gqa"])
+def test_lora_equals_peft(name: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    ours = fill_adapters(apt.patch_model(tiny_model(name), method="lora", target_modules=["q", "v"], rank=4, scale=2.0))
+    places = ["query", "value"] if name == "bert" else ["q_proj", "v_proj"]
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": places}
+    theirs = get_peft_model(tiny_model(name), LoraConfig(**settings))
+    pairs = []
+    for place, module in adapted(ours):
+        layer = theirs.base_model.model.get_submodule(place)
+        for mine, other in ((module.lora_A, layer.lora_A["default"]), (module.lora_B, layer.lora_B["default"])):
+            other.weight.data = mine.data.clone()
+            pairs.append((place, mine, other.weight))
+    batch = tiny_batch(name)
+    outputs = [model(**batch) for model in (ours, theirs)]
+    close("logits", outputs[0].logits, outputs[1].logits)
+    for output in outputs:
+        output.loss.backward()
+    assert len(pairs) == 12
+    for place, mine, other in pairs:
+        close(place, mine.grad, other.grad)
+
+
+def test_summary_counts() -> None:
+    name, rank = "llama_gqa", 3
+    model = tiny_model(name)
+    whole = sum(p.numel() for p in model.parameters())
+    apt.patch_model(model, rank=rank)
+    fresh = apt.summary(model)
+    assert (fresh.sparsity, fresh.params_before, fresh.params_after, fresh.masked) == (0.0, whole, whole, 0)
+    assert (fresh.heads, fresh.neurons) == ([4, 4, 4], [40, 40, 40])
+    assert fresh.trainable_params == 3 * rank * ((32 + 32) + (32 + 16))
+    assert fresh.ranks == {f"model.layers.{i}.self_attn.{p}_proj": rank for i in range(3) for p in "qv"}
+    plan = random_plan(model, no_heads=[2], seed=1)
+    kept = {key: len(positions) for key, positions in plan.kept.items()}
+    for keep_tail in (True, False):
+        twin = copy.deepcopy(model)
+        apply_prune_plan(twin, plan, keep_tail=keep_tail)
+        small = apt.summary(twin)
+        assert small.heads == [kept[f"layers.{i}.heads"] for i in range(3)]
+        assert small.neurons == [kept[f"layers.{i}.neurons"] for i in range(3)]
+        gone = (12 - sum(small.heads)) * 32 * 24 + (120 - sum(small.neurons)) * 96
+        assert small.params_after == whole - gone
+        assert small.sparsity == pytest.approx(gone / (3 * (4 * 32 * 24 + 40 * 96 + 2 * 32)))
+    assert f"{small.params_after:,} of {whole:,}" in str(small)
+    assert "6 adapters" in str(fresh)
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    model = fill_adapters(apt.patch_model(tiny_model("bert")))
+    twin = copy.deepcopy(model)
+    close("logits", logits(twin, "bert"), logits(model, "bert"))
+    before = logits(model, "bert")
+    apply_prune_plan(twin, random_plan(twin, seed=1))
+    apt.unpatch_model(twin, merge=True)
+    assert not twin._forward_pre_hooks
+    assert len(model._forward_pre_hooks) == 1
+    assert torch.equal(logits(model, "bert"), before)

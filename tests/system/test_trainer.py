@@ -1,0 +1,178 @@
+"""APTrainer: a transformers.Trainer that prunes on the way, resumes exactly, and loses nothing to a NaN."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, tiny_model
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+import apt
+from apt.records import Event, read_jsonl
+
+STEPS = 30
+EVENTS = {"target_sparsity": 0.6, "num_events": 3, "prune_end": 24, "round_to": 4}  # at 8, 16 and 24
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Random sentences of equal length, made anew from their number; a label out of range makes a row no sentence."""
+
+    def __init__(self, decoder: bool = False, count: int = 64, broken: int | None = None) -> None:
+        self.decoder, self.count, self.broken = decoder, count, broken
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.randint(1, VOCABULARY, (8,), generator=torch.Generator().manual_seed(index))
+        mask = torch.ones_like(ids)
+        mask[8 - index % 3 :] = 0
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids if self.decoder else int(ids[0]) % 3}
+
+
+def trainer(folder: Path, name: str = "bert", **settings: Any) -> apt.APTrainer:
+    """A trainer with dropout on where the model has it, so that a random state that is not restored is seen."""
+    known = {"per_device_train_batch_size": 8, "max_steps": STEPS, "save_strategy": "no", "learning_rate": 3e-3}
+    names = set(TrainingArguments.__dataclass_fields__)
+    known |= {key: settings.pop(key) for key in list(settings) if key in names}
+    arguments = TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, seed=4, **known
+    )
+    dropouts = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1} if name == "bert" else {}
+    model = apt.patch_model(tiny_model(name, torch.float32, **dropouts), rank=3)
+    settings.setdefault("train_dataset", Rows(name != "bert"))
+    return apt.APTrainer(model=model, args=arguments, **{**EVENTS, **settings})
+
+
+def losses(ran: apt.APTrainer) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in ran.state.log_history if "loss" in row}
+
+
+def decisions(ran: apt.APTrainer) -> list[dict[str, Any]]:
+    """Events without the time they took."""
+    return [{**event.to_json(), "seconds": 0.0} for event in ran.controller.events]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_gqa"])
+def test_a_run_prunes_on_its_way(name: str, tmp_path: Path) -> None:
+    ran = trainer(tmp_path, name, event_log=tmp_path / "events.jsonl", verify_events=True)
+    ran.train()
+    assert [event.step for event in ran.controller.events] == [8, 16, 24]
+    assert apt.summary(ran.model).sparsity >= 0.6
+    assert [Event.from_json(row) for row in read_jsonl(tmp_path / "events.jsonl")] == ran.controller.events
+    assert sorted(losses(ran)) == list(range(1, STEPS + 1))
+    speed = ran.throughput()
+    assert speed.keys() == {"tokens_per_s_before", "tokens_per_s_after"}
+    assert all(0 < value < float("inf") for value in speed.values())
+
+
+def test_throughput_without_events(tmp_path: Path) -> None:
+    ran = trainer(tmp_path, max_steps=4, num_events=0, target_sparsity=0.0)
+    ran.train()
+    speed = ran.throughput()
+    assert speed["tokens_per_s_before"] == speed["tokens_per_s_after"] > 0
+
+
+@pytest.mark.parametrize("at", [13, 16, 28], ids=["mid-decay", "at an event", "after the last"])
+@pytest.mark.parametrize("name", ["bert", "llama_gqa"])
+def test_a_resumed_run_is_the_uninterrupted_one(name: str, at: int, tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", name, save_strategy="steps", save_steps=at)
+    whole.train()
+    checkpoint = tmp_path / f"whole/checkpoint-{at}"
+    masks = torch.cat([m.gate_in.mask for m in whole.model.modules() if getattr(m, "gate_in", None) is not None])
+    assert (masks == 1).all()  # all settled by the end
+
+    again = trainer(tmp_path / "again", name)
+    torch.manual_seed(99)  # another process has another random state
+    again.train(resume_from_checkpoint=str(checkpoint))
+    ours, theirs = again.model.state_dict(), whole.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert {step: loss for step, loss in losses(whole).items() if step > at}.items() <= losses(again).items()
+    assert decisions(again) == decisions(whole)
+
+
+def test_a_checkpoint_in_a_decay_holds_masks_on_their_way(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    trainer(tmp_path, save_strategy="steps", save_steps=13, max_steps=STEPS).train()
+    tensors = load_file(tmp_path / "checkpoint-13/apt_state.safetensors")
+    masks = torch.cat([tensor for name, tensor in tensors.items() if name.startswith("masks/")])
+    assert ((masks > 0) & (masks < 1)).any()
+    state = json.loads((tmp_path / "checkpoint-13/apt_state.json").read_text())
+    assert (state["step"], len(state["events"])) == (13, 1)
+
+
+def test_accumulated_micro_batches_decide_as_one_batch(tmp_path: Path) -> None:
+    """Two of four are one of eight: same events, losses equal to the order of additions."""
+    runs = []
+    for size, times in ((8, 1), (4, 2)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": times}
+        ran = trainer(tmp_path / str(times), "llama_gqa", train_dataset=Full(), learning_rate=1e-4, **sizes)
+        ran.train()
+        runs.append(ran)
+    assert [plan["prune"] for plan in decisions(runs[1])] == [plan["prune"] for plan in decisions(runs[0])]
+    assert [plan["rank"] for plan in decisions(runs[1])] == [plan["rank"] for plan in decisions(runs[0])]
+    first, second = losses(runs[0]), losses(runs[1])
+    assert first.keys() == second.keys()
+    assert all(abs(first[step] - second[step]) <= 1e-4 * max(1.0, first[step]) for step in first)
+
+
+class Full(Rows):
+    """No padding, so that every micro-batch has the same number of tokens and their mean losses weigh alike."""
+
+    def __init__(self) -> None:
+        super().__init__(decoder=True)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(index) | {"attention_mask": torch.ones(8, dtype=torch.long)}
+
+
+class Spoilt(apt.APTrainer):
+    """Its loss, or a gradient, is no number at one step."""
+
+    step, where = 11, "loss"
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step + 1 == self.step and self.where == "loss":
+            inputs = {**inputs, "inputs_embeds": torch.full((8, 8, 32), float("nan"))}
+            inputs.pop("input_ids")
+        loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.state.global_step + 1 == self.step and self.where == "gradient":
+            loss.register_hook(lambda grad: grad * float("nan"))
+        return loss
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_nan_stops_the_run_and_the_last_good_state_is_saved(where: str, tmp_path: Path) -> None:
+    good = trainer(tmp_path / "good", save_strategy="steps", save_steps=10)
+    good.train()
+    spoilt = trainer(tmp_path / "spoilt")
+    spoilt.__class__, spoilt.where = Spoilt, where  # type: ignore[attr-defined]
+    with pytest.raises(FloatingPointError, match=r"at step 11; .* step 10; .*; saved as .*checkpoint-10$"):
+        spoilt.train()
+    saved, wanted = tmp_path / "spoilt/checkpoint-10", tmp_path / "good/checkpoint-10"
+    for file in ("model.safetensors", "apt_state.safetensors"):
+        assert (saved / file).read_bytes() == (wanted / file).read_bytes()
+    again = trainer(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(saved))
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), good.model.parameters(), strict=True))
+
+
+def test_settings_are_checked_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown setting 'target_sparcity'; did you mean target_sparsity"):
+        trainer(tmp_path, target_sparcity=0.5)
+    with pytest.raises(ValueError, match="a run of 3 steps is too short for 3 events"):
+        trainer(tmp_path, max_steps=3, prune_end=0.4).train()
+    with pytest.raises(ValueError, match="not patched"):
+        apt.APTrainer(model=tiny_model("bert"), args=TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match=r"holds no apt_state\.json; it was not written by APTrainer"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
