@@ -53,8 +53,9 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     trained_use_cache = getattr(config, "use_cache", None)
     if state.use_cache is not None:
         config.use_cache = state.use_cache
-    config.architectures = [type(model).__name__]
+    architectures, config.architectures = config.architectures, [type(model).__name__]
     config.save_pretrained(partial)
+    config.architectures = architectures
     if state.use_cache is not None:
         config.use_cache = trained_use_cache
     generation: Any = getattr(model, "generation_config", None)
@@ -90,21 +91,27 @@ def load_model(folder: str | Path) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"load_model: {folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from None
     state = _read_weights(folder, card)
-    dtype = next(iter(state.values())).dtype
     with init_empty_weights(include_buffers=False):
         model = _model_class(card["class"])(config)
         if card["layers"]:
             _resize(model, find_family(model), card["layers"])
-    unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    try:
+        unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"load_model: {folder / WEIGHTS} does not fit the model: {reason}") from None
     model.tie_weights()
     absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if absent or unexpected:
         raise ValueError(
             f"load_model: {folder / WEIGHTS} does not fit the model: {(absent + list(unexpected))[0]} is off"
         )
-    plain: nn.Module = model.to(dtype).eval().requires_grad_(True)
+    plain: nn.Module = model.eval().requires_grad_(True)
     return plain
 
 
@@ -138,6 +145,8 @@ def _read_card(folder: Path) -> dict[str, Any]:
         raise ValueError(f"load_model: {folder / CARD} is corrupt ({error}); export the model again") from None
     if not isinstance(card, dict) or not isinstance(card.get("format"), int):
         raise ValueError(f"load_model: {folder / CARD} is corrupt (no format number); export the model again")
+    if card["format"] <= FORMAT and any(card.get(key) is None for key in ("class", "layers", "bytes", "sha256")):
+        raise ValueError(f"load_model: {folder / CARD} is corrupt (an entry is missing); export the model again")
     if card["format"] > FORMAT:
         raise ValueError(
             f"load_model: {folder} has format {card['format']}, written by apt-lm {card.get('apt_version')}; this "
@@ -187,6 +196,8 @@ def _model_class(name: str) -> Any:
 
 def _resize(model: nn.Module, family: Family, layers: list[dict[str, int]]) -> None:
     """Give the linears of an empty model the sizes of an export; the weights follow."""
+    if len(layers) != len(family.layer_list(model)):
+        raise ValueError(f"load_model: {CARD} is corrupt (it lists {len(layers)} layers); export the model again")
     for layer, size in zip(family.layer_list(model), layers, strict=True):
         linears: dict[str, Any] = {role: layer.get_submodule(name) for role, name in family.linears.items()}
         groups = linears["k"].weight.shape[0] // head_size(model, family, layer)

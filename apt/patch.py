@@ -43,7 +43,9 @@ def patch_model(
         overrides = {"method": method, **overrides}
     config = (config or APTConfig()).with_overrides(**overrides)
     family = find_family(model) if config.method == "apt" else _family_or_none(model)
-    targets = _targets(model, config, family)
+    if family is not None and not len(family.layer_list(model)):
+        raise ValueError("patch_model: the model has no layers, so it has no prunable units")
+    targets, head = _targets(model, config, family), _task_head(model)
     replaced = _prunable(model, family) if config.method == "apt" and family is not None else targets
     hf_config = getattr(model, "config", None)
     state = PatchState(
@@ -64,7 +66,8 @@ def patch_model(
     if config.method == "apt" and family is not None:
         _put_gates(model, family, state.valid)
         state.hooks.append(model.register_forward_pre_hook(_ValidTokenHook(model, state.valid), with_kwargs=True))
-    _open_task_head(model)
+    for module in head:
+        module.requires_grad_(True)
     model._apt = state  # type: ignore[assignment]
     return model
 
@@ -122,7 +125,9 @@ def _prunable(model: nn.Module, family: Family) -> list[str]:
     """Full names of every linear in the family's table."""
     prefix = family.prefix(model)
     count = len(family.layer_list(model))
+    there = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}  # a layer may be empty
     names = [f"{prefix}.{index}.{name}" for index in range(count) for name in family.linears.values()]
+    names = [name for name in names if name in there]
     if not names:
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
     return names
@@ -139,14 +144,22 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list
             "patch_model: no default targets for this model; give target_modules, such as names of its linear layers"
         )
     wanted = config.target_modules or (family.default_targets if family else ())
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = {id(module) for part in _task_head(model) for module in part.modules()}
+    linears = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in head]
     found: dict[str, None] = {}
     for target in wanted:
         if family is not None and target in ROLES:
             role = family.linears.get(target)
-            matches = [f"{family.prefix(model)}.{i}.{role}" for i in range(len(family.layer_list(model))) if role]
+            places = [f"{family.prefix(model)}.{i}.{role}" for i in range(len(family.layer_list(model))) if role]
+            matches = [name for name in places if name in linears]
         else:
             matches = [name for name in linears if name == target or name.endswith("." + target)]
+        readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+        past = [n for n in matches if isinstance(model.get_submodule(n.rpartition(".")[0]), readers)]
+        if past:
+            raise ValueError(
+                f"patch_model: torch reads the weight of {past[0]} without calling it; leave {target!r} out"
+            )
         if not matches:
             some = ", ".join(linears[:6])
             raise ValueError(
@@ -158,21 +171,22 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list
 
 def _put_gates(model: nn.Module, family: Family, valid: ValidTokens) -> None:
     for layer in family.layer_list(model):
-        out, down, key = (_adapter(layer, family.linears[role]) for role in ("o", "down", "k"))
-        groups = key.n_out // head_size(model, family, layer)
-        out.gate_in = MaskGate(groups, out.n_in // groups, valid, out.weight.device)
+        down = _adapter(layer, family.linears["down"])
+        if not isinstance(layer.get_submodule(family.attention), EmptyAttention):
+            out, key = _adapter(layer, family.linears["o"]), _adapter(layer, family.linears["k"])
+            groups = key.n_out // head_size(model, family, layer)
+            out.gate_in = MaskGate(groups, out.n_in // groups, valid, out.weight.device)
         down.gate_in = MaskGate(down.n_in, 1, valid, down.weight.device)
 
 
-def _open_task_head(model: nn.Module) -> None:
-    """Train what lies outside the base model, and its pooler, in full; a language-model head stays frozen."""
+def _task_head(model: nn.Module) -> list[nn.Module]:
+    """What trains in full: all outside the base model, and its pooler; but a language-model head is frozen."""
     base = base_model(model)
     outside = [module for module in model.children() if module is not base] if base is not model else []
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    if embeddings is None:
-        pooler = getattr(base, "pooler", None) if base is not model else None
-        for module in [*outside, *([pooler] if isinstance(pooler, nn.Module) else [])]:
-            module.requires_grad_(True)
+    if base is model or getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return []
+    pooler = getattr(base, "pooler", None)
+    return [*outside, *([pooler] if isinstance(pooler, nn.Module) else [])]
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from apt.schedule import Point, SparsityScheduler
 from apt.units import UnitGroup
 
 BALANCES = ("type", "none")
+LARGEST = 1e200  # stands for an infinite score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class AdaptivePruner:
         target = self.config.target_sparsity
         if not groups:
             raise ValueError("pruner: the model has no prunable units; every head and neuron is gone or none was found")
-        free = sum((group.num_units - group.floor) * group.cost() for group in groups)
+        free = sum((group.num_units - self._floor(group)) * group.cost() for group in groups)
         reachable = 1.0 - (live - free) / self.total
         if target > reachable:
             raise ValueError(
@@ -87,6 +88,11 @@ class AdaptivePruner:
                 f"min_neurons={self.config.min_neurons} at most {int(reachable * 1000) / 1000} can go; "
                 f"lower target_sparsity or the floors"
             )
+
+    def _floor(self, group: UnitGroup) -> int:
+        """Units that stay whatever comes: the group's floor, filled up to whole bundles."""
+        bundle = self.config.round_to if group.kind == "neuron" else 1
+        return min(group.num_units, -(-group.floor // bundle) * bundle)
 
     def plan(
         self, groups: list[UnitGroup], scores: dict[str, Tensor], live: int, step: int, sparsity: float
@@ -132,11 +138,12 @@ class AdaptivePruner:
 
 def _bundles(scores: Tensor, bundle: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Positions by falling score, the size of each bundle of neighbours in that order, and its mean score."""
-    values = np.nan_to_num(scores.detach().to("cpu", torch.float64).numpy(), posinf=np.finfo(np.float64).max)
+    # An infinite score is worth most, and still leaves room to add and divide.
+    values = np.nan_to_num(scores.detach().to("cpu", torch.float64).numpy(), posinf=LARGEST, neginf=-LARGEST)
     order = np.argsort(-values, kind="stable")
     starts = np.arange(0, len(values), bundle)
     sizes = np.diff(np.append(starts, len(values)))
-    return order, sizes, np.add.reduceat(values[order] / bundle, starts) * bundle / sizes
+    return order, sizes, np.add.reduceat(values[order], starts) / sizes
 
 
 def _divide_by_type_mean(

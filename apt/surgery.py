@@ -47,12 +47,17 @@ def apply_prune_plan(
         raise ValueError(f"surgery: the plan of step {plan.step} names {unknown[0]}, which this model does not have")
     for name, positions in plan.kept.items():
         group = groups[name]
+        for member in group.members:
+            for parameter in (member.linear.lora_A, member.linear.lora_B):
+                if parameter is not None:
+                    _moments(parameter, optimizer, None, None)  # refuses what could not follow
         if positions and (positions != sorted(set(positions)) or positions[-1] >= group.num_units or positions[0] < 0):
             raise ValueError(
                 f"surgery: {name} has {group.num_units} units; kept positions must ascend and lie below that"
             )
-        if len(positions) < group.num_units:
-            _prune_group(model, family, group, positions, optimizer, keep_tail)
+    for name, positions in plan.kept.items():
+        if len(positions) < groups[name].num_units:
+            _prune_group(model, family, groups[name], positions, optimizer, keep_tail)
 
 
 def _prune_group(

@@ -42,6 +42,11 @@ class APTrainer(Trainer):
         self.event_log = event_log
         self._resume_from: Path | None = None
         self._clock = _StepClock()
+        if getattr(args, "load_best_model_at_end", False):
+            raise ValueError(
+                "trainer: load_best_model_at_end would put weights of other shapes into a model that has shrunk since; "
+                "set it to False"
+            )
         super().__init__(model=model, args=args, **kwargs)
         # The controller adds per-batch means to the loss, so accumulation divides the whole of it alike.
         self.model_accepts_loss_kwargs = False

@@ -155,7 +155,8 @@ def column_sums(x: Tensor, valid: Tensor | None = None, *, backend: str | None =
     """``sum over tokens of |x|``: ``[D]`` in at least float32. `valid` has the leading shape of x; None is all real."""
     _require("column_sums", {"valid": (valid, tuple(x.shape[:-1]))})
     _implementation("column_sums", backend)
-    return eager.column_sums(x.reshape(-1, x.shape[-1]), None if valid is None else valid.reshape(-1))
+    x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return eager.column_sums(x_TD, None if valid is None else valid.reshape(-1))
 
 
 def masked_norm(
@@ -193,5 +194,5 @@ def masked_norm(
     if kind not in ("layer", "rms"):
         raise ValueError(f"masked_norm: kind must be 'layer' or 'rms', got {kind!r}")
     _implementation("masked_norm", backend)
-    y = _eager_norm(x.reshape(-1, D), weight, bias, mask, eps, kind == "layer")
+    y = _eager_norm(x.reshape(math.prod(x.shape[:-1]), D), weight, bias, mask, eps, kind == "layer")
     return y.view(x.shape)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    torch.set_num_threads(1)  # at toy shapes threads only wait for each other
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,5 +46,6 @@ def holds_noise(fresh: Tensor) -> bool:
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    fresh = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+    for owner, name in fresh:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -7,56 +7,15 @@ from typing import Any
 import pytest
 import torch
 from check import close
+from own_loop import BRIEF, ONCE, Loop, equal_bits, patched
 from tiny_models import fill_adapters, tiny_batch, tiny_model
 from torch import Tensor
 
 import apt
+import apt_kernels
 from apt.adapters import adapted
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 from apt.records import Event, read_jsonl
-
-BRIEF = {"num_events": 3, "round_to": 4, "prune_end": 0.6}
-ONCE = {"num_events": 1, "prune_start": 0, "prune_end": 20, "decay": 5, "settle": 5, "round_to": 1}  # falls in 10-15
-
-
-class Loop:
-    """A training loop of one's own around a patched model."""
-
-    def __init__(self, name: str, model: Any, total_steps: int = 30, loss_scale: float = 1.0, **settings: Any) -> None:
-        self.name, self.model, self.loss_scale, self.step = name, model, loss_scale, 0
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-        self.run: Any = apt.Controller(model, self.optimizer, total_steps, **settings) if total_steps else None
-
-    def take(self, steps: int, poison: float | None = None) -> "Loop":
-        """Train so many steps; where `poison` goes into a gradient, the optimizer sits that step out."""
-        for _ in range(steps):
-            self.step += 1
-            batch = tiny_batch(self.name, seed=self.step)
-            output = self.model(**batch)
-            loss = output.loss if self.run is None else self.run.loss(output, batch)
-            (loss * self.loss_scale).backward()
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            if poison is not None:
-                grads[0].view(-1)[0] = poison
-            if self.run is not None:
-                self.run.after_backward()
-            torch._foreach_div_(grads, self.loss_scale)
-            if poison is None:
-                self.optimizer.step()
-            if self.run is not None:
-                self.run.after_step()
-            self.optimizer.zero_grad()
-        return self
-
-
-def patched(name: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0, **settings: Any) -> Any:
-    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout} if dropout else {}
-    return apt.patch_model(tiny_model(name, dtype, **dropouts), rank=3, **settings).train()
-
-
-def equal_bits(ours: Any, theirs: Any) -> bool:
-    mine, other = ours.state_dict(), theirs.state_dict()
-    return mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+from apt.surgery import apply_prune_plan
 
 
 def masks_of(run: apt.Controller) -> Tensor:
@@ -118,6 +77,33 @@ def test_ranks_follow_their_budget() -> None:
         assert plan.budget - max(width for _, width in now) < sum(rank * width for rank, width in now) <= plan.budget
 
 
+def test_importance_starts_anew_after_an_event_and_salience_goes_on() -> None:
+    loop = Loop("bert", patched("bert"), 30, target_sparsity=0.5, **BRIEF).take(5)
+    assert loop.run.importance.values
+    loop.take(1)
+    assert loop.run.importance.values == {}
+    sizes = {group.name: group.num_units for group in loop.run.groups}
+    assert {name: len(values) for name, values in loop.run.salience.values.items() if name in sizes} == sizes
+
+
+def test_an_event_that_moves_the_logits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(model: Any, plan: Any, optimizer: Any) -> None:
+        apply_prune_plan(model, plan, optimizer)
+        model.classifier.bias.data[0] += 1e-6
+
+    monkeypatch.setattr("apt.controller.controller.apply_prune_plan", careless)
+    loop = Loop("bert", patched("bert"), 30, target_sparsity=0.5, verify_events=True, **BRIEF).take(5)
+    with pytest.raises(RuntimeError, match=r"the event of step 6 moved a logit by 1\.00e-06"):
+        loop.take(1)
+
+
+def test_a_second_run_goes_on_where_the_first_ended() -> None:
+    first = Loop("bert", patched("bert"), 30, target_sparsity=0.5, **BRIEF).take(20)
+    second = Loop("bert", first.model, 30, target_sparsity=0.8, **BRIEF).take(20)
+    reached = [event.sparsity for event in second.run.events]
+    assert 0.5 <= reached[0] <= reached[1] < 0.8 <= reached[2] < 0.85
+
+
 def test_masks_fall_evenly_and_rest_at_zero_or_one() -> None:
     loop = Loop("bert", patched("bert"), 40, target_sparsity=0.5, **ONCE).take(10)
     run = loop.run
@@ -161,6 +147,9 @@ def test_gates_close_after_the_last_event() -> None:
     gates = [group.gate for group in loop.run.groups]
     assert gates
     assert not any(gate.collecting or gate.masked or gate.count or gate.sums.any() for gate in gates)
+    apt_kernels.reset_calls()
+    loop.take(1)
+    assert "gate" not in apt_kernels.calls()
 
 
 @pytest.mark.parametrize(
@@ -251,58 +240,3 @@ def test_a_run_that_overflows_at_first_still_prunes(overflows: int) -> None:
     loop.take(overflows, poison=float("inf")).take(26 - overflows)
     assert [event.step for event in loop.run.events] == [20]
     assert 0.5 <= loop.run.events[0].sparsity <= apt.summary(loop.model).sparsity
-
-
-def test_state_dict_round_trip_in_the_middle_of_a_decay(tmp_path: Path) -> None:
-    """Through files, onto a model patched anew: both go on alike, bit for bit."""
-    settings = {"target_sparsity": 0.6, "num_events": 3, "prune_end": 24, "round_to": 4}
-    first = Loop("bert", patched("bert"), 30, **settings).take(12)
-    assert len(first.run.events) == 1
-    assert apt.summary(first.model).masked > 0
-    save_controller(first.run, tmp_path)
-
-    model = patched("bert")
-    restore_shapes(model, tmp_path)
-    model.load_state_dict(first.model.state_dict())
-    second = Loop("bert", model, 30, **settings)
-    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    load_controller(second.run, tmp_path)
-    second.step = first.step
-    ours, theirs = second.run.state_dict(), first.run.state_dict()
-    assert all(ours[key] == theirs[key] for key in ("step", "events", "start_params"))
-    for table in ("salience", "importance", "masks"):
-        assert ours[table].keys() == theirs[table].keys()
-        assert all(torch.equal(ours[table][name], theirs[table][name]) for name in theirs[table])
-    for loop in (first, second):
-        torch.manual_seed(5)
-        loop.take(18)
-    assert len(first.run.events) == 3
-    assert equal_bits(second.model, first.model)
-
-
-def test_a_folder_without_a_state(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint: .* holds no apt_state.json; it was not written by APTrainer"):
-        restore_shapes(patched("bert"), tmp_path)
-
-
-def test_two_runs_side_by_side_do_not_meet() -> None:
-    settings = {"target_sparsity": 0.6, "adaptive_rank_update": False, **BRIEF}
-    starts = {name: patched(name) for name in ("bert", "llama_gqa")}
-    alone = {name: Loop(name, copy.deepcopy(start), 30, **settings).take(20) for name, start in starts.items()}
-    together = {name: Loop(name, copy.deepcopy(start), 30, **settings) for name, start in starts.items()}
-    for _ in range(20):
-        for loop in together.values():
-            loop.take(1)
-    for name in starts:
-        assert equal_bits(together[name].model, alone[name].model)
-        assert len(together[name].run.events) == 3
-
-
-def test_a_copy_of_a_patched_model_trains_on_its_own() -> None:
-    model = patched("bert")
-    kept = copy.deepcopy(model.state_dict())
-    twin = Loop("bert", copy.deepcopy(model), 30, target_sparsity=0.6, **BRIEF).take(20)
-    assert apt.summary(twin.model).sparsity >= 0.6
-    assert apt.summary(model).sparsity == 0.0
-    assert all(torch.equal(tensor, kept[key]) for key, tensor in model.state_dict().items())
-    assert model._apt.valid.mask is None  # the copy's batches went to the copy's gates

@@ -10,6 +10,7 @@ from tiny_models import CLASSIFIERS, MODELS, NAMES, fill_adapters, random_plan, 
 from torch import Tensor, nn
 
 import apt
+import apt_kernels
 from apt.adapters import APTAdapter, adapted
 from apt.surgery import apply_prune_plan
 
@@ -58,7 +59,9 @@ def test_what_trains(name: str) -> None:
         "llama_cls": {"score"},
     }.get(name, set())
     assert bool(heads) == (name in CLASSIFIERS)
+    apt_kernels.reset_calls()
     model(**tiny_batch(name)).loss.backward()
+    assert apt_kernels.calls() == {"masked_lora_linear": {"torch": len(ranked(model))}}  # and no gate
     assert {key for key, p in model.named_parameters() if p.grad is not None} == trainable(model)
 
 

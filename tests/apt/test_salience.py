@@ -78,6 +78,28 @@ def test_padding_would_count() -> None:
     assert all((unit_scores(group) - padded[group.name]).abs().max() > 1e-6 for group in groups)
 
 
+def test_the_padding_mask_may_come_by_position() -> None:
+    batch, found = tiny_batch("bert"), []
+    for given in ({}, {"attention_mask": batch["attention_mask"]}):
+        model, groups = collecting("bert")
+        positions = () if given else (batch["attention_mask"],)
+        model(batch["input_ids"], *positions, labels=batch["labels"], **given).loss.backward()
+        found.append(torch.cat([unit_scores(group) for group in groups]))
+    assert torch.equal(*found)
+
+
+def test_recomputed_layers_count_once() -> None:
+    found = []
+    for recompute in (False, True):
+        model, groups = collecting("bert")
+        model.train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**tiny_batch("bert")).loss.backward()
+        found.append(torch.cat([unit_scores(group) for group in groups]))
+    close("recomputed", found[1], found[0])
+
+
 def pieces(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, len(batch["labels"]), size)]
 
