@@ -143,7 +143,8 @@ def _bundles(scores: Tensor, bundle: int) -> tuple[NDArray[np.int64], NDArray[np
     order = np.argsort(-values, kind="stable")
     starts = np.arange(0, len(values), bundle)
     sizes = np.diff(np.append(starts, len(values)))
-    return order, sizes, np.add.reduceat(values[order], starts) / sizes
+    mean = np.add.reduceat(values[order], starts) / sizes
+    return order, sizes, np.minimum.accumulate(mean)  # rounding must not put a later bundle before an earlier one
 
 
 def _divide_by_type_mean(

@@ -164,7 +164,7 @@ class Controller:
         elif self.step == settled < event_step:
             self._settle_masks()
         if self.step >= event_step:
-            self._event(settled=settled < event_step)
+            self._event()
 
     def _prune_plan(self) -> PrunePlan:
         """What stays at the next event, from the present scores."""
@@ -189,9 +189,9 @@ class Controller:
             mask[kept[group.name]] = 1.0
             group.gate.set_mask(mask)
 
-    def _event(self, settled: bool) -> None:
+    def _event(self) -> None:
         started = time.perf_counter()
-        if not settled:
+        if not any(group.gate.masked for group in self.groups):  # a hard switch, or no score came in time to decay
             self._settle_masks()
         # The masks say what stays: they may have been settled some steps ago, with the scores of then.
         kept = {group.name: group.gate.mask.nonzero().flatten() for group in self.groups}

@@ -93,6 +93,8 @@ def test_what_is_loaded_is_small_and_stock(name: str, exports: Path) -> None:
     assert card["layers"] == [{"heads": h, "neurons": n} for h, n in zip(counts.heads, counts.neurons, strict=True)]
     assert (card["sparsity"], card["params_after"]) == (counts.sparsity, counts.params_after)
     assert {path.suffix for path in (exports / name).iterdir()} == {".json", ".safetensors"}
+    stored = load_file(exports / name / "model.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == counts.params_after  # tied ones once, no buffers
 
 
 @pytest.mark.parametrize("method", ["lora", "apt"])
