@@ -75,7 +75,6 @@ class Controller:
         self.groups: list[UnitGroup] = []
         self._event_steps: list[int] = []
         self._batch: dict[str, Any] | None = None
-        self._finite = True
         self._start_params = _adapter_params(model)
         if self.config.method == "apt" and self.config.pruning.num_events:
             self._plan_run(state.block_params)
@@ -133,15 +132,15 @@ class Controller:
         """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norms = torch._foreach_norm(grads) if grads else []
-        self._finite = bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()) if norms else True
-        if not self._finite and self.scaler is None:
+        finite = bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()) if norms else True
+        if not finite and self.scaler is None:
             raise FloatingPointError(
                 f"controller: a gradient is NaN or infinite at step {self.step + 1}; the parameters are still those of "
                 f"step {self.step}; lower the learning rate or check the data"
             )
         if not self.active:
             return
-        if self._finite:
+        if finite:
             scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
             self.salience.update({group.name: unit_scores(group, scale) for group in self.groups})
             if self.config.tuning.adaptive_rank_update:
