@@ -13,7 +13,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["apt", "apt.*", "apt_kernels"]),
+    packages=find_packages(include=["apt", "apt.*", "apt_kernels", "apt_kernels.*"]),
+    package_data={"apt_kernels": ["tables/*.json"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.15,<6",

@@ -42,7 +42,7 @@ THIN_CALLS = {("pruner", "surgery"), ("tuner", "surgery")}  # inside a function 
 
 ROOT = Path(__file__).parent.parent
 APT = sorted(p for p in (ROOT / "apt").rglob("*.py") if p != ROOT / "apt/__init__.py")
-KERNELS = sorted((ROOT / "apt_kernels").glob("*.py"))
+KERNELS = sorted((ROOT / "apt_kernels").rglob("*.py"))
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

@@ -1,0 +1,62 @@
+"""Facts about compiler and device that the kernel files and the public ops ask for. Importable without triton."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute in; all else is eager's
+INTERPRETED_PROGRAMS = 4  # programs a split is planned for in the interpreter, which runs them one after the other
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_unusable(tensor: Tensor) -> str | None:
+    """What keeps a kernel from taking this tensor, in words; None where nothing does."""
+    if not installed():
+        return "triton is not installed"
+    if not tensor.is_cuda and not interpreted():
+        return f"the tensor is on {tensor.device} (a GPU is needed, or TRITON_INTERPRET=1)"
+    if tensor.dtype not in DTYPES:
+        return f"kernels compute in {', '.join(str(dtype)[6:] for dtype in DTYPES)}, not {str(tensor.dtype)[6:]}"
+    return None
+
+
+def widened(dtype: torch.dtype) -> bool:
+    """Whether a kernel must widen its tiles to float32 before any arithmetic: the interpreter gets bfloat16 wrong."""
+    return interpreted() and dtype == torch.bfloat16
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot: float32 products are exact unless the user allowed TF32 for torch's own."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def unit(*sizes: int) -> int:
+    """8 where it divides every size and row stride (elements), else 1.
+
+    Kernels take sizes as multiples of it (``size = units * UNIT``), so the compiler can prove that rows start at 16
+    bytes, while a size that changes at run time never compiles anew.
+    """
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """How many programs fill the device once: its multiprocessors. A split depends on shapes and on this alone."""
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else INTERPRETED_PROGRAMS
+    )

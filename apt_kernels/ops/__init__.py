@@ -1,0 +1,7 @@
+"""Public ops, one file a family. They check, choose an implementation and count it; they compute nothing."""
+
+from apt_kernels.ops.linear import masked_lora_linear
+from apt_kernels.ops.norms import masked_norm
+from apt_kernels.ops.statistics import column_sums, gate
+
+__all__ = ["column_sums", "gate", "masked_lora_linear", "masked_norm"]

@@ -1,0 +1,112 @@
+"""Which implementation and which tiles for which shape: a measured table, and heuristics where it is silent.
+
+Decision 12: without a measurement the eager path runs. ``backend=`` or APT_BACKEND forces ``torch``, ``triton`` (the
+kernels, the heuristics choosing among them) or one implementation by its name; what is forced never falls back.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt_kernels import _triton
+
+# Name of the device: what `python -m bench.kernels --tune` found there. Read here, so that nothing is read while compiling.
+TABLES: dict[str, dict[str, Any]] = {
+    path.stem.replace("_", " "): json.loads(path.read_text(encoding="utf-8"))
+    for path in Path(__file__).with_name("tables").glob("*.json")
+}
+ONE_KERNEL_OUTPUTS, ONE_KERNEL_RANK = 2900, 16  # kernels.md 2: recomputing the rank-r product pays below both
+
+
+KERNELS: dict[str, tuple[str, ...]] = {}  # op: its implementations in Triton
+
+_calls: dict[str, dict[str, int]] = {}
+
+
+def calls() -> dict[str, dict[str, int]]:
+    """How often each implementation of each op ran since `reset_calls`: ``{op: {implementation: count}}``."""
+    return {op: dict(counts) for op, counts in _calls.items()}
+
+
+def reset_calls() -> None:
+    """Set every counter of `calls` back to nothing."""
+    _calls.clear()
+
+
+def require(op: str, tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """ValueError where a tensor that is there has another shape than the op needs."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def count(op: str, implementation: str) -> None:
+    """Note that an implementation ran. Kernels are counted where they are launched."""
+    counts = _calls.setdefault(op, {})
+    counts[implementation] = counts.get(implementation, 0) + 1
+
+
+def by_kernels(op: str, x: Tensor, backend: str | None) -> bool:
+    """Whether a call goes through the registered op, which chooses by `choose` when it runs; else it is eager's.
+
+    Under torch.compile the eager path is traced and fused, the registered op stays whole.
+
+    Raises:
+        ValueError: a forced implementation does not exist or cannot take this tensor.
+    """
+    forced = backend or os.environ.get("APT_BACKEND")
+    if forced == "torch" or (forced is None and not (x.is_cuda and has_table(x.device))):
+        if not torch.compiler.is_compiling():  # a counter that changes would be a guard that fails
+            count(op, "torch")
+        return False
+    if forced is None:
+        return _triton.why_unusable(x) is None
+    known = KERNELS.get(op, ())
+    if forced not in ("triton", *known) or not known:
+        raise ValueError(f"{op}: backend {forced!r} is not available; choose one of {['torch', 'triton', *known]}")
+    if reason := _triton.why_unusable(x):
+        raise ValueError(f"{op}: backend {forced!r} is not available: {reason}")
+    return True
+
+
+def choose(op: str, x: Tensor, backend: str | None, sizes: tuple[int, ...]) -> str:
+    """The implementation of a registered op that runs now, "torch" among them.
+
+    Args:
+        op: name of the public op.
+        x: its input, which tells device and dtype.
+        backend: forces one; None asks APT_BACKEND, then the table.
+        sizes: what the table is looked up by, tokens first.
+    """
+    forced = backend or os.environ.get("APT_BACKEND")
+    if forced is None:
+        return measured(x.device).get(key(op, x.dtype, sizes), "torch")
+    if forced != "triton":
+        return forced
+    return _linear_heuristic(sizes) if op == "masked_lora_linear" else "triton"
+
+
+def _linear_heuristic(sizes: tuple[int, ...]) -> str:
+    """Among the kernels of the linear op; sizes are tokens, inputs, outputs, rank (kernels.md 2 and 3.1)."""
+    _, _, outputs, rank = sizes
+    return "one_kernel" if outputs < ONE_KERNEL_OUTPUTS and rank <= ONE_KERNEL_RANK else "split_cublas"
+
+
+def has_table(device: torch.device) -> bool:
+    """Whether this device was measured."""
+    return torch.cuda.get_device_properties(device).name in TABLES
+
+
+def measured(device: torch.device) -> dict[str, str]:
+    """The fastest implementation by `key`, where the device was measured."""
+    return TABLES[torch.cuda.get_device_properties(device).name]["implementations"] if device.type == "cuda" else {}
+
+
+def key(op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
+    """A row of the table: each size to its nearest power of two."""
+    return " ".join([op, str(dtype)[6:], *(str(2 ** round(math.log2(size))) if size else "0" for size in sizes)])
