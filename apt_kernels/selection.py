@@ -15,13 +15,12 @@ from torch import Tensor
 
 from apt_kernels import _triton
 
-# Name of the device: what `python -m bench.kernels --tune` found there. Read here, so that nothing is read while compiling.
+# Device name: what `python -m bench.kernels --tune` found there. Read here, so that nothing is read while compiling.
 TABLES: dict[str, dict[str, Any]] = {
     path.stem.replace("_", " "): json.loads(path.read_text(encoding="utf-8"))
     for path in Path(__file__).with_name("tables").glob("*.json")
 }
 ONE_KERNEL_OUTPUTS, ONE_KERNEL_RANK = 2900, 16  # kernels.md 2: recomputing the rank-r product pays below both
-
 
 KERNELS: dict[str, tuple[str, ...]] = {}  # op: its implementations in Triton
 
