@@ -1,6 +1,22 @@
 """Tensor ops of the masked, adapted linear layer. Tensors in, tensors out; importable without triton."""
 
-from apt_kernels.ops import column_sums, gate, masked_lora_linear, masked_norm
+from apt_kernels.ops import (
+    column_sums,
+    gate,
+    gated_activation,
+    masked_lora_linear,
+    masked_norm,
+    weight_kurtosis,
+)
 from apt_kernels.selection import calls, reset_calls
 
-__all__ = ["calls", "column_sums", "gate", "masked_lora_linear", "masked_norm", "reset_calls"]
+__all__ = [
+    "calls",
+    "column_sums",
+    "gate",
+    "gated_activation",
+    "masked_lora_linear",
+    "masked_norm",
+    "reset_calls",
+    "weight_kurtosis",
+]

@@ -3,6 +3,8 @@
 Dimension key: T tokens (any leading shape), I in, O out, R rank, D features.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,9 +41,43 @@ def masked_norm(
 ) -> Tensor:
     """LayerNorm or RMSNorm whose statistics weigh each dimension by its mask: ``n = sum m``, ``mean = sum m x / n``."""
     mask = torch.ones_like(weight) if mask is None else mask
-    n = mask.sum()
+    n = mask.sum().clamp(min=torch.finfo(mask.dtype).tiny)  # where every mask is 0, mean and variance are
     if kind == "layer":
         x_TD = x_TD - (mask * x_TD).sum(-1, keepdim=True) / n
     variance = (mask * x_TD.square()).sum(-1, keepdim=True) / n
     y_TD = x_TD * torch.rsqrt(variance + eps) * weight
     return y_TD if bias is None else y_TD + bias
+
+
+def gated_activation(g_TD: Tensor, u_TD: Tensor | None = None, mask: Tensor | None = None, *, kind: str) -> Tensor:
+    """``act(g) * u * m``; act is x times its sigmoid (silu), its normal distribution (gelu), or that by tanh."""
+    if kind == "silu":
+        h_TD = g_TD * torch.sigmoid(g_TD)
+    elif kind == "gelu":
+        h_TD = g_TD * (1 + torch.erf(g_TD / math.sqrt(2))) / 2
+    else:
+        h_TD = g_TD * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g_TD + 0.044715 * g_TD**3))) / 2
+    h_TD = h_TD if u_TD is None else h_TD * u_TD
+    return h_TD if mask is None else h_TD * mask
+
+
+def kurtosis(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Excess kurtosis ``m4 / m2^2 - 3`` with moments of the population over `dims`; -3 where all entries are equal."""
+    d = x - x.mean(dims, keepdim=True)
+    m2, m4 = d.square().mean(dims), d.pow(4).mean(dims)
+    return torch.where(m2 > 0, m4 / m2.square(), 0.0) - 3.0
+
+
+def weight_kurtosis(
+    weight_OI: Tensor,
+    a_RI: Tensor | None = None,
+    b_OR: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    group: int = 1,
+    column_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Kurtosis of ``(W + s B A) diag(c)`` over each block of `group` columns and over each row."""
+    o_OI = weight_OI if a_RI is None or b_OR is None else weight_OI + scale * (b_OR @ a_RI)
+    o_OI = o_OI if column_scale is None else o_OI * column_scale
+    return kurtosis(o_OI.unflatten(1, (o_OI.shape[1] // group, group)), (0, 2)), kurtosis(o_OI, (1,))

@@ -22,7 +22,10 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 ONE_KERNEL_OUTPUTS, ONE_KERNEL_RANK = 2900, 16  # kernels.md 2: recomputing the rank-r product pays below both
 
-KERNELS: dict[str, tuple[str, ...]] = {}  # op: its implementations in Triton
+KERNELS: dict[str, tuple[str, ...]] = {  # op: its implementations in Triton
+    "masked_lora_linear": ("split_cublas", "split_triton", "one_kernel"),
+    **dict.fromkeys(("column_sums", "gate", "gated_activation", "masked_norm", "weight_kurtosis"), ("triton",)),
+}
 
 _calls: dict[str, dict[str, int]] = {}
 

@@ -1,12 +1,13 @@
-"""The public op of norms that know masks: checks and the choice of implementation."""
+"""The public op of norms that know masks: checks, the choice of implementation, registered ops with autograd."""
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from apt_kernels import eager
+from apt_kernels import eager, selection
 from apt_kernels.selection import by_kernels, require
 
 _eager_norm: Callable[..., Tensor] = eager.MaskedNorm.apply  # torch leaves it untyped
@@ -25,7 +26,8 @@ def masked_norm(
     """LayerNorm or RMSNorm whose statistics weigh each dimension by its mask.
 
     ``n = sum m``, ``mean = sum m x / n``, ``var = sum m (x - mean)^2 / n`` (RMSNorm: ``mean = 0``), so that it equals
-    the dense norm at m = 1, the norm of the kept dimensions at m in {0, 1}, and is continuous between.
+    the dense norm at m = 1, the norm of the kept dimensions at m in {0, 1}, and is continuous between. Where every m is
+    0, mean and variance are 0.
 
     Args:
         x: ``[..., D]``.
@@ -40,12 +42,139 @@ def masked_norm(
         ``[..., D]`` in the dtype of x; sums are kept in at least float32. Dropped dimensions are not zeroed.
 
     Raises:
-        ValueError: shapes disagree or the kind is unknown.
+        ValueError: shapes disagree, the kind is unknown, or the backend does not exist or cannot hold a row.
     """
     D = x.shape[-1]
     require("masked_norm", {"weight": (weight, (D,)), "bias": (bias, (D,)), "mask": (mask, (D,))})
     if kind not in ("layer", "rms"):
         raise ValueError(f"masked_norm: kind must be 'layer' or 'rms', got {kind!r}")
-    by_kernels("masked_norm", x, backend)
-    y = _eager_norm(x.reshape(math.prod(x.shape[:-1]), D), weight, bias, mask, eps, kind == "layer")
+    x_TD, centred = x.reshape(math.prod(x.shape[:-1]), D), kind == "layer"
+    if by_kernels("masked_norm", x, backend):
+        y = _norm_forward(x_TD, weight, bias, mask, eps, centred, backend)[0]
+    else:
+        y = _eager_norm(x_TD, weight, bias, mask, eps, centred)
     return y.view(x.shape)
+
+
+@torch.library.custom_op("apt_kernels::masked_norm_forward", mutates_args=())
+def _norm_forward(
+    x_TD: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    centred: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and of each row the mean (0 for RMSNorm) and 1 / deviation, in float32."""
+    name = selection.choose("masked_norm", x_TD, backend, tuple(x_TD.shape))
+    selection.count("masked_norm", name)
+    if name == "torch":
+        return eager.norm_forward(x_TD, weight, bias, mask, eps, centred)
+    from apt_kernels import norms
+
+    return norms.norm_forward(x_TD, weight, bias, mask, eps, centred)
+
+
+@_norm_forward.register_fake
+def _(
+    x_TD: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    centred: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean_T, rstd_T = (x_TD.new_empty(x_TD.shape[0], dtype=torch.float32) for _ in range(2))
+    return x_TD.new_empty(x_TD.shape), mean_T, rstd_T
+
+
+@torch.library.custom_op("apt_kernels::masked_norm_backward", mutates_args=())
+def _norm_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    centred: bool,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x in its dtype, of weight and bias in float32; empty where not needed."""
+    name = selection.choose("masked_norm", x_TD, backend, tuple(x_TD.shape))
+    selection.count("masked_norm", name)
+    dx_TD = grad_weight = grad_bias = None
+    if name == "torch":
+        xhat_TD, share = (
+            (x_TD.float() - mean_T[:, None]) * rstd_T[:, None],
+            eager.norm_share(weight, mask, rstd_T.dtype),
+        )
+        needs = (needs_x, needs_weight, needs_bias)
+        dx_TD, grad_weight, grad_bias = eager.norm_backward(
+            dy_TD.float(), xhat_TD, rstd_T[:, None], weight, share, centred, needs
+        )
+        dx_TD = None if dx_TD is None else dx_TD.to(x_TD.dtype)
+    else:
+        from apt_kernels import norms
+
+        if needs_x:
+            dx_TD = norms.norm_backward(dy_TD, x_TD, weight, mask, mean_T, rstd_T, centred)
+        if needs_weight or needs_bias:
+            grad_weight, grad_bias = norms.norm_weight_grads(dy_TD, x_TD, mean_T, rstd_T, needs_weight, needs_bias)
+    none = x_TD.new_empty(0, dtype=torch.float32)
+    return (
+        x_TD.new_empty(0) if dx_TD is None else dx_TD,
+        none if grad_weight is None else grad_weight,
+        none.clone() if grad_bias is None else grad_bias,
+    )
+
+
+@_norm_backward.register_fake
+def _(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    centred: bool,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    D = x_TD.shape[1]
+    return (
+        x_TD.new_empty(x_TD.shape if needs_x else 0),
+        x_TD.new_empty(D if needs_weight else 0, dtype=torch.float32),
+        x_TD.new_empty(D if needs_bias else 0, dtype=torch.float32),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, weight, bias, mask, _, ctx.centred, ctx.backend = inputs
+    ctx.save_for_backward(x_TD, weight, bias, mask, *output[1:])
+
+
+def _differentiate(ctx: Any, dy_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x_TD, weight, bias, mask, mean_T, rstd_T = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    dx_TD, grad_weight, grad_bias = _norm_backward(
+        dy_TD, x_TD, weight, mask, mean_T, rstd_T, ctx.centred, *needs, ctx.backend
+    )
+    return (
+        dx_TD if needs[0] else None,
+        grad_weight.to(weight.dtype) if needs[1] else None,
+        grad_bias.to(bias.dtype) if needs[2] else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_norm_forward.register_autograd(_differentiate, setup_context=_save)

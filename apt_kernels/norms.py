@@ -1,0 +1,219 @@
+"""Triton kernels of LayerNorm and RMSNorm with mask-weighted statistics. A whole row lies in one block.
+
+    n = sum m,  mean = sum m x / n (0 for RMSNorm),  var = sum m (x - mean)^2 / n
+    y = (x - mean) * rstd * w + b                    with rstd = 1 / sqrt(var + eps)
+
+    g = dy * w,  xhat = (x - mean) * rstd
+    dx = rstd * (g - m / n * (xhat * sum(g xhat) + sum g))          the last sum for LayerNorm only
+    dw = sum_t dy * xhat,  db = sum_t dy
+
+Saved are x and two floats a row. dw and db, which most runs freeze, have a pass of their own, so that the row kernel
+keeps no sums in its registers; their partial sums are reduced in a fixed order.
+
+Dimension key: T tokens, D features, S slices of the tokens.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from apt_kernels import _triton, statistics
+
+# Rows, block of features, warps: 16 elements a thread, 32 in the last, so that x, dy, w and m fit into its registers.
+# One case does not: backward over more than 8192 features that are no multiple of 8 keeps 16 bytes on sm_90's stack.
+CONFIGS = ((16, 128, 4), (2, 1024, 4), (1, 2048, 4), (1, 4096, 8), (1, 8192, 16), (1, 16384, 16))
+MAX_FEATURES = CONFIGS[-1][1]
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # instead of n where every mask is 0: statistics are 0, not NaN
+
+ROW_SIZES = ["T", "d_units", "x_units"]
+BACKWARD_SIZES = [*ROW_SIZES, "dy_units"]
+WEIGHT_SIZES = [*BACKWARD_SIZES, "rows_each"]
+
+
+@triton.jit
+def share_of(mask_D, d, D):
+    """``m / n``: what each dimension weighs in the statistics; 0 past the end."""
+    if mask_D is None:
+        share = tl.where(d < D, 1.0, 0.0) / D
+    else:
+        mask = tl.load(mask_D + d, mask=d < D, other=0.0).to(tl.float32)
+        share = mask / tl.maximum(tl.sum(mask, 0), TINY)
+    return share
+
+
+@triton.jit(do_not_specialize=ROW_SIZES)
+def norm_forward_kernel(
+    x_TD, weight_D, bias_D, mask_D, y_TD, mean_T, rstd_T, T, d_units, x_units, eps,
+    CENTRED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows, in two steps over registers: the mean first, then the variance about it."""
+    D, stride = d_units * UNIT, x_units * UNIT
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (t[:, None] < T) & (d[None, :] < D)
+    x = tl.load(x_TD + t[:, None] * stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    share = share_of(mask_D, d, D)[None, :]
+    mean = tl.zeros((ROWS,), tl.float32)
+    if CENTRED:
+        mean = tl.sum(x * share, 1)
+        x -= mean[:, None]
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x * share, 1) + eps)
+    y = x * rstd[:, None] * tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if bias_D is not None:
+        y += tl.load(bias_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_TD + t[:, None] * D + d[None, :], y.to(y_TD.dtype.element_ty), mask=inside)
+    tl.store(mean_T + t, mean, mask=t < T)
+    tl.store(rstd_T + t, rstd, mask=t < T)
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def norm_backward_kernel(
+    dy_TD, x_TD, weight_D, mask_D, mean_T, rstd_T, dx_TD, T, d_units, x_units, dy_units,
+    CENTRED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient of ROWS rows of x."""
+    D = d_units * UNIT
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (t[:, None] < T) & (d[None, :] < D)
+    x = tl.load(x_TD + t[:, None] * (x_units * UNIT) + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dy_TD + t[:, None] * (dy_units * UNIT) + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    mean = tl.load(mean_T + t, mask=t < T, other=0.0)[:, None]
+    rstd = tl.load(rstd_T + t, mask=t < T, other=0.0)[:, None]
+    g = dy * tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    xhat = (x - mean) * rstd
+    along = xhat * tl.sum(g * xhat, 1)[:, None]
+    if CENTRED:
+        along += tl.sum(g, 1)[:, None]
+    dx = rstd * (g - share_of(mask_D, d, D)[None, :] * along)
+    tl.store(dx_TD + t[:, None] * D + d[None, :], dx.to(dx_TD.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=WEIGHT_SIZES)
+def norm_weight_kernel(
+    dy_TD, x_TD, mean_T, rstd_T, dw_SD, db_SD, T, d_units, x_units, dy_units, rows_each,
+    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Partial dw and db of one slice of the tokens, BLOCK_D columns; a None pointer leaves its part out."""
+    D = d_units * UNIT
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    slice_ = tl.program_id(1).to(tl.int64)
+    end = tl.minimum((slice_ + 1) * rows_each, T)
+    dw = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    db = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for start in range(slice_ * rows_each, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        inside = (t[:, None] < end) & (d[None, :] < D)
+        dy = tl.load(dy_TD + t[:, None] * (dy_units * UNIT) + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        if dw_SD is not None:
+            x = tl.load(x_TD + t[:, None] * (x_units * UNIT) + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            mean = tl.load(mean_T + t, mask=t < end, other=0.0)[:, None]
+            rstd = tl.load(rstd_T + t, mask=t < end, other=0.0)[:, None]
+            dw += dy * ((x - mean) * rstd)
+        if db_SD is not None:
+            db += dy
+    if dw_SD is not None:
+        tl.store(dw_SD + slice_ * D + d, tl.sum(dw, 0), mask=d < D)
+    if db_SD is not None:
+        tl.store(db_SD + slice_ * D + d, tl.sum(db, 0), mask=d < D)
+
+
+def config(D: int) -> tuple[int, int, int]:
+    """Rows, block and warps of the smallest block that holds a row."""
+    if D > MAX_FEATURES:
+        raise ValueError(f"masked_norm: the kernel holds rows of up to {MAX_FEATURES} features, got {D}")
+    return next(config for config in CONFIGS if config[1] >= D)
+
+
+def norm_forward(
+    x_TD: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y in the dtype of x, and the mean and 1 / deviation of each row in float32."""
+    T, D = x_TD.shape
+    y_TD = x_TD.new_empty(T, D)
+    mean_T, rstd_T = (x_TD.new_empty(T, dtype=torch.float32) for _ in range(2))
+    num_rows, block, warps = config(D)
+    if y_TD.numel() == 0:
+        return y_TD, mean_T.zero_(), rstd_T.zero_()
+    x_TD = statistics.rows(x_TD)
+    unit = _triton.unit(D, x_TD.stride(0))
+    with torch.cuda.device_of(x_TD):
+        norm_forward_kernel[(math.ceil(T / num_rows),)](
+            x_TD, weight.contiguous(), None if bias is None else bias.contiguous(),
+            None if mask is None else mask.contiguous(), y_TD, mean_T, rstd_T,
+            T, D // unit, x_TD.stride(0) // unit, eps,
+            CENTRED=centred, UNIT=unit, ROWS=num_rows, BLOCK_D=block, num_warps=warps,
+        )  # fmt: skip
+    return y_TD, mean_T, rstd_T
+
+
+def norm_backward(
+    dy_TD: Tensor, x_TD: Tensor, weight: Tensor, mask: Tensor | None, mean_T: Tensor, rstd_T: Tensor, centred: bool
+) -> Tensor:
+    """The gradient of x, in its dtype."""
+    T, D = x_TD.shape
+    dx_TD = x_TD.new_empty(T, D)
+    num_rows, block, warps = config(D)
+    if dx_TD.numel() == 0:
+        return dx_TD
+    x_TD, dy_TD = statistics.rows(x_TD), statistics.rows(dy_TD)
+    unit = _triton.unit(D, x_TD.stride(0), dy_TD.stride(0))
+    with torch.cuda.device_of(x_TD):
+        norm_backward_kernel[(math.ceil(T / num_rows),)](
+            dy_TD, x_TD, weight.contiguous(), None if mask is None else mask.contiguous(), mean_T, rstd_T, dx_TD,
+            T, D // unit, x_TD.stride(0) // unit, dy_TD.stride(0) // unit,
+            CENTRED=centred, UNIT=unit, ROWS=num_rows, BLOCK_D=block, num_warps=warps,
+        )  # fmt: skip
+    return dx_TD
+
+
+def norm_weight_grads(
+    dy_TD: Tensor, x_TD: Tensor, mean_T: Tensor, rstd_T: Tensor, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias, in float32; None where not needed."""
+    T, D = x_TD.shape
+    if x_TD.numel() == 0:
+        zeros_D = x_TD.new_zeros(D, dtype=torch.float32)
+        return zeros_D if needs_weight else None, zeros_D.clone() if needs_bias else None
+    x_TD, dy_TD = statistics.rows(x_TD), statistics.rows(dy_TD)
+    unit = _triton.unit(D, x_TD.stride(0), dy_TD.stride(0))
+    block_t, block_d, warps = statistics.config(D)
+    num_slices, rows_each = statistics.slices(T, D, x_TD.device)
+    dw_SD, db_SD = (
+        x_TD.new_empty(num_slices, D, dtype=torch.float32) if needs else None for needs in (needs_weight, needs_bias)
+    )
+    with torch.cuda.device_of(x_TD):
+        norm_weight_kernel[math.ceil(D / block_d), num_slices](
+            dy_TD, x_TD, mean_T, rstd_T, dw_SD, db_SD,
+            T, D // unit, x_TD.stride(0) // unit, dy_TD.stride(0) // unit, rows_each,
+            UNIT=unit, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
+    return None if dw_SD is None else dw_SD.sum(0), None if db_SD is None else db_SD.sum(0)
+
+
+def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """Name, kernel, signature, constants, warps and stages of every configuration that can be chosen."""
+    vectors = dict.fromkeys(("weight_D", "bias_D", "mask_D", "mean_T", "rstd_T", "dw_SD", "db_SD"), "*fp32")
+
+    def case(
+        name: str, kernel: Any, dtype: str, sizes: list[str], constants: dict[str, Any], warps: int
+    ) -> tuple[str, Any, dict[str, str], dict[str, Any], int, int]:
+        tensors = {**vectors, **dict.fromkeys(("x_TD", "y_TD", "dy_TD", "dx_TD"), dtype), "eps": "fp32"}
+        types = tensors | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
+        return name, kernel, {arg: types[arg] for arg in kernel.arg_names}, constants, warps, 3
+
+    bf16 = [(*config, "*bf16", 8) for config in CONFIGS]
+    for num_rows, block, warps, dtype, unit in [*bf16, (*CONFIGS[-2], "*bf16", 1), (*CONFIGS[-1], "*fp32", 8)]:
+        tiles = {"UNIT": unit, "ROWS": num_rows, "BLOCK_D": block, "CENTRED": True}  # RMSNorm needs less of everything
+        text = f"{num_rows}x{block} {dtype[1:]} unit {unit}"
+        yield case(f"norm forward {text}", norm_forward_kernel, dtype, ROW_SIZES, tiles, warps)
+        yield case(f"norm backward {text}", norm_backward_kernel, dtype, BACKWARD_SIZES, tiles, warps)
+    for block_t, block_d, warps in statistics.CONFIGS:
+        tiles = {"UNIT": 8, "BLOCK_T": block_t, "BLOCK_D": block_d}
+        name = f"norm weight {block_t}x{block_d} bf16 unit 8"
+        yield case(name, norm_weight_kernel, "*bf16", WEIGHT_SIZES, tiles, warps)
