@@ -41,10 +41,10 @@ def masked_norm(
 ) -> Tensor:
     """LayerNorm or RMSNorm whose statistics weigh each dimension by its mask: ``n = sum m``, ``mean = sum m x / n``."""
     mask = torch.ones_like(weight) if mask is None else mask
-    n = mask.sum().clamp(min=torch.finfo(mask.dtype).tiny)  # where every mask is 0, mean and variance are
+    share = mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny)  # all 0 where every mask is
     if kind == "layer":
-        x_TD = x_TD - (mask * x_TD).sum(-1, keepdim=True) / n
-    variance = (mask * x_TD.square()).sum(-1, keepdim=True) / n
+        x_TD = x_TD - (share * x_TD).sum(-1, keepdim=True)
+    variance = (share * x_TD.square()).sum(-1, keepdim=True)
     y_TD = x_TD * torch.rsqrt(variance + eps) * weight
     return y_TD if bias is None else y_TD + bias
 

@@ -7,10 +7,15 @@ import torch
 import torch.nn.functional as F
 from check import close, no_worse_than_eager
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+import apt_kernels
 from apt_kernels import masked_norm, reference
 
 KINDS = ["layer", "rms"]
+BACKENDS = ["torch", "triton"]
+SHAPES = [(1, 3), (7, 33), (2, 3, 130), (0, 5), (3, 0)]  # one token, ragged, 3-D, an empty axis
+LARGE = [(270, 72), (3, 2000), (1, 4096), (2, 8001), (1, 16384)]  # two blocks a slice, and each block that holds a row
 EPS = 1e-6
 
 
@@ -85,6 +90,156 @@ def test_continuous_where_masks_reach_zero(kind: str, device: str) -> None:
     assert (at(1e-6) - at(0.0)).abs().max().item() < step / 5000
 
 
+def run(
+    op: Any, given: list[Tensor], upstream: Tensor, mask: Tensor | None, to: torch.dtype, **how: Any
+) -> list[Tensor]:
+    """Output and the gradients of all that is given: x, weight and, where it is there, bias."""
+    leaves = [t.detach().to(to).requires_grad_() for t in given]
+    y = op(*leaves, *[None] * (3 - len(leaves)), mask=None if mask is None else mask.to(to), eps=EPS, **how)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(to))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "dense"])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        *((dtype, shape) for dtype in (torch.float32, torch.float16, torch.bfloat16) for shape in SHAPES),
+        *((torch.float32, shape) for shape in LARGE),
+    ],
+    ids=str,
+)
+def test_the_kernel_meets_the_oracle(
+    kind: str, masked: bool, dtype: torch.dtype, shape: tuple[int, ...], device: str
+) -> None:
+    D = shape[-1]
+    given = [t.to(dtype) for t in operands(D, device, shape[:-1])]
+    given = given if masked else given[:2]  # without a bias too
+    mask = (torch.randint(0, 3, (D,), device=device) / 2).to(dtype) if masked else None
+    if masked and D:
+        mask[0] = 1
+    upstream = torch.randn(*shape, device=device).to(dtype)
+    apt_kernels.reset_calls()
+    ours = run(masked_norm, given, upstream, mask, dtype, kind=kind, backend="triton")
+    assert set(apt_kernels.calls()["masked_norm"]) == {"triton"}
+    eager, truth = (run(reference.masked_norm, given, upstream, mask, to, kind=kind) for to in (dtype, torch.float64))
+    for name, *triple in zip(("y", "x", "weight", "bias"), ours, eager, truth, strict=False):
+        no_worse_than_eager(f"{kind} {name}", *triple)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)], ids=str)
+def test_each_subset_of_gradients_gives_the_same_bits(
+    backend: str, kind: str, needs: tuple[int, int, int], device: str
+) -> None:
+    given, upstream = [t.float() for t in operands(40, device, (9,))], torch.randn(9, 40, device=device)
+    mask = torch.rand(40, device=device)
+    whole = run(masked_norm, given, upstream, mask, torch.float32, kind=kind, backend=backend)
+    leaves = [t.clone().requires_grad_(bool(need)) for t, need in zip(given, needs, strict=True)]
+    masked_norm(*leaves, mask=mask, eps=EPS, kind=kind, backend=backend).backward(upstream)
+    for leaf, need, wanted in zip(leaves, needs, whole[1:], strict=True):
+        assert torch.equal(leaf.grad, wanted) if need else leaf.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_all_zero_mask_gives_finite_values(backend: str, kind: str, device: str) -> None:
+    """As when all heads under a norm across heads are gone: what is multiplied by 0 afterwards must not be NaN."""
+    given, upstream = [t.float() for t in operands(12, device, (3,))], torch.randn(3, 12, device=device)
+    ours, truth = (
+        run(op, given, upstream, torch.zeros(12, device=device), torch.float32, kind=kind, **how)
+        for op, how in ((masked_norm, {"backend": backend}), (reference.masked_norm, {}))
+    )
+    assert all(torch.isfinite(t).all() for t in ours)
+    for name, got, wanted in zip(("y", "x", "weight", "bias"), ours, truth, strict=True):
+        close(name, got, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_sees_the_shrunk_norm(kind: str, device: str) -> None:
+    given, upstream = [t.float() for t in operands(130, device, (5,))], torch.randn(5, 130, device=device)
+    mask = (torch.arange(130, device=device) % 3 > 0).float()
+    kept = mask.bool()
+    upstream = upstream * mask
+    masked = run(masked_norm, given, upstream, mask, torch.float32, kind=kind, backend="triton")
+    few = [t[..., kept] for t in given]
+    shrunk = run(masked_norm, few, upstream[:, kept], None, torch.float32, kind=kind, backend="triton")
+    for name, whole, part in zip(("y", "x", "weight", "bias"), masked, shrunk, strict=True):
+        close(name, whole[..., kept], part)
+
+
+def test_strides_and_dtypes_of_the_vectors_do_not_matter(device: str) -> None:
+    x, weight, bias = (t.float() for t in operands(24, device, (6,)))
+    row, mask = torch.randn(1, 24, device=device), torch.rand(48, device=device)
+    wide = [torch.cat([x, x], 1)[:, :24], weight.repeat_interleave(2)[::2], bias.repeat_interleave(2)[::2]]
+    turned = [x.T.contiguous().T, weight, bias]
+    want = run(reference.masked_norm, [x, weight, bias], row.expand(6, 24), mask[::2], torch.float32, kind="layer")
+    for given in (wide, turned):
+        leaves = [t.detach().requires_grad_() for t in given]  # no copy, the strides stay
+        y = masked_norm(*leaves, mask=mask[::2], eps=EPS, kind="layer", backend="triton")
+        for name, got, wanted in zip(
+            "yxwb", [y, *torch.autograd.grad(y, leaves, row.expand(6, 24))], want, strict=True
+        ):
+            close(name, got.detach(), wanted)
+    leaves = [t.requires_grad_() for t in (x.bfloat16(), weight, bias)]
+    y = masked_norm(*leaves, eps=EPS, backend="triton")
+    y.backward(torch.ones_like(y))
+    assert [y.dtype, *[t.grad.dtype for t in leaves]] == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_and_a_checkpoint_give_the_same_bits(backend: str, device: str) -> None:
+    leaves = [t.float().requires_grad_() for t in operands(72, device, (270,))]
+    mask, upstream = torch.rand(72, device=device), torch.randn(270, 72, device=device)
+
+    def step(*given: Tensor) -> Tensor:
+        return masked_norm(*given, mask=mask, eps=EPS, backend=backend)
+
+    def bits(recompute: bool) -> list[Tensor]:
+        y = checkpoint(step, *leaves, use_reentrant=False) if recompute else step(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+    first = bits(False)
+    assert all(torch.equal(*pair) for again in (bits(False), bits(True)) for pair in zip(first, again, strict=True))
+
+
+def test_what_backward_keeps_is_x_and_two_floats_a_row(device: str) -> None:
+    x, weight, bias = (t.float().requires_grad_() for t in operands(64, device, (9,)))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        masked_norm(x, weight, bias, mask=torch.ones(64, device=device), eps=EPS, backend="triton")
+    assert [t.data_ptr() for t in kept if t.dim() == 2] == [x.data_ptr()]
+    assert sum(t.numel() for t in kept if t.shape == (9,)) == 2 * 9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_registered_ops_keep_the_rules(kind: str, device: str) -> None:
+    x, weight, bias = (t.float().requires_grad_() for t in operands(24, device, (5,)))
+    mask, ops, centred = torch.rand(24, device=device), torch.ops.apt_kernels, kind == "layer"
+    torch.library.opcheck(ops.masked_norm_forward, (x, weight, bias, mask, EPS, centred, "triton"))
+    torch.library.opcheck(ops.masked_norm_forward, (x, weight, None, None, EPS, centred, "triton"))
+    rows = torch.rand(5, device=device), torch.rand(5, device=device)
+    given = (torch.randn(5, 24, device=device), x.detach(), weight.detach(), mask, *rows, centred)
+    torch.library.opcheck(ops.masked_norm_backward, (*given, True, True, True, "triton"))
+    torch.library.opcheck(ops.masked_norm_backward, (*given, False, False, True, "triton"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_under_compile(backend: str, kind: str, device: str) -> None:
+    given, upstream = [t.float() for t in operands(24, device, (5,))], torch.randn(5, 24, device=device)
+    mask = torch.rand(24, device=device)
+
+    def step(x: Tensor, weight: Tensor, bias: Tensor, **how: Any) -> Tensor:
+        return masked_norm(x * 2, weight, bias, kind=kind, backend=backend, **how) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    pair = [run(op, given, upstream, mask, torch.float32) for op in (compiled, step)]
+    for name, got, wanted in zip(("y", "x", "weight", "bias"), *pair, strict=True):
+        close(name, got, wanted)
+
+
 def test_bad_input_names_the_dimensions() -> None:
     x, weight, bias = operands(4, "cpu")
     for wrong in ("weight", "bias", "mask"):
@@ -93,3 +248,5 @@ def test_bad_input_names_the_dimensions() -> None:
             masked_norm(x, eps=EPS, **named)
     with pytest.raises(ValueError, match="kind must be 'layer' or 'rms', got 'batch'"):
         masked_norm(x, weight, bias, eps=EPS, kind="batch")
+    with pytest.raises(ValueError, match="masked_norm: the kernel holds rows of up to 16384 features, got 16385"):
+        masked_norm(torch.zeros(1, 16385), torch.ones(16385), eps=EPS, backend="triton")

@@ -14,7 +14,8 @@ from apt_kernels import column_sums, gate, reference
 
 BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 3), (5, 7), (2, 9, 130), (3, 32), (270, 136), (3, 0), (0, 4)]  # one token, 3-D, two blocks a slice, empty
+SHAPES = [(1, 3), (5, 7), (2, 9, 130), (3, 32), (3, 0), (0, 4)]  # one token, 3-D, past one tile, empty
+CASES = [(dtype, shape) for dtype in DTYPES for shape in SHAPES] + [(torch.float32, (270, 136))]  # two blocks a slice
 
 
 def halves(D: int, device: str) -> Tensor:
@@ -30,10 +31,9 @@ def ran(op: str) -> set[str]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "open"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
 def test_gate_meets_the_oracle(
     backend: str, dtype: torch.dtype, padded: bool, masked: bool, shape: tuple[int, ...], device: str
 ) -> None:
@@ -57,8 +57,7 @@ def test_gate_meets_the_oracle(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (2100, 5)], ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), [*CASES, (torch.float32, (2100, 5))], ids=str)
 def test_column_sums_meet_the_oracle(backend: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
     x = torch.randn(*shape, device=device).to(dtype)
     apt_kernels.reset_calls()
