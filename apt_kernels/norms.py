@@ -83,13 +83,15 @@ def norm_backward_kernel(
     inside = (t[:, None] < T) & (d[None, :] < D)
     x = tl.load(x_TD + t[:, None] * (x_units * UNIT) + d[None, :], mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_TD + t[:, None] * (dy_units * UNIT) + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    # dy and w are spent before anything else is loaded, m comes last: in another order the widest block spills.
+    g = dy * tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     mean = tl.load(mean_T + t, mask=t < T, other=0.0)[:, None]
     rstd = tl.load(rstd_T + t, mask=t < T, other=0.0)[:, None]
-    g = dy * tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     xhat = (x - mean) * rstd
-    along = xhat * tl.sum(g * xhat, 1)[:, None]
+    shift = tl.zeros((ROWS, 1), tl.float32)
     if CENTRED:
-        along += tl.sum(g, 1)[:, None]
+        shift = tl.sum(g, 1)[:, None]
+    along = xhat * tl.sum(g * xhat, 1)[:, None] + shift
     dx = rstd * (g - share_of(mask_D, d, D)[None, :] * along)
     tl.store(dx_TD + t[:, None] * D + d[None, :], dx.to(dx_TD.dtype.element_ty), mask=inside)
 
