@@ -25,7 +25,7 @@ from torch import Tensor
 from apt_kernels import _triton, statistics
 
 # Rows, block of features, warps: 16 elements a thread, 32 in the last, so that x, dy, w and m fit into its registers.
-# One case does not: backward over more than 8192 features that are no multiple of 8 keeps 16 bytes on sm_90's stack.
+# One case does not: backward over more than 8192 features that are no multiple of 8 keeps 24 bytes on sm_90's stack.
 CONFIGS = ((16, 128, 4), (2, 1024, 4), (1, 2048, 4), (1, 4096, 8), (1, 8192, 16), (1, 16384, 16))
 MAX_FEATURES = CONFIGS[-1][1]
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # instead of n where every mask is 0: statistics are 0, not NaN
@@ -199,7 +199,7 @@ def norm_weight_grads(
 
 
 def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Name, kernel, signature, constants, warps and stages of every configuration that can be chosen."""
+    """Name, kernel, signature, constants, warps and stages of every configuration but the one named at CONFIGS."""
     vectors = dict.fromkeys(("weight_D", "bias_D", "mask_D", "mean_T", "rstd_T", "dw_SD", "db_SD"), "*fp32")
 
     def case(
