@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute in; all else is eager's
+INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED_PROGRAMS = 4  # programs a split is planned for in the interpreter, which runs them one after the other
-
-
-@functools.cache
-def installed() -> bool:
-    """Whether triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -24,7 +19,7 @@ def interpreted() -> bool:
 
 def why_unusable(tensor: Tensor) -> str | None:
     """What keeps a kernel from taking this tensor, in words; None where nothing does."""
-    if not installed():
+    if not INSTALLED:
         return "triton is not installed"
     if not tensor.is_cuda and not interpreted():
         return f"the tensor is on {tensor.device} (a GPU is needed, or TRITON_INTERPRET=1)"
@@ -60,3 +55,13 @@ def programs(device: torch.device) -> int:
         if device.type == "cuda"
         else INTERPRETED_PROGRAMS
     )
+
+
+@functools.cache
+def arch(device: torch.device) -> str:
+    """The kind of machine that tiles are chosen for: interpreter, sm_80, sm_90 or gfx942."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"

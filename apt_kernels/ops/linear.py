@@ -1,14 +1,17 @@
 """The public op of the adapted linear layer: checks and the choice of implementation; the arithmetic lies elsewhere."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apt_kernels import eager
-from apt_kernels.selection import by_kernels, require
+from apt_kernels.selection import by_kernels, choose, count, require
+from apt_kernels.tiles import padded_rank
 
+OP = "masked_lora_linear"
 _eager: Callable[..., Tensor] = eager.MaskedLoraLinear.apply  # torch leaves it untyped
 
 
@@ -52,7 +55,7 @@ def masked_lora_linear(
     Raises:
         ValueError: shapes or dtypes disagree, weight requires a gradient, or the backend does not exist.
     """
-    op = "masked_lora_linear"
+    op = OP
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -70,7 +73,110 @@ def masked_lora_linear(
         raise ValueError(f"{op}: weight and bias are frozen and get no gradient; call requires_grad_(False) on them")
     if not 0.0 <= dropout < 1.0 or (dropout > 0.0 and seed is None):
         raise ValueError(f"{op}: dropout must be in [0, 1) and needs a seed, got dropout={dropout}, seed={seed}")
-    by_kernels(op, x, backend)
     x_TI = x.reshape(math.prod(lead), I)  # not -1, which nothing determines where I is 0
-    y = _eager(x_TI, weight, a, b, bias, gate, mask_in, mask_out, scale, dropout, seed or 0)
+    rest = (bias, gate, mask_in, mask_out, float(scale), float(dropout), seed or 0)
+    if by_kernels(op, x, backend):
+        y, _ = _linear(x_TI, weight, a, b, *rest, backend)
+    else:
+        y = _eager(x_TI, weight, a, b, *rest)
     return y.view(*lead, O)
+
+
+@torch.library.custom_op("apt_kernels::masked_lora_linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    mask_in: Tensor | None,
+    mask_out: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[T, O]``, and z ``[T, P]`` for backward: the rank padded to a multiple of 16."""
+    name = choose(OP, x, backend, (*x.shape, weight.shape[0], a.shape[0]))
+    count(OP, name)
+    if name == "torch":
+        y, z = eager.lora_linear(x, weight, a, b, bias, gate, mask_in, mask_out, scale, dropout, seed)
+        return y, torch.nn.functional.pad(z, (0, padded_rank(a.shape[0]) - a.shape[0]))
+    from apt_kernels import masked_lora
+
+    x, weight = rows_contiguous(x), rows_contiguous(weight)
+    return masked_lora.forward(name, x, weight, a, b, bias, gate, mask_in, mask_out, scale, dropout, seed)
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], padded_rank(a.shape[0]))
+
+
+@torch.library.custom_op("apt_kernels::masked_lora_linear_backward", mutates_args=())
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Tensor | None,
+    mask_in: Tensor | None,
+    mask_out: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    backend: str | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, a, b and gate; an empty tensor where `needs` does not ask."""
+    name = choose(OP, x, backend, (*x.shape, weight.shape[0], a.shape[0]))
+    count(f"{OP}_backward", name)
+    settings = (weight, a, b, gate, mask_in, mask_out, scale, dropout, seed)
+    if name == "torch":
+        found = eager.lora_linear_backward(dy, x, z[:, : a.shape[0]], *settings, needs)
+    else:
+        from apt_kernels import masked_lora
+
+        dy, x, weight = rows_contiguous(dy), rows_contiguous(x), rows_contiguous(weight)
+        found = masked_lora.backward(name, dy, x, z, weight, *settings[1:], needs)
+    grads = [x.new_empty(0) if grad is None else grad for grad in found]
+    return grads[0], grads[1], grads[2], grads[3]
+
+
+@_linear_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    sources = (x, a, b, x if gate is None else gate)
+    return tuple(
+        torch.empty_like(source, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for source, need in zip(sources, needs, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, a, b, _, gate, mask_in, mask_out, *ctx.settings = inputs
+    ctx.save_for_backward(x, output[1], weight, a, b, gate, mask_in, mask_out)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 12
+    x, _, a, b, _, gate, *_ = ctx.needs_input_grad
+    needs = [x, a, b, gate]
+    found = _linear_backward(dy, *ctx.saved_tensors, *ctx.settings, needs)
+    grad_x, grad_a, grad_b, grad_gate = (grad if need else None for grad, need in zip(found, needs, strict=True))
+    return grad_x, None, grad_a, grad_b, None, grad_gate, *(None,) * 6
+
+
+_linear.register_autograd(_linear_gradients, setup_context=_save)
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself where its rows are contiguous (a view of a larger weight is), else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

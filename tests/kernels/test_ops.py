@@ -46,7 +46,11 @@ def test_calls_are_counted_and_a_forced_backend_never_falls_back(monkeypatch: py
     counted = {"masked_lora_linear": {"torch": 3}, "gate": {"torch": 1}}
     assert apt_kernels.calls() == counted
     monkeypatch.setenv("APT_BACKEND", "triton")
-    for call in (lambda: masked_lora_linear(*inputs, scale=1.0), lambda: apt_kernels.gate(inputs[0])):
-        with pytest.raises(ValueError, match="backend 'triton' is not available"):
+    double = tuple(t.double() for t in inputs)
+    for call in (lambda: masked_lora_linear(*double, scale=1.0), lambda: apt_kernels.gate(double[0])):
+        with pytest.raises(ValueError, match="backend 'triton' is not available: kernels compute in float32"):
             call()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend 'triton' is not available: the tensor is on cpu"):
+        masked_lora_linear(*inputs, scale=1.0)
     assert apt_kernels.calls() == counted

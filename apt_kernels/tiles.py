@@ -1,0 +1,73 @@
+"""Tile sizes of the kernels: at most six a kernel and machine, all compiled ahead by the tests.
+
+Register and shared-memory use decided what stands here (kernels.md 4): nothing spills, everything fits.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """Rows, columns and inner step of a program's tile, its warps and the stages of its pipeline."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+
+PRODUCT = {  # of forward, one_kernel and backward, from large to small
+    "sm_90": (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 4, 3)),
+    "sm_80": (Tiles(128, 128, 32, 4, 4), Tiles(64, 128, 32, 4, 4)),
+    "gfx942": (Tiles(128, 128, 64, 8, 2), Tiles(64, 128, 64, 4, 2)),
+    "interpreter": (Tiles(32, 32, 32, 4, 1),),
+}
+PRODUCT_FP32 = (Tiles(64, 64, 32, 4, 2),)  # exact float32 products run without tensor cores
+PRODUCT_TMA = (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3))
+TMA_RANK = 32  # ranks a step of the persistent kernels
+GROUP = 8  # rows of tiles walked together
+
+DOWN = {"interpreter": Tiles(32, 0, 32, 4, 1), "gfx942": Tiles(64, 0, 64, 4, 2), "": Tiles(64, 0, 64, 4, 3)}
+UP_BACKWARD = {"interpreter": Tiles(32, 32, 0, 4, 1), "gfx942": Tiles(64, 128, 0, 4, 2), "": Tiles(64, 128, 0, 4, 3)}
+DOWN_BACKWARD = {"interpreter": Tiles(32, 0, 32, 4, 1), "gfx942": Tiles(64, 0, 128, 4, 2), "": Tiles(64, 0, 128, 4, 3)}
+FP32 = {  # the same three, half as wide: four bytes an element, and no tensor cores
+    "down": Tiles(32, 0, 32, 4, 2),
+    "up_backward": Tiles(32, 64, 0, 4, 2),
+    "down_backward": Tiles(32, 0, 64, 4, 2),
+}
+ELEMENTWISE = Tiles(32, 128, 0, 4, 1)  # pack and reduce
+RANK_GRADIENT_ROWS = 64
+RANKS = (16, 64)  # columns of a rank block: 16 for small ranks, else 64; both are compiled at the first launch
+
+
+def padded_rank(rank: int) -> Any:
+    """The rank that z is stored with: a multiple of 16, at least 16."""
+    return torch.sym_max(16, (rank + 15) // 16 * 16)  # max() would bind a traced rank to one side
+
+
+def rank_block(padded_rank: int) -> int:
+    """Columns of the rank-R product that one program owns."""
+    return RANKS[0] if padded_rank <= RANKS[0] else RANKS[1]
+
+
+def product(arch: str, dtype: torch.dtype, rows: int, cols: int, programs: int) -> Tiles:
+    """The largest tile that still gives every multiprocessor one, else the smallest there is."""
+    choices = PRODUCT_FP32 if dtype == torch.float32 and arch != "interpreter" else PRODUCT[arch]
+    return fitting(choices, rows, cols, programs)
+
+
+def fitting(choices: tuple[Tiles, ...], rows: int, cols: int, programs: int) -> Tiles:
+    for tiles in choices:
+        if -(-rows // tiles.BM) * -(-cols // tiles.BN) >= programs:
+            return tiles
+    return choices[-1]
+
+
+def skinny(kernel: str, arch: str, dtype: torch.dtype) -> Tiles:
+    """Tiles of down, up_backward or down_backward."""
+    if dtype == torch.float32 and arch != "interpreter":
+        return FP32[kernel]
+    table = {"down": DOWN, "up_backward": UP_BACKWARD, "down_backward": DOWN_BACKWARD}[kernel]
+    return table.get(arch, table[""])
