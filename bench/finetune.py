@@ -127,17 +127,18 @@ def peft_lora(model: Any, config: Any) -> Any:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Means over the seeds with their spread; times are ratios to LoRA of the same seed, wall clock and CPU seconds."""
-    lora = {row["seed"]: row for row in rows if row["arm"] == "lora"}
+    lora = {(row["seed"], row["overrides"]): row for row in rows if row["arm"] == "lora"}
     lines = [
         "| arm | seeds | accuracy | over LoRA | sparsity | training, wall s | over LoRA | CPU s over LoRA | speed-up |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == arm]
-        paired = [row for row in mine if row["seed"] in lora]
+    for arm, overrides in dict.fromkeys((row["arm"], row["overrides"]) for row in rows):
+        mine = [row for row in rows if (row["arm"], row["overrides"]) == (arm, overrides)]
+        paired = [row for row in mine if (row["seed"], overrides) in lora]
         values = {name: [float(row[name]) for row in mine] for name in COLUMNS}
         lines.append(
-            f"| {arm} | {len(mine)} | {_spread(values['accuracy'], 4)} | {_ratio_of_means(paired, lora, 'accuracy')} "
+            f"| {arm} {overrides}".rstrip() + f" | {len(mine)} | {_spread(values['accuracy'], 4)} "
+            f"| {_ratio_of_means(paired, lora, 'accuracy')} "
             f"| {_spread(values['sparsity'], 3)} | {_spread(values['train_seconds'], 0)} "
             f"| {_spread(_ratios(paired, lora, 'train_seconds'), 3)} "
             f"| {_spread(_ratios(paired, lora, 'train_cpu_seconds'), 3)} | {_spread(values['speedup'], 2)} |"
@@ -145,14 +146,17 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ratios(rows: list[dict[str, str]], lora: dict[str, dict[str, str]], name: str) -> list[float]:
-    return [float(row[name]) / float(lora[row["seed"]][name]) for row in rows]
+LoraRows = dict[tuple[str, str], dict[str, str]]  # by seed and overrides
 
 
-def _ratio_of_means(rows: list[dict[str, str]], lora: dict[str, dict[str, str]], name: str) -> str:
+def _ratios(rows: list[dict[str, str]], lora: LoraRows, name: str) -> list[float]:
+    return [float(row[name]) / float(lora[row["seed"], row["overrides"]][name]) for row in rows]
+
+
+def _ratio_of_means(rows: list[dict[str, str]], lora: LoraRows, name: str) -> str:
     if not rows:
         return ""
-    theirs = statistics.mean(float(lora[row["seed"]][name]) for row in rows)
+    theirs = statistics.mean(float(lora[row["seed"], row["overrides"]][name]) for row in rows)
     return f"{statistics.mean(float(row[name]) for row in rows) / theirs:.4f}"
 
 
