@@ -1,8 +1,10 @@
 """The one row format: a measured number with all it depends on, appended to a CSV file."""
 
 import csv
+import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,30 @@ import torch
 
 def environment() -> dict[str, Any]:
     """Machine, versions and commit, as columns of every row."""
-    import transformers
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x{torch.get_num_threads()}"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": device,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": os.environ.get("COMMIT") or _commit(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """Empty where the source tree was copied without its history; COMMIT names it there."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -34,8 +49,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row by writing the whole file under a temporary name: a run that is killed leaves the old file."""
-    rows = [*read_rows(path), {key: str(value) for key, value in row.items()}]
+    """Add one row; see `append_rows`."""
+    append_rows(path, [row])
+
+
+def append_rows(path: Path, new: list[dict[str, Any]]) -> None:
+    """Add rows by writing the whole file under a temporary name: a run that is killed leaves the old file."""
+    rows = [*read_rows(path), *({key: str(value) for key, value in row.items()} for row in new)]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
