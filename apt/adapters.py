@@ -54,6 +54,7 @@ class APTAdapter(nn.Module):
         weight: Any = base.weight  # torch declares it a Tensor
         self.weight, self.bias = weight, base.bias
         self.gate_in = gate_in
+        self.shared: SharedInput | None = None
         self.lora_A, self.lora_B = None, None
         if rank:
             self.lora_A = nn.Parameter(self._new_rows(rank, "lora"))
@@ -117,7 +118,15 @@ class APTAdapter(nn.Module):
         delta = self.scale * (self.lora_B @ self.lora_A)
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A ``[R, n_in]`` and B ``[n_out, R]``, with R = 0 where there is no adapter."""
+        if self.lora_A is None or self.lora_B is None:
+            return self.weight.new_zeros(0, self.n_in), self.weight.new_zeros(self.n_out, 0)
+        return self.lora_A, self.lora_B
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.shared is not None and self.shared.adapted:
+            return self.shared.output(self, x)
         if self.gate_in is not None:
             x = self.gate_in(x)
         weight, bias = self.view()
@@ -127,6 +136,66 @@ class APTAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.n_in}, out_features={self.n_out}, rank={self.rank}, scale={self.scale}"
+
+
+class SharedInput:
+    """Adapted linears that read the same tensor (q, k, v; gate, up): the first one called computes all of them.
+
+    The block's own forward calls them one after the other, as it always did; those called later find their output
+    here. It is kept for that one input only, and handed out once.
+
+    Args:
+        members: the linears, none with a gate on its input.
+    """
+
+    def __init__(self, members: list[APTAdapter]) -> None:
+        self.members = members
+        self._forget()
+        for member in members:
+            member.shared = self
+
+    def _forget(self) -> None:
+        self._x: Tensor | None = None
+        self._with_grad = False
+        self._outputs: list[Tensor | None] = [None] * len(self.members)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle has the members and no outputs of a pass in flight."""
+        return {"members": self.members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.members = state["members"]
+        self._forget()
+
+    @property
+    def adapted(self) -> bool:
+        """Whether any member has an adapter; without one there is nothing to share."""
+        return any(member.lora_A is not None for member in self.members)
+
+    def output(self, member: APTAdapter, x: Tensor) -> Tensor:
+        """What this member makes of x."""
+        index = next(i for i, other in enumerate(self.members) if other is member)
+        found = self._outputs[index]
+        if found is None or self._x is not x or self._with_grad != torch.is_grad_enabled():
+            self._x, self._with_grad = x, torch.is_grad_enabled()
+            self._outputs = list(self._compute(x))
+            found = self._outputs[index]
+            assert found is not None
+        self._outputs[index] = None
+        if all(output is None for output in self._outputs):
+            self._x = None
+        return found
+
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        views, factors = [m.view() for m in self.members], [m.factors() for m in self.members]
+        return apt_kernels.masked_lora_linears(
+            x,
+            [weight for weight, _ in views],
+            [a for a, _ in factors],
+            [b for _, b in factors],
+            scale=self.members[0].scale,
+            biases=[bias for _, bias in views],
+        )
 
 
 def exchange(parameter: nn.Parameter, data: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.adapters import APTAdapter, adapted
+from apt.adapters import APTAdapter, SharedInput, adapted
 from apt.controller import APTConfig, PatchState, patch_state
 from apt.families import ROLES, EmptyAttention, Family, base_model, find_family
 from apt.gates import MaskGate, ValidTokens
@@ -63,6 +63,8 @@ def patch_model(
         assert isinstance(linear, nn.Linear)
         rank = config.rank if name in set(targets) else 0
         _replace(model, name, APTAdapter(linear, rank, config.scale, init_std=config.tuning.init_std))
+    if family is not None:
+        _share_inputs(model, family)
     if config.method == "apt" and family is not None:
         _put_gates(model, family, state.valid)
         state.hooks.append(model.register_forward_pre_hook(_ValidTokenHook(model, state.valid), with_kwargs=True))
@@ -177,6 +179,17 @@ def _put_gates(model: nn.Module, family: Family, valid: ValidTokens) -> None:
             groups = key.n_out // head_size(model, family, layer)
             out.gate_in = MaskGate(groups, out.n_in // groups, valid, out.weight.device)
         down.gate_in = MaskGate(down.n_in, 1, valid, down.weight.device)
+
+
+def _share_inputs(model: nn.Module, family: Family) -> None:
+    """Let the adapted linears of a layer that read the same tensor be computed together."""
+    for layer in family.layer_list(model):
+        there = dict(layer.named_modules())
+        for roles in (("q", "k", "v"), ("gate", "up")):
+            found = [there.get(family.linears.get(role, "")) for role in roles]
+            members = [module for module in found if isinstance(module, APTAdapter)]
+            if len(members) > 1:
+                SharedInput(members)
 
 
 def _task_head(model: nn.Module) -> list[nn.Module]:

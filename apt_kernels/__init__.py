@@ -5,6 +5,7 @@ from apt_kernels.ops import (
     gate,
     gated_activation,
     masked_lora_linear,
+    masked_lora_linears,
     masked_norm,
     weight_kurtosis,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "gate",
     "gated_activation",
     "masked_lora_linear",
+    "masked_lora_linears",
     "masked_norm",
     "reset_calls",
     "weight_kurtosis",

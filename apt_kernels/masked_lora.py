@@ -114,8 +114,8 @@ def onto(
 
 
 def back_onto(
-    dys: list[Tensor], weights: list[Tensor], ts_TP: Tensor, a_PI: Tensor, mask_in: Tensor | None,
-    masks_out: list[Tensor | None],
+    dys: Sequence[Tensor], weights: Sequence[Tensor], ts_TP: Tensor, a_PI: Tensor, mask_in: Tensor | None,
+    masks_out: Sequence[Tensor | None],
 ) -> Tensor:  # fmt: skip
     """``m_in * (ts A + sum (m_out * dy) W)`` over layers that share the input."""
     dtype = ts_TP.dtype

@@ -74,12 +74,16 @@ def reduce(
     parts: Tensor, rows: int, cols: int, dtype: torch.dtype, *, scale: float = 1.0,
     row_by: Tensor | None = None, col_by: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The parts ``[N, rows', cols']`` added in order, ``[rows, cols]`` of them, times scale, row and column factors."""
+    """The parts ``[N, rows', cols']`` added in order, ``[rows, cols]`` of them, times scale, row and column factors.
+
+    Columns are contiguous; the rows may be some of a larger tensor's.
+    """
     target = parts.new_empty(rows, cols, dtype=dtype)
     tile = tiles.ELEMENTWISE
     launch(
         lowrank.reduce, (triton.cdiv(rows, tile.BM), triton.cdiv(cols, tile.BN)),
-        parts, target, row_by, col_by, float(scale), parts.shape[0], rows, cols, parts.shape[1], parts.shape[2],
+        parts, target, row_by, col_by, float(scale), len(parts), rows, cols,
+        parts.stride(0) // max(1, parts.stride(1)), parts.stride(1),
         ROW_BY=row_by is not None, COL_BY=col_by is not None, BM=tile.BM, BN=tile.BN, tile=tile,
     )  # fmt: skip
     return target

@@ -24,6 +24,7 @@ ONE_KERNEL_OUTPUTS, ONE_KERNEL_RANK = 2900, 16  # kernels.md 2: recomputing the 
 
 KERNELS: dict[str, tuple[str, ...]] = {  # op: its implementations in Triton
     "masked_lora_linear": ("split_cublas", "split_triton", "one_kernel"),
+    "masked_lora_linears": ("split_cublas", "split_triton"),
     **dict.fromkeys(("column_sums", "gate", "gated_activation", "masked_norm", "weight_kurtosis"), ("triton",)),
 }
 
@@ -90,7 +91,9 @@ def choose(op: str, x: Tensor, backend: str | None, sizes: tuple[int, ...]) -> s
         return measured(x.device).get(key(op, x.dtype, sizes), "torch")
     if forced != "triton":
         return forced
-    return _linear_heuristic(sizes) if op == "masked_lora_linear" else "triton"
+    if op == "masked_lora_linear":
+        return _linear_heuristic(sizes)
+    return KERNELS[op][0]
 
 
 def _linear_heuristic(sizes: tuple[int, ...]) -> str:
