@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from apt_kernels import selection
+from bench.kernels.group import OP as GROUP
 from bench.kernels.linear import OP
 from bench.kernels.plan import BIG, ENCODER
 
@@ -39,6 +40,7 @@ class Rows:
     def __init__(self, rows: list[Row]) -> None:
         self.good = [row for row in rows if row["status"] == "ok" and row.get("implementation")]
         self.linear = [row for row in self.good if row.get("op") == OP]
+        self.grouped = [row for row in self.good if row.get("op") == GROUP and row["what"] == BOTH]
         layers = [row for row in self.linear if row["layer"] in BIG]
         self.element = 4 if any(row["dtype"] == "float32" for row in layers) else 2  # bytes
         self.tokens = sorted({int(row["tokens"]) for row in layers})
@@ -113,7 +115,10 @@ def against_others(rows: Rows) -> Iterator[Line]:
         figure = over(rows.ms(layer, T, "rank", (theirs,), masks=masks), mine)
         yield Line(goal, f"{layer}, T {T}, {masks}: {theirs} over ours", limit, figure, _by(mine), True)
     yield Line("G7", "over LoRAFusion's kernels, which are not among the baselines", 1.0, None, at_least=True)
-    yield Line("G8", "grouped q, k, v over three frozen layers", 1.08, None)
+    for layers in sorted({row["layer"] for row in rows.grouped}) or ["group of 3"]:
+        timed = [(float(r["ratio"]), r["implementation"]) for r in rows.grouped if r["layer"] == layers]
+        best = min((pair for pair in timed if pair[1] in OURS), default=None)
+        yield Line("G8", f"{layers} layers over as many frozen", 1.08, best[0] if best else None, _by(best))
 
 
 def encoder(rows: Rows) -> Iterator[Line]:

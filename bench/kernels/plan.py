@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.kernels.device import measure_copy, measure_gemm
+from bench.kernels.group import GroupCase, measure_group
 from bench.kernels.linear import LinearCase, measure
 from bench.kernels.passes import PassCase, measure_pass
 from bench.kernels.promises import measure_compaction, measure_promises
@@ -68,6 +69,7 @@ def plan(sizes: Sizes, *, quick: bool) -> Plan:
     cases += [_linear(sizes, layer, sizes.encoder_tokens, rank, graph=True) for layer in ENCODER]
     cases += [_linear(sizes, "encoder square", sizes.encoder_tokens, rank, "decay", graph=True)]
     cases += [_passed(kind, *shape) for kind, shape in _passes(sizes)]
+    cases += [_group(sizes, "square", 3), _group(sizes, "up", 2)]
     half = _case(sizes, "up", few[0], rank)
     cases += [("compaction " + half.name, lambda s: measure_compaction(half, s))]
     if quick:
@@ -110,6 +112,12 @@ def _passes(sizes: Sizes) -> list[tuple[str, tuple[int, int]]]:
         ("masked_norm", (tokens, hidden)),
     ]
     return shapes
+
+
+def _group(sizes: Sizes, layer: str, layers: int) -> tuple[str, Callable[[Session], None]]:
+    (d_in, d_out), rank = sizes.layers[layer], sizes.ranks[1]
+    case = GroupCase(tokens=sizes.tokens[0], d_in=d_in, d_out=d_out, rank=rank, layers=layers)
+    return case.name, lambda session: measure_group(case, session)
 
 
 def _passed(kind: str, rows: int, width: int) -> tuple[str, Callable[[Session], None]]:

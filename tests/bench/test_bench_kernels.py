@@ -8,11 +8,14 @@ import pytest
 import torch
 from check import close
 
+import apt_kernels
 from apt_kernels import _triton, reference, selection
 from bench.baselines import BASELINES, MASKED, Inputs
 from bench.kernels import __main__ as command
 from bench.kernels import session as sessions
 from bench.kernels.goals import table
+from bench.kernels.group import OP as GROUP
+from bench.kernels.group import GroupCase, judge_group
 from bench.kernels.linear import MASKS, LinearCase, gradients, judge, make_frozen, make_inputs, measure, referenced
 from bench.rows import read_rows
 from bench.timing import Clock
@@ -95,10 +98,22 @@ def test_an_implementation_that_raises_is_reported(tmp_path: Path, monkeypatch: 
     assert any(row["implementation"] == "torch" and row["median_ms"] for row in rows)
 
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
+
+
+@interpreted
 def test_every_implementation_that_selection_lists_takes_part(tmp_path: Path) -> None:
     session = make_session(tmp_path)
     usable = judge(CASE, session)
     assert set(usable) == {*BASELINES, "torch", *selection.KERNELS["masked_lora_linear"]}
+
+
+@interpreted
+def test_every_implementation_of_a_group_takes_part(tmp_path: Path) -> None:
+    if not hasattr(apt_kernels, GROUP):
+        pytest.skip("no public op of a group")
+    case = GroupCase(tokens=24, d_in=16, d_out=20, rank=4, layers=3)
+    assert set(judge_group(case, make_session(tmp_path))) == {"torch", *selection.KERNELS[GROUP]}
 
 
 def test_rows_hold_what_they_depend_on(tmp_path: Path, eager_only: None) -> None:
@@ -111,7 +126,7 @@ def test_rows_hold_what_they_depend_on(tmp_path: Path, eager_only: None) -> None
 
 
 def test_selection_reads_the_tuned_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager_only: None) -> None:
-    assert command.main([*CPU, "--tune", "--out", str(tmp_path), "--only", "^linear|column_sums"]) == 0
+    assert command.main([*CPU, "--tune", "--out", str(tmp_path), "--only", "^linear|^group|column_sums"]) == 0
     written = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
     assert {"implementations", "device", "versions", "commit"} == set(written)
     key = selection.key("masked_lora_linear", torch.float32, (64, 32, 32, 2))
