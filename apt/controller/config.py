@@ -46,6 +46,8 @@ class APTConfig:
             raise ValueError(f"config: momentum_salience must be in [0, 1), got {self.momentum_salience}")
         if self.target_modules is not None:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+            if not self.target_modules:
+                raise ValueError("config: target_modules is empty; name linear layers, or leave it out for the defaults")
 
     def with_overrides(self, **overrides: Any) -> "APTConfig":
         """A copy with leaves replaced by name.

@@ -129,6 +129,7 @@ def test_an_unknown_architecture() -> None:
         ({"rang": 4}, "unknown setting 'rang'; did you mean rank"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"method": "lara"}, r"method must be one of \['apt', 'lora'\], got 'lara'"),
+        ({"target_modules": []}, "target_modules is empty; name linear layers"),
         ({"momentum_salience": 1.0}, r"momentum_salience must be in \[0, 1\), got 1.0"),
         ({"use_self_distillation": True}, "this version has no teacher"),
         ({"target_sparsity": 1.2}, r"target_sparsity must be in \[0, 1\), got 1.2"),
