@@ -47,7 +47,7 @@ class APTConfig:
         if self.target_modules is not None:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
             if not self.target_modules:
-                raise ValueError("config: target_modules is empty; name linear layers, or leave it out for the defaults")
+                raise ValueError("config: target_modules is empty; name linear layers, or leave it out")
 
     def with_overrides(self, **overrides: Any) -> "APTConfig":
         """A copy with leaves replaced by name.
