@@ -3,9 +3,13 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute in; all else is eager's
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -65,3 +69,14 @@ def arch(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+
+
+def on_own_device(function: Launcher) -> Launcher:
+    """Run a function that launches on the device of its first tensor: Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]

@@ -124,6 +124,7 @@ def activation_backward_kernel(
         tl.store(sums_SD + slice_ * D + d, tl.sum(total, 0), mask=d < D)
 
 
+@_triton.on_own_device
 def activation_forward(
     g_TD: Tensor, u_TD: Tensor | None, mask: Tensor | None, valid_T: Tensor | None, kind: str, collect: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -147,6 +148,7 @@ def activation_forward(
     return y_TD, None if sums_SD is None else sums_SD.sum(0)
 
 
+@_triton.on_own_device
 def activation_backward(
     dy_TD: Tensor,
     g_TD: Tensor,

@@ -137,6 +137,7 @@ def kurtosis(moments_4N: Tensor, total: int) -> Tensor:
     return torch.where(m2 > 0, total * m4 / m2.square(), 0.0).sub(3.0).float()
 
 
+@_triton.on_own_device
 def weight_kurtosis(
     weight_OI: Tensor, a_RI: Tensor | None, b_OR: Tensor | None, scale: float, group: int, column_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:

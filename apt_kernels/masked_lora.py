@@ -31,6 +31,7 @@ from apt_kernels.passes import (
 )
 
 
+@_triton.on_own_device
 def forward(
     implementation: str,
     x_TI: Tensor,
@@ -57,6 +58,7 @@ def forward(
     return joint(x_TI, weight_OI, h_TP, b_OP, bias, mask_in, mask_out), z_TP
 
 
+@_triton.on_own_device
 def backward(
     implementation: str,
     dy_TO: Tensor,

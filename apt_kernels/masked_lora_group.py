@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from apt_kernels import tiles
+from apt_kernels import _triton, tiles
 from apt_kernels.masked_lora import back_onto, joint, onto
 from apt_kernels.passes import Rows, down, down_backward, pack, packed_a, reduce, up_backward
 
 PLAIN = Rows(None, 0.0, 0)
 
 
+@_triton.on_own_device
 def forward(
     implementation: str,
     x_TI: Tensor,
@@ -35,6 +36,7 @@ def forward(
     return [*outputs, z_TP]
 
 
+@_triton.on_own_device
 def backward(
     dys: Sequence[Tensor],
     x_TI: Tensor,

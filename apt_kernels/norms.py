@@ -132,6 +132,7 @@ def config(D: int) -> tuple[int, int, int]:
     return next(config for config in CONFIGS if config[1] >= D)
 
 
+@_triton.on_own_device
 def norm_forward(
     x_TD: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,6 +155,7 @@ def norm_forward(
     return y_TD, mean_T, rstd_T
 
 
+@_triton.on_own_device
 def norm_backward(
     dy_TD: Tensor, x_TD: Tensor, weight: Tensor, mask: Tensor | None, mean_T: Tensor, rstd_T: Tensor, centred: bool
 ) -> Tensor:
@@ -174,6 +176,7 @@ def norm_backward(
     return dx_TD
 
 
+@_triton.on_own_device
 def norm_weight_grads(
     dy_TD: Tensor, x_TD: Tensor, mean_T: Tensor, rstd_T: Tensor, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -78,6 +78,7 @@ def rows(x_TD: Tensor) -> Tensor:
     return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
 
 
+@_triton.on_own_device
 def gate_pass(
     x_TD: Tensor, mask: Tensor | None, valid_T: Tensor | None, collect: bool
 ) -> tuple[Tensor | None, Tensor | None]:
