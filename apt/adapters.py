@@ -177,8 +177,8 @@ class SharedInput:
         index = next(i for i, other in enumerate(self.members) if other is member)
         found = self._outputs[index]
         if found is None or self._x is not x or self._with_grad != torch.is_grad_enabled():
+            self._outputs = list(self._compute(x))  # may raise, so it comes first
             self._x, self._with_grad = x, torch.is_grad_enabled()
-            self._outputs = list(self._compute(x))
             found = self._outputs[index]
             assert found is not None
         self._outputs[index] = None
