@@ -12,6 +12,7 @@ from apt.schedule import Point, SparsityScheduler
 from apt.units import UnitGroup
 
 BALANCES = ("type", "none")
+LAYOUTS = ("free", "uniform")
 LARGEST = 1e200  # stands for an infinite score
 
 
@@ -30,12 +31,14 @@ class PruningConfig:
     min_heads: int = 0  # KV groups every layer keeps
     min_neurons: int = 0  # neurons every layer keeps
     balance: str = "type"  # "type": densities over their mean among heads or among neurons; "none": as they are
+    layout: str = "free"  # "free": each layer its own counts; "uniform": as many heads and neurons in every layer
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.target_sparsity < 1.0:
             raise ValueError(f"pruning: target_sparsity must be in [0, 1), got {self.target_sparsity}")
-        if self.balance not in BALANCES:
-            raise ValueError(f"pruning: balance must be one of {list(BALANCES)}, got {self.balance!r}")
+        for name, known in (("balance", BALANCES), ("layout", LAYOUTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"pruning: {name} must be one of {list(known)}, got {getattr(self, name)!r}")
         for name in ("prune_start", "sparsity_warmup", "prune_end", "decay", "settle"):
             point = getattr(self, name)
             if point < 0 or (isinstance(point, float) and point > 1.0):
@@ -64,11 +67,12 @@ class AdaptivePruner:
 
     Units are ranked by salience over parameters, all layers and kinds together, and the longest prefix that fits the
     budget stays. Neurons are ranked in bundles of `round_to`, filled in order of their score, so that the counts come
-    out rounded and one pass is enough.
+    out rounded and one pass is enough. In a uniform layout the best bundle of every layer is one entry of the ranking,
+    the second best of every layer another, and so on. Of equal densities the earlier group and position comes first.
 
     Args:
         total: block parameters of the original model, the denominator of sparsity.
-        config: floors, rounding and balance.
+        config: floors, rounding, balance and layout.
     """
 
     def __init__(self, total: int, config: PruningConfig) -> None:
@@ -76,11 +80,18 @@ class AdaptivePruner:
         self.config = config
 
     def check(self, groups: list[UnitGroup], live: int) -> None:
-        """Raise ValueError where there is nothing to prune, or the target cannot be reached under the floors."""
+        """Raise ValueError where there is nothing to prune, or target or layout cannot be had."""
         target = self.config.target_sparsity
         if not groups:
             raise ValueError("pruner: the model has no prunable units; every head and neuron is gone or none was found")
-        free = sum((group.num_units - self._floor(group)) * group.cost() for group in groups)
+        lanes = self._lanes(groups)
+        for lane in lanes:
+            if len({(group.num_units, group.cost()) for group in lane}) > 1 or len(lane) < max(map(len, lanes)):
+                raise ValueError(
+                    f"pruner: layout 'uniform' needs layers of equal size, but the {lane[0].kind}s of the layers are "
+                    f"{[group.num_units for group in lane]}; set layout to 'free'"
+                )
+        free = sum((lane[0].num_units - self._floor(lane)) * lane[0].cost() * len(lane) for lane in lanes)
         reachable = 1.0 - (live - free) / self.total
         if target > reachable:
             raise ValueError(
@@ -89,10 +100,24 @@ class AdaptivePruner:
                 f"lower target_sparsity or the floors"
             )
 
-    def _floor(self, group: UnitGroup) -> int:
-        """Units that stay whatever comes: the group's floor, filled up to whole bundles."""
-        bundle = self.config.round_to if group.kind == "neuron" else 1
-        return min(group.num_units, -(-group.floor // bundle) * bundle)
+    def _lanes(self, groups: list[UnitGroup]) -> list[list[UnitGroup]]:
+        """The groups whose counts are one number: each alone, or in a uniform layout all of a kind."""
+        if self.config.layout == "free":
+            return [[group] for group in groups]
+        return [[group for group in groups if group.kind == kind] for kind in dict.fromkeys(g.kind for g in groups)]
+
+    def _bundle(self, lane: list[UnitGroup]) -> int:
+        return self.config.round_to if lane[0].kind == "neuron" else 1
+
+    def _floor(self, lane: list[UnitGroup]) -> int:
+        """Units of each group that stay whatever comes: the highest floor, filled up to whole bundles.
+
+        In a uniform layout that is at least one bundle, as no stock configuration describes an empty layer.
+        """
+        floor, bundle = max(group.floor for group in lane), self._bundle(lane)
+        if self.config.layout == "uniform":
+            floor = max(1, floor)
+        return min(lane[0].num_units, -(-floor // bundle) * bundle)
 
     def plan(
         self, groups: list[UnitGroup], scores: dict[str, Tensor], live: int, step: int, sparsity: float
@@ -108,31 +133,33 @@ class AdaptivePruner:
         """
         fixed = live - sum(group.num_units * group.cost() for group in groups)
         budget = (1.0 - sparsity) * self.total - fixed
-        orders, sizes, density, owner = [], [], [], []
-        for index, group in enumerate(groups):
-            bundle = self.config.round_to if group.kind == "neuron" else 1
-            order, size, mean = _bundles(scores[group.name], bundle)
-            mean = mean / group.cost()
-            orders.append(order)
+        lanes, orders, sizes, density, owner = self._lanes(groups), {}, [], [], []
+        for index, lane in enumerate(lanes):
+            means = []
+            for group in lane:
+                orders[group.name], size, mean = _bundles(scores[group.name], self._bundle(lane))
+                means.append(mean)
             sizes.append(size)
-            density.append(mean)
+            density.append(np.mean(means, axis=0) / lane[0].cost())
             owner.append(np.full(len(size), index))
         if self.config.balance == "type":
-            _divide_by_type_mean(groups, density, sizes)
-        for group, mean, size in zip(groups, density, sizes, strict=True):
-            mean[: np.searchsorted(np.cumsum(size), group.floor) + 1 if group.floor else 0] = np.inf
+            _divide_by_type_mean([lane[0].kind for lane in lanes], density, sizes)
+        for lane, mean, size in zip(lanes, density, sizes, strict=True):
+            mean[: np.searchsorted(np.cumsum(size), self._floor(lane), side="right")] = np.inf
 
         owners, counts = np.concatenate(owner), np.concatenate(sizes)
         ranked = np.argsort(-np.concatenate(density), kind="stable")
-        costs = np.array([group.cost() for group in groups], dtype=np.int64)
+        costs = np.array([lane[0].cost() * len(lane) for lane in lanes], dtype=np.int64)
         spent = np.cumsum(counts[ranked] * costs[owners[ranked]])
         taken = ranked[: int(np.searchsorted(spent, budget, side="right"))]
-        kept = np.bincount(owners[taken], weights=counts[taken], minlength=len(groups)).astype(int)
+        kept = np.bincount(owners[taken], weights=counts[taken], minlength=len(lanes)).astype(int)
         return PrunePlan(
             step=step,
             target_sparsity=sparsity,
             round_to=self.config.round_to,
-            kept={g.name: sorted(order[:n].tolist()) for g, order, n in zip(groups, orders, kept, strict=True)},
+            kept={
+                g.name: np.sort(orders[g.name][:n]).tolist() for lane, n in zip(lanes, kept, strict=True) for g in lane
+            },
         )
 
 
@@ -147,12 +174,10 @@ def _bundles(scores: Tensor, bundle: int) -> tuple[NDArray[np.int64], NDArray[np
     return order, sizes, np.minimum.accumulate(mean)  # rounding must not put a later bundle before an earlier one
 
 
-def _divide_by_type_mean(
-    groups: list[UnitGroup], density: list[NDArray[np.float64]], sizes: list[NDArray[np.int64]]
-) -> None:
+def _divide_by_type_mean(kinds: list[str], density: list[NDArray[np.float64]], sizes: list[NDArray[np.int64]]) -> None:
     """Divide densities by their mean over all units of the same kind, so that kinds compete on equal terms."""
-    for kind in {group.kind for group in groups}:
-        mine = [index for index, group in enumerate(groups) if group.kind == kind]
+    for kind in set(kinds):
+        mine = [index for index, other in enumerate(kinds) if other == kind]
         mean = np.average(np.concatenate([density[i] for i in mine]), weights=np.concatenate([sizes[i] for i in mine]))
         if mean > 0.0:
             for index in mine:
