@@ -1,5 +1,8 @@
 """Mask gates as modules: where a unit is shut, and where its statistics are collected."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,31 @@ class ValidTokens:
     mask: Tensor | None = None
 
 
+class _Products(torch.autograd.Function):
+    """Hands y on; backward adds the token sums of ``|h dL/dy|`` and of ``h dL/dy``, for which it keeps h."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, sums_2D: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
+        ctx.save_for_backward(h, valid)
+        ctx.sums_2D, ctx.count = sums_2D, count
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        h, valid = ctx.saved_tensors
+        wide = torch.promote_types(h.dtype, torch.float32)
+        products_TD = (h.to(wide) * grads[0].to(wide)).reshape(-1, h.shape[-1])
+        if valid is not None:
+            products_TD = products_TD * valid.reshape(-1, 1)
+        ctx.sums_2D[0] += products_TD.abs().sum(0)
+        ctx.sums_2D[1] += products_TD.sum(0)
+        ctx.count += products_TD.shape[0] if valid is None else valid.sum()
+        return grads[0], None, None, None, None
+
+
+_products: Callable[..., Tensor] = _Products.apply  # torch leaves it untyped
+
+
 class MaskGate(nn.Module):
     """Multiplies a feature vector by a unit mask and collects the salience statistics of its units.
 
@@ -22,7 +50,7 @@ class MaskGate(nn.Module):
     """
 
     mask: Tensor  # [num_units], 1 kept, 0 pruned, between while it decays
-    sums: Tensor  # [2, D], sum over tokens of |h| and of |dL/dy|
+    sums: Tensor  # [2, D], sum over tokens of |h| and of |dL/dy|; with `products`, of |h dL/dy| and of h dL/dy
     count: Tensor  # [], tokens counted
 
     def __init__(self, num_units: int, unit_size: int, valid: ValidTokens, device: torch.device | None = None) -> None:
@@ -30,6 +58,7 @@ class MaskGate(nn.Module):
         self.unit_size = unit_size
         self.valid = valid
         self.collecting = False
+        self.products = False  # which statistics are collected; products keep h until backward
         self.masked = False  # whether any mask differs from 1, kept here so that no step asks the device
         # Not persistent: the checkpoint room saves them with the plan that gave them their size.
         self.register_buffer("mask", torch.ones(num_units, device=device), persistent=False)
@@ -64,7 +93,10 @@ class MaskGate(nn.Module):
         if not collecting:
             return apt_kernels.gate(h, mask)
         valid = self.valid.mask
-        return apt_kernels.gate(h, mask, sums=self.sums, count=self.count, valid=valid)
+        if not self.products:
+            return apt_kernels.gate(h, mask, sums=self.sums, count=self.count, valid=valid)
+        y = h if mask is None else apt_kernels.gate(h, mask)
+        return _products(y, h.detach(), self.sums, self.count, valid)
 
     def extra_repr(self) -> str:
         return f"num_units={self.num_units}, unit_size={self.unit_size}"

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apt.records import PrunePlan
+from apt.salience import SALIENCES
 from apt.schedule import Point, SparsityScheduler
 from apt.units import UnitGroup
 
@@ -30,13 +31,14 @@ class PruningConfig:
     round_to: int = 8  # neurons of a layer come in multiples of this
     min_heads: int = 0  # KV groups every layer keeps
     min_neurons: int = 0  # neurons every layer keeps
+    salience: str = "product_of_sums"  # of a unit; or "sum_of_products", "gate_taylor": both keep activations for it
     balance: str = "type"  # "type": densities over their mean among heads or among neurons; "none": as they are
     layout: str = "free"  # "free": each layer its own counts; "uniform": as many heads and neurons in every layer
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.target_sparsity < 1.0:
             raise ValueError(f"pruning: target_sparsity must be in [0, 1), got {self.target_sparsity}")
-        for name, known in (("balance", BALANCES), ("layout", LAYOUTS)):
+        for name, known in (("salience", SALIENCES), ("balance", BALANCES), ("layout", LAYOUTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"pruning: {name} must be one of {list(known)}, got {getattr(self, name)!r}")
         for name in ("prune_start", "sparsity_warmup", "prune_end", "decay", "settle"):

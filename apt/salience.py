@@ -6,20 +6,33 @@ from torch import Tensor
 from apt.adapters import APTAdapter
 from apt.units import UnitGroup
 
+SALIENCES = ("product_of_sums", "sum_of_products", "gate_taylor")
 
-def unit_scores(group: UnitGroup, grad_scale: float = 1.0) -> Tensor:
-    """Salience of each unit: ``sum over its features of mean|h| * sum|dL/dy|``, ``[num_units]``, float32.
 
-    The product of column sums (APT, arXiv 2401.12200, eq. 4, Algorithm 1), divided once by the number of valid tokens:
-    for a mean-reduced loss it depends neither on batch size nor on padding.
+def unit_scores(group: UnitGroup, grad_scale: float = 1.0, salience: str = "product_of_sums") -> Tensor:
+    """Salience of each unit: ``[num_units]``, float32.
+
+    With h the unit's features at its gate, y what leaves the gate, and sums over the valid tokens of the step::
+
+        product_of_sums   sum over features of mean|h| * sum|dL/dy|    (APT, arXiv 2401.12200, eq. 4, Algorithm 1)
+        sum_of_products   sum over features and tokens of |h * dL/dy|
+        gate_taylor       |sum over features and tokens of h * dL/dy|, which is |dL/dmask| of an open unit
+
+    The mean divides the product once by the number of tokens: for a mean-reduced loss no score depends on batch size
+    or padding.
 
     Args:
-        group: its gate holds the sums of one optimizer step (all its micro-batches).
+        group: its gate holds the sums of one optimizer step (all its micro-batches), of the kind that `salience` needs.
         grad_scale: the loss scaler's factor on the gradients.
+        salience: one of `SALIENCES`.
     """
-    h_D, g_D = group.gate.sums
-    features_D: Tensor = h_D * g_D / (group.gate.count.clamp(min=1.0) * grad_scale)
-    return features_D.view(-1, group.gate.unit_size).sum(1)
+    first_D, second_D = group.gate.sums
+    if salience == "product_of_sums":
+        features_D = first_D * second_D / (group.gate.count.clamp(min=1.0) * grad_scale)
+    else:
+        features_D = (first_D if salience == "sum_of_products" else second_D) / grad_scale
+    units: Tensor = features_D.view(-1, group.gate.unit_size).sum(1)
+    return units.abs() if salience == "gate_taylor" else units
 
 
 @torch.no_grad()

@@ -97,6 +97,7 @@ class Controller:
     def _collect(self, on: bool) -> None:
         for group in self.groups:
             group.gate.collecting = on
+            group.gate.products = self.config.pruning.salience != "product_of_sums"
             group.gate.reset_sums()
 
     @property
@@ -142,7 +143,8 @@ class Controller:
             return
         if finite:
             scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-            self.salience.update({group.name: unit_scores(group, scale) for group in self.groups})
+            salience = self.config.pruning.salience
+            self.salience.update({group.name: unit_scores(group, scale, salience) for group in self.groups})
             if self.config.tuning.adaptive_rank_update:
                 adapters = [(name, module) for name, module in adapted(self.model) if module.rank]
                 self.importance.update({name: adapter_importance(module, scale) for name, module in adapters})

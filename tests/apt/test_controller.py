@@ -15,6 +15,7 @@ import apt
 import apt_kernels
 from apt.adapters import adapted
 from apt.records import Event, read_jsonl
+from apt.salience import SALIENCES
 from apt.surgery import apply_prune_plan
 
 
@@ -62,6 +63,13 @@ def test_a_run_reaches_its_target(name: str, tmp_path: Path) -> None:
     assert [Event.from_json(row) for row in read_jsonl(tmp_path / "events.jsonl")] == run.events
     listed = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
     assert listed == {id(p) for p in loop.model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("salience", SALIENCES)
+def test_every_salience_ranks_the_units_of_a_run(salience: str) -> None:
+    loop = Loop("bert", patched("bert"), 40, target_sparsity=0.5, salience=salience, **ONCE).take(20)
+    assert 0.5 <= loop.run.events[0].sparsity <= 0.55
+    assert all(group.gate.products == (salience != "product_of_sums") for group in loop.run.groups)
 
 
 def test_ranks_follow_their_budget() -> None:

@@ -1,5 +1,6 @@
 """Scores against brute force: units from the tensors themselves, adapters by hand."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,13 +13,13 @@ import apt
 from apt.adapters import APTAdapter
 from apt.families import find_family
 from apt.gates import MaskGate
-from apt.salience import MovingAverage, adapter_importance, unit_scores
+from apt.salience import SALIENCES, MovingAverage, adapter_importance, unit_scores
 from apt.units import UnitGroup, find_units
 
 WIDE = torch.float64
 
 
-def collecting(name: str) -> tuple[Any, list[UnitGroup]]:
+def collecting(name: str, salience: str = "product_of_sums") -> tuple[Any, list[UnitGroup]]:
     """A model whose gates collect, in float64 as the rest."""
     model = fill_adapters(apt.patch_model(tiny_model(name), rank=2))
     groups = find_units(model, find_family(model))
@@ -26,11 +27,21 @@ def collecting(name: str) -> tuple[Any, list[UnitGroup]]:
         group.gate.sums = group.gate.sums.to(WIDE)
         group.gate.count = group.gate.count.to(WIDE)
         group.gate.collecting = True
+        group.gate.products = salience != "product_of_sums"
     return model, groups
 
 
-def brute_force(model: Any, groups: list[UnitGroup], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``sum over features of mean|h| * sum|dL/dy|`` from the tensors before and behind each gate, token by token."""
+OF_UNIT = {  # from h and dL/dy of one unit, [valid tokens, features]
+    "product_of_sums": lambda h, g: (h.abs().mean(0) * g.abs().sum(0)).sum(),
+    "sum_of_products": lambda h, g: (h * g).abs().sum(),
+    "gate_taylor": lambda h, g: (h * g).sum().abs(),
+}
+
+
+def brute_force(
+    model: Any, groups: list[UnitGroup], batch: dict[str, Tensor], salience: str = "product_of_sums"
+) -> dict[str, Tensor]:
+    """Scores from the tensors before and behind each gate, unit by unit."""
     seen: dict[MaskGate, tuple[Tensor, Tensor]] = {}
 
     def keep(gate: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -47,23 +58,58 @@ def brute_force(model: Any, groups: list[UnitGroup], batch: dict[str, Tensor]) -
         h, y = seen[group.gate]
         units = []
         for unit in range(group.num_units):
-            features = range(unit * group.gate.unit_size, (unit + 1) * group.gate.unit_size)
-            units.append(sum(h[valid][:, k].abs().mean() * y.grad[valid][:, k].abs().sum() for k in features))
+            features = slice(unit * group.gate.unit_size, (unit + 1) * group.gate.unit_size)
+            units.append(OF_UNIT[salience](h[valid][:, features], y.grad[valid][:, features]))
         scores[group.name] = torch.stack(units)
     return scores
 
 
+@pytest.mark.parametrize("salience", SALIENCES)
 @pytest.mark.parametrize("masked", [False, True], ids=["open", "masks on their way"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "llama"])
-def test_unit_scores_equal_brute_force_without_padding(name: str, masked: bool) -> None:
-    model, groups = collecting(name)
+def test_unit_scores_equal_brute_force_without_padding(name: str, masked: bool, salience: str) -> None:
+    model, groups = collecting(name, salience)
     if masked:
         for group in groups:
             group.gate.set_mask(torch.randint(0, 3, (group.num_units,)) / 2)
-    wanted = brute_force(model, groups, tiny_batch(name))
+    wanted = brute_force(model, groups, tiny_batch(name), salience)
     for group in groups:
-        close(group.name, unit_scores(group), wanted[group.name])
+        close(group.name, unit_scores(group, salience=salience), wanted[group.name])
     assert min(scores.max() for scores in wanted.values()) > 1e-6
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["open", "masks on their way"])
+@pytest.mark.parametrize("name", ["bert", "llama_cls"])
+def test_gate_taylor_is_the_slope_of_the_loss_in_the_mask(name: str, masked: bool) -> None:
+    """Against a mask that autograd sees. (Padding reaches no loss of a classifier.)"""
+    model, groups = collecting(name, "gate_taylor")
+    gates = {group.gate: torch.randint(0, 3, (group.num_units,)) / 2 for group in groups}
+    if masked:
+        for gate, mask in gates.items():
+            gate.set_mask(mask)
+    model(**tiny_batch(name)).loss.backward()
+    scores = {group.gate: unit_scores(group, salience="gate_taylor") for group in groups}
+    leaves = {gate: gate.mask.to(WIDE).clone().requires_grad_() for gate in gates}
+    for gate in gates:
+        gate.collecting = False
+        gate.set_mask(torch.ones(gate.num_units))
+        gate.register_forward_hook(lambda g, _, y: y * leaves[g].repeat_interleave(g.unit_size))
+    model(**tiny_batch(name)).loss.backward()
+    for gate, leaf in leaves.items():
+        close("slope", scores[gate], leaf.grad.abs())
+
+
+def test_each_salience_bounds_the_next() -> None:
+    """|sum h g| <= sum |h g| <= sum |h| sum |g|."""
+    found = []
+    for salience in reversed(SALIENCES):
+        model, groups = collecting("bert", salience)
+        model(**tiny_batch("bert")).loss.backward()
+        scale = 1.0 if groups[0].gate.products else 1.0 / groups[0].gate.count.item()  # a mean stands in the last one
+        found.append(torch.cat([unit_scores(group, scale, salience) for group in groups]))
+    for lower, upper in pairwise(found):
+        assert (lower <= upper * (1 + 1e-9)).all()
+        assert (lower < 0.9 * upper).any()
 
 
 def test_padding_would_count() -> None:
@@ -88,15 +134,16 @@ def test_the_padding_mask_may_come_by_position() -> None:
     assert torch.equal(*found)
 
 
-def test_recomputed_layers_count_once() -> None:
+@pytest.mark.parametrize("salience", SALIENCES)
+def test_recomputed_layers_count_once(salience: str) -> None:
     found = []
     for recompute in (False, True):
-        model, groups = collecting("bert")
+        model, groups = collecting("bert", salience)
         model.train()
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(**tiny_batch("bert")).loss.backward()
-        found.append(torch.cat([unit_scores(group) for group in groups]))
+        found.append(torch.cat([unit_scores(group, salience=salience) for group in groups]))
     close("recomputed", found[1], found[0])
 
 
@@ -104,42 +151,45 @@ def pieces(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, len(batch["labels"]), size)]
 
 
+@pytest.mark.parametrize("salience", SALIENCES)
 @pytest.mark.parametrize("size", [1, 2], ids=["4 x 1", "2 x 2"])
-def test_scores_do_not_depend_on_micro_batching(size: int) -> None:
+def test_scores_do_not_depend_on_micro_batching(size: int, salience: str) -> None:
     """Loss over k, one backward each, scores once at the end: as one batch. (The product is not additive.)"""
     batch = tiny_batch("roberta")
-    model, groups = collecting("roberta")
+    model, groups = collecting("roberta", salience)
     model(**batch).loss.backward()
-    whole = {group.name: unit_scores(group) for group in groups}
-    model, groups = collecting("roberta")
+    whole = {group.name: unit_scores(group, salience=salience) for group in groups}
+    model, groups = collecting("roberta", salience)
     parts = pieces(batch, size)
     for part in parts:
         (model(**part).loss / len(parts)).backward()
     for group in groups:
-        close(group.name, unit_scores(group), whole[group.name])
+        close(group.name, unit_scores(group, salience=salience), whole[group.name])
 
 
-def test_scores_do_not_depend_on_the_batch_size() -> None:
+@pytest.mark.parametrize("salience", SALIENCES)
+def test_scores_do_not_depend_on_the_batch_size(salience: str) -> None:
     """Of a mean loss: each sentence twice is the same evidence."""
     batch = tiny_batch("bert")
     twice = {key: torch.cat([value, value]) for key, value in batch.items()}
     found = []
     for given in (batch, twice):
-        model, groups = collecting("bert")
+        model, groups = collecting("bert", salience)
         model(**given).loss.backward()
-        found.append(torch.cat([unit_scores(group) for group in groups]))
+        found.append(torch.cat([unit_scores(group, salience=salience) for group in groups]))
     close("twice", found[1], found[0])
 
 
-def test_scores_are_divided_by_the_loss_scale() -> None:
+@pytest.mark.parametrize("salience", SALIENCES)
+def test_scores_are_divided_by_the_loss_scale(salience: str) -> None:
     batch = tiny_batch("bert")
-    model, groups = collecting("bert")
+    model, groups = collecting("bert", salience)
     model(**batch).loss.backward()
-    plain = [unit_scores(group) for group in groups]
-    model, groups = collecting("bert")
+    plain = [unit_scores(group, salience=salience) for group in groups]
+    model, groups = collecting("bert", salience)
     (model(**batch).loss * 1024).backward()
     for group, wanted in zip(groups, plain, strict=True):
-        close(group.name, unit_scores(group, 1024.0), wanted)
+        close(group.name, unit_scores(group, 1024.0, salience), wanted)
 
 
 def test_no_token_gives_no_score() -> None:

@@ -201,6 +201,7 @@ def test_a_uniform_run_ends_with_equal_layers(name: str) -> None:
     assert counts.sparsity == loop.run.events[-1].sparsity
 
 
-def test_layouts_have_names() -> None:
-    with pytest.raises(ValueError, match=r"pruning: layout must be one of \['free', 'uniform'\], got 'equal'"):
-        PruningConfig(layout="equal")
+@pytest.mark.parametrize("name", ["salience", "layout"])
+def test_settings_that_are_one_of_a_few(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"pruning: {name} must be one of \['.*'\], got 'other'"):
+        PruningConfig(**{name: "other"})
