@@ -17,6 +17,7 @@ from apt.tuner import TuningConfig
 
 SHORTHANDS = {"model": "model.name", "dataset": "data.datasets"}
 OF_ONE_SOURCE = ("text_columns", "label_column", "filter", "drop_duplicates", "test_size")  # they go with a data set
+OFF_IS_TEXT = ("pruning.kurtosis",)  # YAML 1.1 reads a bare off as false
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -263,6 +264,8 @@ def _hint(key: str) -> Any:
 def _convert(key: str, value: Any, hint: Any) -> Any:
     """A value as its field wants it. YAML reads ``1e-3`` as text, so numbers in text count where a float may stand."""
     options = [hint] if get_origin(hint) in (list, dict) or not get_args(hint) else list(get_args(hint))
+    if value is False and key in OFF_IS_TEXT:
+        return "off"
     if value is None and NoneType in options:
         return None
     for option in options:

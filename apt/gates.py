@@ -37,7 +37,28 @@ class _Products(torch.autograd.Function):
         return grads[0], None, None, None, None
 
 
-_products: Callable[..., Tensor] = _Products.apply  # torch leaves it untyped
+class _Total(torch.autograd.Function):
+    """Hands y on; backward adds a vector to a total, so that a pass without one, or a recomputed one, adds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, vector_D: Tensor, total_D: Tensor) -> Tensor:
+        ctx.vector_D, ctx.total_D = vector_D, total_D
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        ctx.total_D += ctx.vector_D
+        return grads[0], None, None
+
+
+_products: Callable[..., Tensor] = _Products.apply  # torch leaves them untyped
+_total: Callable[..., Tensor] = _Total.apply
+
+
+def _token_sum(h: Tensor, valid: Tensor | None) -> Tensor:
+    """Sum over the valid tokens of h, ``[D]`` in at least float32."""
+    h_TD, wide = h.reshape(-1, h.shape[-1]), torch.promote_types(h.dtype, torch.float32)
+    return h_TD.sum(0, dtype=wide) if valid is None else valid.reshape(-1).to(wide) @ h_TD.to(wide)
 
 
 class MaskGate(nn.Module):
@@ -51,6 +72,7 @@ class MaskGate(nn.Module):
 
     mask: Tensor  # [num_units], 1 kept, 0 pruned, between while it decays
     sums: Tensor  # [2, D], sum over tokens of |h| and of |dL/dy|; with `products`, of |h dL/dy| and of h dL/dy
+    total: Tensor  # [D], sum over tokens of h, signed; only with `totals`
     count: Tensor  # [], tokens counted
 
     def __init__(self, num_units: int, unit_size: int, valid: ValidTokens, device: torch.device | None = None) -> None:
@@ -59,10 +81,12 @@ class MaskGate(nn.Module):
         self.valid = valid
         self.collecting = False
         self.products = False  # which statistics are collected; products keep h until backward
+        self.totals = False  # collects `total` too
         self.masked = False  # whether any mask differs from 1, kept here so that no step asks the device
         # Not persistent: the checkpoint room saves them with the plan that gave them their size.
         self.register_buffer("mask", torch.ones(num_units, device=device), persistent=False)
         self.register_buffer("sums", torch.zeros(2, num_units * unit_size, device=device), persistent=False)
+        self.register_buffer("total", torch.zeros(num_units * unit_size, device=device), persistent=False)
         self.register_buffer("count", torch.zeros((), device=device), persistent=False)
 
     @property
@@ -76,12 +100,14 @@ class MaskGate(nn.Module):
 
     def reset_sums(self) -> None:
         self.sums.zero_()
+        self.total.zero_()
         self.count.zero_()
 
     def keep(self, kept: Tensor) -> None:
         """Drop all units but those at the positions `kept`; the masks of those are 1 from here on."""
         self.mask = torch.ones(kept.numel(), device=self.mask.device)
         self.sums = torch.zeros(2, kept.numel() * self.unit_size, device=self.sums.device)
+        self.total = torch.zeros(kept.numel() * self.unit_size, device=self.total.device)
         self.count.zero_()
         self.masked = False
 
@@ -93,10 +119,12 @@ class MaskGate(nn.Module):
         if not collecting:
             return apt_kernels.gate(h, mask)
         valid = self.valid.mask
-        if not self.products:
-            return apt_kernels.gate(h, mask, sums=self.sums, count=self.count, valid=valid)
-        y = h if mask is None else apt_kernels.gate(h, mask)
-        return _products(y, h.detach(), self.sums, self.count, valid)
+        if self.products:
+            y = h if mask is None else apt_kernels.gate(h, mask)
+            y = _products(y, h.detach(), self.sums, self.count, valid)
+        else:
+            y = apt_kernels.gate(h, mask, sums=self.sums, count=self.count, valid=valid)
+        return _total(y, _token_sum(h.detach(), valid), self.total) if self.totals else y
 
     def extra_repr(self) -> str:
         return f"num_units={self.num_units}, unit_size={self.unit_size}"

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apt.records import PrunePlan
-from apt.salience import SALIENCES
+from apt.salience import KURTOSES, SALIENCES
 from apt.schedule import Point, SparsityScheduler
 from apt.units import UnitGroup
 
@@ -32,13 +32,15 @@ class PruningConfig:
     min_heads: int = 0  # KV groups every layer keeps
     min_neurons: int = 0  # neurons every layer keeps
     salience: str = "product_of_sums"  # of a unit; or "sum_of_products", "gate_taylor": both keep activations for it
+    kurtosis: str | None = None  # added to it: "off", "paper", "normalized", "original"; null: paper in decoders only
     balance: str = "type"  # "type": densities over their mean among heads or among neurons; "none": as they are
     layout: str = "free"  # "free": each layer its own counts; "uniform": as many heads and neurons in every layer
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.target_sparsity < 1.0:
             raise ValueError(f"pruning: target_sparsity must be in [0, 1), got {self.target_sparsity}")
-        for name, known in (("salience", SALIENCES), ("balance", BALANCES), ("layout", LAYOUTS)):
+        choices = {"salience": SALIENCES, "kurtosis": (None, *KURTOSES), "balance": BALANCES, "layout": LAYOUTS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"pruning: {name} must be one of {list(known)}, got {getattr(self, name)!r}")
         for name in ("prune_start", "sparsity_warmup", "prune_end", "decay", "settle"):

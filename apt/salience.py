@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+import apt_kernels
 from apt.adapters import APTAdapter
 from apt.units import UnitGroup
 
 SALIENCES = ("product_of_sums", "sum_of_products", "gate_taylor")
+KURTOSES = ("off", "paper", "normalized", "original")
 
 
 def unit_scores(group: UnitGroup, grad_scale: float = 1.0, salience: str = "product_of_sums") -> Tensor:
@@ -33,6 +35,70 @@ def unit_scores(group: UnitGroup, grad_scale: float = 1.0, salience: str = "prod
         features_D = (first_D if salience == "sum_of_products" else second_D) / grad_scale
     units: Tensor = features_D.view(-1, group.gate.unit_size).sum(1)
     return units.abs() if salience == "gate_taylor" else units
+
+
+class OutlierTerm:
+    """Adds to salience ``sqrt(max(0, kurtosis))`` of each unit (APT, arXiv 2401.12200, eq. 5).
+
+    It is the kurtosis of ``(W + s B A) diag(c)`` in the projection that reads the units, c being the mean input of the
+    step, over all columns of a unit. In a neuron's one column c cancels: its term is kept from step to step unless an
+    adapter trains there.
+
+    Args:
+        mode: "off" adds nothing; "paper" the term as it is; "normalized" scales it, so that over all units of a kind
+            it weighs as much as the salience; "original" is "paper" with the slips of the authors' code (moments of the
+            sample, and heads made of entries that lie `num_heads` apart), to compare with it.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self._kept: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        """Forget what was kept: the weights have changed."""
+        self._kept.clear()
+
+    def needs_total(self, group: UnitGroup) -> bool:
+        """Whether the gate must collect its signed input."""
+        return self.mode != "off" and group.kind == "head"
+
+    def add(self, groups: list[UnitGroup], scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores of one step with the term added; the gates hold that step's sums."""
+        if self.mode == "off":
+            return scores
+        terms = {group.name: self._term(group).to(scores[group.name].dtype) for group in groups}
+        if self.mode == "normalized":
+            for kind in {group.kind for group in groups}:
+                names = [group.name for group in groups if group.kind == kind]
+                mean, salience = (torch.cat([table[name] for name in names]).mean() for table in (terms, scores))
+                for name in names if mean > 0 else ():
+                    terms[name] = terms[name] * (salience / mean)
+        return {name: scores[name] + term for name, term in terms.items()}
+
+    @torch.no_grad()
+    def _term(self, group: UnitGroup) -> Tensor:
+        if group.name in self._kept:
+            return self._kept[group.name]
+        term = self._kurtosis(group).clamp(min=0.0).sqrt()
+        if group.kind == "neuron" and not group.reader.rank:
+            self._kept[group.name] = term
+        return term
+
+    def _kurtosis(self, group: UnitGroup) -> Tensor:
+        linear, gate = group.reader, group.gate
+        (weight_OI, _), a_RI, b_OR = linear.view(), linear.lora_A, linear.lora_B
+        mean_I = gate.total / gate.count.clamp(min=1.0) if self.needs_total(group) else None
+        size = gate.unit_size
+        if self.mode == "original" and mean_I is not None:
+            mixed = (linear.merged_weight() * mean_I).T.reshape(-1, gate.num_units)
+            weight_OI, a_RI, b_OR, mean_I, size = mixed, None, None, None, 1
+        kurtosis, _ = apt_kernels.weight_kurtosis(
+            weight_OI, a_RI, b_OR, scale=linear.scale, group=size, column_scale=mean_I
+        )
+        if self.mode == "original":  # as with the unbiased variance of n entries
+            n = weight_OI.shape[0] * size
+            return (kurtosis + 3.0) * ((n - 1) / n) ** 2 - 3.0
+        return kurtosis
 
 
 @torch.no_grad()

@@ -43,6 +43,11 @@ class UnitGroup:
     def num_units(self) -> int:
         return self.gate.num_units
 
+    @property
+    def reader(self) -> APTAdapter:
+        """The projection that reads the units, whose columns they own: output or down."""
+        return next(member.linear for member in self.members if member.axis == "in")
+
     def cost(self) -> int:
         """Frozen parameters of one unit, adapters not counted."""
         return sum(member.cost() for member in self.members)

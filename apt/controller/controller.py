@@ -15,7 +15,7 @@ from apt.controller.state import patch_state
 from apt.families import find_family
 from apt.pruner import AdaptivePruner
 from apt.records import Event, PrunePlan, RankPlan, append_jsonl
-from apt.salience import MovingAverage, adapter_importance, unit_scores
+from apt.salience import MovingAverage, OutlierTerm, adapter_importance, unit_scores
 from apt.surgery import apply_prune_plan, apply_rank_plan
 from apt.tuner import AdapterSize, plan_ranks
 from apt.units import UnitGroup, block_params, find_units
@@ -72,6 +72,7 @@ class Controller:
         self.events: list[Event] = []
         self.salience = MovingAverage(self.config.momentum_salience)
         self.importance = MovingAverage(self.config.momentum_salience)
+        self.outliers = OutlierTerm("off")
         self.groups: list[UnitGroup] = []
         self._event_steps: list[int] = []
         self._batch: dict[str, Any] | None = None
@@ -86,6 +87,8 @@ class Controller:
         self.family = find_family(self.model)
         self.total = total
         self.pruner = AdaptivePruner(total, self.config.pruning)
+        decoder = self.family.decoder and not getattr(self.model.config, "is_encoder_decoder", False)
+        self.outliers = OutlierTerm(self.config.pruning.kurtosis or ("paper" if decoder else "off"))
         self._find_groups()
         self.pruner.check(self.groups, block_params(self.model, self.family))
         self._collect(True)
@@ -98,6 +101,7 @@ class Controller:
         for group in self.groups:
             group.gate.collecting = on
             group.gate.products = self.config.pruning.salience != "product_of_sums"
+            group.gate.totals = self.outliers.needs_total(group)
             group.gate.reset_sums()
 
     @property
@@ -144,7 +148,8 @@ class Controller:
         if finite:
             scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
             salience = self.config.pruning.salience
-            self.salience.update({group.name: unit_scores(group, scale, salience) for group in self.groups})
+            scores = {group.name: unit_scores(group, scale, salience) for group in self.groups}
+            self.salience.update(self.outliers.add(self.groups, scores))
             if self.config.tuning.adaptive_rank_update:
                 adapters = [(name, module) for name, module in adapted(self.model) if module.rank]
                 self.importance.update({name: adapter_importance(module, scale) for name, module in adapters})
@@ -212,6 +217,7 @@ class Controller:
         if rank_plan is not None:
             apply_rank_plan(self.model, rank_plan, self.optimizer)
         self.importance.reset()
+        self.outliers.reset()
         self._verify(step, logits)
         live = block_params(self.model, self.family)
         event = Event(
@@ -291,6 +297,7 @@ class Controller:
         self._start_params = state["start_params"]
         self.salience.values = dict(state["salience"])
         self.importance.values = dict(state["importance"])
+        self.outliers.reset()
         for group in self.groups:
             group.gate.set_mask(state["masks"][group.name])
         if not self.active:

@@ -65,6 +65,15 @@ def test_dataset_shorthand_drops_what_belongs_to_the_old_source() -> None:
     assert load_config(DEMO, ["data.datasets=x.csv"]).data.filter == {"source": "rotten_tomatoes"}
 
 
+def test_kurtosis_may_be_off(tmp_path: Path, minimal: Path) -> None:
+    """YAML reads a bare off as false."""
+    bare = tmp_path / "off.yaml"
+    bare.write_text(minimal.read_text(encoding="utf-8") + "pruning: {kurtosis: off}\n", encoding="utf-8")
+    assert load_config(bare).pruning.kurtosis == load_config(minimal, ["kurtosis=off"]).pruning.kurtosis == "off"
+    assert load_config(minimal).pruning.kurtosis is None
+    assert load_config(minimal, ["kurtosis=normalized"]).pruning.kurtosis == "normalized"
+
+
 def test_numbers_that_yaml_reads_as_text(minimal: Path) -> None:
     config = load_config(
         minimal, ["learning_rate=1e-3", "prune_end=25", "prune_start=1e-2", "epochs=2", "init_std=null"]
