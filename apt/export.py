@@ -208,6 +208,7 @@ def _resize(model: nn.Module, family: Family, layers: list[dict[str, int]]) -> N
                 _set_size(linears[role], out=size["neurons"])
         _set_size(linears["o"], into=linears["o"].weight.shape[1] // groups * size["heads"])
         _set_size(linears["down"], into=size["neurons"])
+        family.set_heads(layer, groups, size["heads"])
         if size["heads"] == 0:
             empty_attention(layer, family)
 

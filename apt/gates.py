@@ -119,6 +119,8 @@ class MaskGate(nn.Module):
         if not collecting:
             return apt_kernels.gate(h, mask)
         valid = self.valid.mask
+        if valid is not None:
+            valid = valid.reshape(h.shape[:-1])  # some layers flatten batch and sequence (OPT's FFN)
         if self.products:
             y = h if mask is None else apt_kernels.gate(h, mask)
             y = _products(y, h.detach(), self.sums, self.count, valid)

@@ -72,12 +72,15 @@ def _prune_group(
     for member in group.members:
         features = (kept[:, None] * member.width + torch.arange(member.width, device=kept.device)).flatten()
         _cut(member.linear, member.axis, features, optimizer, keep_tail)
+    layer = family.layer_list(model)[group.layer]
+    if group.kind == "head":
+        family.set_heads(layer, group.num_units, len(positions))
     group.gate.keep(kept)
     if not positions:
         for member in group.members:
             _drop_adapter(member.linear, optimizer)
         if group.kind == "head":
-            empty_attention(family.layer_list(model)[group.layer], family)
+            empty_attention(layer, family)
 
 
 def empty_attention(layer: nn.Module, family: Family) -> None:

@@ -30,6 +30,7 @@ SIZES = {
 }
 ENCODER = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
+OPT = {"ffn_dim": 40, "init_std": 0.2, "dropout": 0.0, "num_labels": 3}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 
@@ -55,6 +56,10 @@ MODELS = {
         {**GROUPED, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 4, "layer_types": MIXED},
     ),
     "qwen3": Tiny("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
+    "opt": Tiny("OPTConfig", "OPTForCausalLM", OPT),
+    "opt_350m": Tiny(  # the one that norms after each branch and projects its embeddings
+        "OPTConfig", "OPTForSequenceClassification", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}
+    ),
 }
 NAMES = list(MODELS)
 CLASSIFIERS = [name for name in NAMES if MODELS[name].model.endswith("SequenceClassification")]

@@ -6,8 +6,9 @@ from apt.families.base import ROLES, Family, base_model
 from apt.families.bert import BERT
 from apt.families.empty import EmptyAttention
 from apt.families.llama import LLAMA
+from apt.families.opt import OPT
 
-FAMILIES = (BERT, LLAMA)
+FAMILIES = (BERT, LLAMA, OPT)
 
 __all__ = ["FAMILIES", "ROLES", "EmptyAttention", "Family", "base_model", "find_family"]
 

@@ -20,6 +20,7 @@ class Family:
         attention_holds_o: whether the output projection lies inside that module.
         default_targets: roles that get an adapter unless `target_modules` says otherwise.
         decoder: whether generation reads cache and mask lengths in the first layer of each attention type.
+        per_head: attributes of the attention module that its forward reads and that shrink in step with its heads.
     """
 
     model_types: tuple[str, ...]
@@ -29,6 +30,13 @@ class Family:
     attention_holds_o: bool
     default_targets: tuple[str, ...]
     decoder: bool
+    per_head: tuple[str, ...] = ()
+
+    def set_heads(self, layer: nn.Module, before: int, after: int) -> None:
+        """Bring the attention's own counts from `before` to `after` heads (KV groups)."""
+        attention = layer.get_submodule(self.attention)
+        for name in self.per_head:
+            setattr(attention, name, getattr(attention, name) * after // before)
 
     def layer_list(self, model: nn.Module) -> nn.ModuleList:
         """The layers of a model with or without a task head."""

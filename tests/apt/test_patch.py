@@ -12,7 +12,11 @@ from torch import Tensor, nn
 import apt
 import apt_kernels
 from apt.adapters import APTAdapter, adapted
+from apt.families import FAMILIES
 from apt.surgery import apply_prune_plan
+
+ENCODER = ("query", "value", "intermediate.dense")
+PLACES = {"bert": ENCODER, "roberta": ENCODER, "distilbert": ("q_lin", "v_lin", "lin1")}  # where adapters go by default
 
 
 def logits(model: Any, name: str) -> Tensor:
@@ -47,7 +51,7 @@ def test_fresh_adapters_are_the_base_model(name: str, method: str) -> None:
 def test_what_trains(name: str) -> None:
     """Adapters at the family's places, and task heads with their pooler in full; heads of language models stay."""
     model = apt.patch_model(tiny_model(name))
-    places = ("query", "value", "intermediate.dense") if "bert" in name else ("q_proj", "v_proj")
+    places = PLACES.get(name.removesuffix("_mlm"), ("q_proj", "v_proj"))
     assert all(adapter.endswith(places) for adapter in ranked(model))
     assert len(ranked(model)) == len(places) * MODELS[name].settings.get("num_hidden_layers", 3)
     factors = {f"{adapter}.{factor}" for adapter in ranked(model) for factor in ("lora_A", "lora_B")}
@@ -56,13 +60,15 @@ def test_what_trains(name: str) -> None:
     assert {head.rpartition(".")[0] for head in heads} == {
         "bert": {"classifier", "bert.pooler.dense"},
         "roberta": {"classifier.dense", "classifier.out_proj"},
+        "distilbert": {"pre_classifier", "classifier"},
         "llama_cls": {"score"},
+        "opt_350m": {"score"},
     }.get(name, set())
     assert bool(heads) == (name in CLASSIFIERS)
     apt_kernels.reset_calls()
     model(**tiny_batch(name)).loss.backward()
     layers = len(ranked(model)) // len(places)
-    alone = {"masked_lora_linear": {"torch": layers}} if "bert" in name else {}  # up; q, k and v go together
+    alone = {"masked_lora_linear": {"torch": layers}} if len(places) == 3 else {}  # up; q, k and v go together
     assert apt_kernels.calls() == {"masked_lora_linears": {"torch": layers}, **alone}  # and no gate
     assert {key for key, p in model.named_parameters() if p.grad is not None} == trainable(model)
 
@@ -109,9 +115,8 @@ def test_an_unknown_architecture() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
-    words = (
-        r"model_type 'gpt2' cannot be pruned; known are bert, llama, mistral, qwen2, qwen3, roberta; to add one, write"
-    )
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    words = f"model_type 'gpt2' cannot be pruned; known are {known}; to add one, write"
     with pytest.raises(ValueError, match=words) as caught:
         apt.patch_model(model)
     assert "\n" not in str(caught.value)

@@ -52,10 +52,10 @@ def brute_force(
     model(**batch).loss.backward()
     for hook in hooks:
         hook.remove()
-    valid = batch["attention_mask"].bool()
     scores = {}
     for group in groups:
         h, y = seen[group.gate]
+        valid = batch["attention_mask"].bool().reshape(h.shape[:-1])  # OPT's FFN sees [B * S, D]
         units = []
         for unit in range(group.num_units):
             features = slice(unit * group.gate.unit_size, (unit + 1) * group.gate.unit_size)

@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import GENERATORS, MODELS, NAMES, random_plan, tiny_model
+from tiny_models import MODELS, NAMES, random_plan, tiny_model
 from torch import nn
 
 import apt
-from apt.families import ROLES, base_model, find_family
+from apt.families import base_model, find_family
 from apt.surgery import apply_prune_plan
 from apt.units import block_params, find_units, required_heads
+
+ENCODERS = ("bert", "bert_mlm", "roberta", "distilbert")
+TWO_ATTENTIONS = ("qwen2_mixed", "gemma2", "gemma3")  # sliding and full layers
 
 
 def live_params(model: nn.Module) -> int:
@@ -24,7 +27,7 @@ def test_block_params_are_what_lies_inside_the_layers(name: str) -> None:
     model = tiny_model(name)
     wanted = live_params(model)
     assert block_params(model, find_family(model)) == wanted  # a plain model has no adapters to leave out
-    model = apt.patch_model(model, rank=3, target_modules=ROLES if "bert" not in name else ("q", "o", "up", "down"))
+    model = apt.patch_model(model, rank=3, target_modules=list(find_family(model).linears))
     assert block_params(model, find_family(model)) == wanted
 
 
@@ -75,7 +78,7 @@ def test_names_order_and_members(name: str) -> None:
     assert [group.name for group in groups] == [
         f"layers.{i}.{kind}s" for i in range(layers) for kind in ("head", "neuron")
     ]
-    gated = "bert" not in name
+    gated = "gate" in find_family(model).linears
     for group in groups:
         assert len(group.members) == (4 if group.kind == "head" else 2 + gated)
         assert [member.axis for member in group.members][-1] == "in"
@@ -88,7 +91,7 @@ def test_names_order_and_members(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_decoders_keep_a_group_in_the_first_layer_of_each_attention_type(name: str) -> None:
     model = apt.patch_model(tiny_model(name))
-    wanted = {0, 1} if name == "qwen2_mixed" else {0} if name in [*GENERATORS, "llama_cls"] else set()
+    wanted = {0, 1} if name in TWO_ATTENTIONS else set() if name in ENCODERS else {0}
     assert required_heads(model.config, find_family(model)) == wanted
     floors = {group.name: group.floor for group in find_units(model, find_family(model))}
     assert {key for key, floor in floors.items() if floor} == {f"layers.{index}.heads" for index in wanted}
