@@ -29,6 +29,14 @@ SIZES = {
     "eos_token_id": None,
 }
 ENCODER = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+DISTILBERT = {
+    "hidden_dim": 40,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "seq_classif_dropout": 0.0,
+    "sinusoidal_pos_embds": True,
+    "num_labels": 3,
+}
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
 OPT = {"ffn_dim": 40, "init_std": 0.2, "dropout": 0.0, "num_labels": 3}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -44,6 +52,7 @@ MODELS = {
     "bert": Tiny("BertConfig", "BertForSequenceClassification", ENCODER),
     "bert_mlm": Tiny("BertConfig", "BertForMaskedLM", ENCODER),
     "roberta": Tiny("RobertaConfig", "RobertaForSequenceClassification", {**ENCODER, "type_vocab_size": 1}),
+    "distilbert": Tiny("DistilBertConfig", "DistilBertForSequenceClassification", DISTILBERT),
     "llama": Tiny("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 4}),
     "llama_gqa": Tiny("LlamaConfig", "LlamaForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
     "llama_bias": Tiny("LlamaConfig", "LlamaForCausalLM", {**GROUPED, "attention_bias": True, "mlp_bias": True}),

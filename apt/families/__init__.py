@@ -4,11 +4,12 @@ from torch import nn
 
 from apt.families.base import ROLES, Family, base_model
 from apt.families.bert import BERT
+from apt.families.distilbert import DISTILBERT
 from apt.families.empty import EmptyAttention
 from apt.families.llama import LLAMA
 from apt.families.opt import OPT
 
-FAMILIES = (BERT, LLAMA, OPT)
+FAMILIES = (BERT, DISTILBERT, LLAMA, OPT)
 
 __all__ = ["FAMILIES", "ROLES", "EmptyAttention", "Family", "base_model", "find_family"]
 
