@@ -40,6 +40,14 @@ DISTILBERT = {
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
 OPT = {"ffn_dim": 40, "init_std": 0.2, "dropout": 0.0, "num_labels": 3}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+GEMMA = {
+    **GROUPED,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 5,
+    "rms_norm_eps": 0.1,  # norms follow on norms: at 1e-6 the gradient of a padding token, whose embedding is 0, is 1e9
+    "sliding_window": 4,
+    "layer_types": MIXED[:3],
+}
 
 
 class Tiny(NamedTuple):
@@ -65,6 +73,8 @@ MODELS = {
         {**GROUPED, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 4, "layer_types": MIXED},
     ),
     "qwen3": Tiny("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
+    "gemma2": Tiny("Gemma2Config", "Gemma2ForCausalLM", {**GEMMA, "attn_logit_softcapping": 2.0}),
+    "gemma3": Tiny("Gemma3TextConfig", "Gemma3ForCausalLM", GEMMA),
     "opt": Tiny("OPTConfig", "OPTForCausalLM", OPT),
     "opt_350m": Tiny(  # the one that norms after each branch and projects its embeddings
         "OPTConfig", "OPTForSequenceClassification", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}
@@ -84,10 +94,9 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -
     config = getattr(transformers, spec.config)(**{**SIZES, **spec.settings, **settings})
     model = getattr(transformers, spec.model)(config)
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                centre = 1.0 if "norm" in parameter_name.lower() and parameter_name.endswith("weight") else 0.0
-                parameter.normal_(centre, 0.2)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases start at 0, norms at 1, Gemma's norms at 0
+                parameter.normal_(parameter[0].item(), 0.2)
     return model.to(dtype).eval()
 
 

@@ -6,10 +6,11 @@ from apt.families.base import ROLES, Family, base_model
 from apt.families.bert import BERT
 from apt.families.distilbert import DISTILBERT
 from apt.families.empty import EmptyAttention
+from apt.families.gemma import GEMMA
 from apt.families.llama import LLAMA
 from apt.families.opt import OPT
 
-FAMILIES = (BERT, DISTILBERT, LLAMA, OPT)
+FAMILIES = (BERT, DISTILBERT, GEMMA, LLAMA, OPT)
 
 __all__ = ["FAMILIES", "ROLES", "EmptyAttention", "Family", "base_model", "find_family"]
 

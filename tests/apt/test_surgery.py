@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from check import close
+from check import Unrounded, close
 from tiny_models import GENERATORS, NAMES, fill_adapters, free_layers, random_plan, set_masks, tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -30,7 +30,8 @@ def responses(model: Any, name: str) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient of a random upstream at the input embeddings."""
     batch = tiny_batch(name)
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-    logits = model(inputs_embeds=embedded, attention_mask=batch["attention_mask"], use_cache=False).logits
+    with Unrounded():
+        logits = model(inputs_embeds=embedded, attention_mask=batch["attention_mask"], use_cache=False).logits
     upstream = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(7))
     (gradient,) = torch.autograd.grad(logits, embedded, upstream)
     return logits.detach(), gradient
