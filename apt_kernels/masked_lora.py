@@ -5,12 +5,14 @@ Three implementations with one numerics contract: operands are in the dtype of x
 * ``split_cublas``: the low-rank product first, then the frozen product onto it (beta = 1) by torch's GEMM, which reads
   what it adds to while it computes.
 * ``split_triton``: one GEMM whose inner range runs over the inputs and then over the rank; tensor descriptors on sm_90.
-* ``one_kernel``: the same, the rank-R product made anew in every tile. For few outputs at a small rank.
+* ``one_kernel``: the same, the rank-R product made anew in every tile. For few outputs at a small rank; above
+  rank 64, and with factors per row, ``split_triton`` takes over.
 
 Dimension key: T tokens, I in, O out, R rank, P rank padded to a multiple of 16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,11 +21,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from apt_kernels import _triton, products, tiles
 from apt_kernels.passes import (
+    Call,
     Rows,
     arithmetic,
     down,
     down_backward,
-    launch,
+    launch_fitting,
     pack,
     packed_a,
     reduce,
@@ -50,7 +53,7 @@ def forward(
     R, O = a_RI.shape[0], weight_OI.shape[0]
     gate_R, rows = gates(gate, dropout, seed)
     b_OP = pack(b_OR, O, tiles.padded_rank(R), x_TI.dtype, scale=scale, col_by=gate_R)
-    if implementation == "one_kernel" and not rows.there:
+    if implementation == "one_kernel" and not rows.there and tiles.padded_rank(R) <= max(tiles.RANKS):
         return _one_kernel(x_TI, weight_OI, packed_a(a_RI, x_TI.dtype, mask_in), b_OP, bias, mask_in, mask_out)
     z_TP, h_TP = down(x_TI, packed_a(a_RI, x_TI.dtype, mask_in), R, rows)
     if implementation == "split_cublas":
@@ -137,27 +140,37 @@ def joint(
     unit = _triton.unit(I, O, x_TI.stride(0), weight_OI.stride(0))
     device, size = x_TI.device, _triton.programs(x_TI.device)
     if mask_in is None and described(unit, x_TI, weight_OI, h_TP, b_OP, y_TO):
-        tile = tiles.fitting(tiles.PRODUCT_TMA, T, O, size)
-        launch(
-            products.forward_tma, (min(size, triton.cdiv(T, tile.BM) * triton.cdiv(O, tile.BN)),),
-            TensorDescriptor.from_tensor(x_TI, [tile.BM, tile.BK]),
-            TensorDescriptor.from_tensor(weight_OI, [tile.BN, tile.BK]),
-            TensorDescriptor.from_tensor(h_TP, [tile.BM, tiles.TMA_RANK]),
-            TensorDescriptor.from_tensor(b_OP, [tile.BN, tiles.TMA_RANK]),
-            bias, mask_out, TensorDescriptor.from_tensor(y_TO, [tile.BM, tile.BN // 2]), T, I // 8, O // 8, P // 16,
-            size, BIAS=bias is not None, MASK_OUT=mask_out is not None, BM=tile.BM, BN=tile.BN, BK=tile.BK,
-            BP=tiles.TMA_RANK, GROUP=tiles.GROUP, tile=tile,
+
+        def described_call(tile: tiles.Tiles) -> Call:
+            return (min(size, triton.cdiv(T, tile.BM) * triton.cdiv(O, tile.BN)),), (
+                TensorDescriptor.from_tensor(x_TI, [tile.BM, tile.BK]),
+                TensorDescriptor.from_tensor(weight_OI, [tile.BN, tile.BK]),
+                TensorDescriptor.from_tensor(h_TP, [tile.BM, tiles.TMA_RANK]),
+                TensorDescriptor.from_tensor(b_OP, [tile.BN, tiles.TMA_RANK]),
+                bias, mask_out, TensorDescriptor.from_tensor(y_TO, [tile.BM, tile.BN // 2]), T, I // 8, O // 8, P // 16,
+                size,
+            )  # fmt: skip
+
+        launch_fitting(
+            products.forward_tma, tiles.PRODUCT_TMA, (T, O), device, described_call,
+            BIAS=bias is not None, MASK_OUT=mask_out is not None, BP=tiles.TMA_RANK, GROUP=tiles.GROUP,
         )  # fmt: skip
         return y_TO
-    tile = tiles.product(_triton.arch(device), x_TI.dtype, T, O, size)
-    launch(
-        products.forward, (triton.cdiv(T, tile.BM) * triton.cdiv(O, tile.BN),),
-        x_TI, weight_OI, h_TP, b_OP, bias, mask_in, mask_out, y_TO, T, I // unit, O // unit, P // 16,
-        x_TI.stride(0) // unit, weight_OI.stride(0) // unit, h_TP.stride(0) // 16, BIAS=bias is not None,
-        MASK_IN=mask_in is not None, MASK_OUT=mask_out is not None, UNIT=unit, **arithmetic(x_TI.dtype),
-        BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=tiles.GROUP, tile=tile,
+    launch_fitting(
+        products.forward, tiles.product(_triton.arch(device), x_TI.dtype, unit), (T, O), device,
+        one_program_a_tile(
+            T, O, x_TI, weight_OI, h_TP, b_OP, bias, mask_in, mask_out, y_TO, T, I // unit, O // unit, P // 16,
+            x_TI.stride(0) // unit, weight_OI.stride(0) // unit, h_TP.stride(0) // 16,
+        ),
+        BIAS=bias is not None, MASK_IN=mask_in is not None, MASK_OUT=mask_out is not None, UNIT=unit,
+        **arithmetic(x_TI.dtype), GROUP=tiles.GROUP,
     )  # fmt: skip
     return y_TO
+
+
+def one_program_a_tile(rows: int, cols: int, *args: Any) -> Callable[[tiles.Tiles], Call]:
+    """The call of a kernel whose arguments do not depend on its tiles."""
+    return lambda tile: ((triton.cdiv(rows, tile.BM) * triton.cdiv(cols, tile.BN),), args)
 
 
 def _one_kernel(
@@ -169,13 +182,14 @@ def _one_kernel(
     if not O:
         return y_TO, z_TP.zero_()
     unit = _triton.unit(I, O, x_TI.stride(0), weight_OI.stride(0))
-    tile = tiles.product(_triton.arch(x_TI.device), x_TI.dtype, T, O, _triton.programs(x_TI.device))
-    launch(
-        products.one_kernel, (triton.cdiv(T, tile.BM) * triton.cdiv(O, tile.BN),),
-        x_TI, weight_OI, a_PI, b_OP, bias, mask_in, mask_out, y_TO, z_TP, T, I // unit, O // unit, P // 16,
-        x_TI.stride(0) // unit, weight_OI.stride(0) // unit, a_PI.stride(0) // 8, BIAS=bias is not None,
-        MASK_IN=mask_in is not None, MASK_OUT=mask_out is not None, UNIT=unit, **arithmetic(x_TI.dtype),
-        BM=tile.BM, BN=tile.BN, BK=tile.BK, BR=triton.next_power_of_2(P), GROUP=tiles.GROUP, tile=tile,
+    launch_fitting(
+        products.one_kernel, tiles.product(_triton.arch(x_TI.device), x_TI.dtype, unit), (T, O), x_TI.device,
+        one_program_a_tile(
+            T, O, x_TI, weight_OI, a_PI, b_OP, bias, mask_in, mask_out, y_TO, z_TP, T, I // unit, O // unit, P // 16,
+            x_TI.stride(0) // unit, weight_OI.stride(0) // unit, a_PI.stride(0) // 8,
+        ),
+        BIAS=bias is not None, MASK_IN=mask_in is not None, MASK_OUT=mask_out is not None, UNIT=unit,
+        **arithmetic(x_TI.dtype), BR=tiles.rank_block(P), GROUP=tiles.GROUP,
     )  # fmt: skip
     return y_TO, z_TP
 
@@ -187,27 +201,31 @@ def _joint_backward(
     (T, O), (P, I) = dy_TO.shape, (ts_TP.shape[1], weight_OI.shape[1])
     dx_TI = dy_TO.new_empty(T, I)
     unit = _triton.unit(I, O, dy_TO.stride(0), weight_OI.stride(0))
-    size = _triton.programs(dy_TO.device)
+    device, size = dy_TO.device, _triton.programs(dy_TO.device)
     if mask_out is None and described(unit, dy_TO, weight_OI, ts_TP, a_PI, dx_TI):
-        tile = tiles.fitting(tiles.PRODUCT_TMA, T, I, size)
-        launch(
-            products.backward_tma, (min(size, triton.cdiv(T, tile.BM) * triton.cdiv(I, tile.BN)),),
-            TensorDescriptor.from_tensor(dy_TO, [tile.BM, tile.BK]),
-            TensorDescriptor.from_tensor(weight_OI, [tile.BK, tile.BN]),
-            TensorDescriptor.from_tensor(ts_TP, [tile.BM, tiles.TMA_RANK]),
-            TensorDescriptor.from_tensor(a_PI, [tiles.TMA_RANK, tile.BN]),
-            mask_in, TensorDescriptor.from_tensor(dx_TI, [tile.BM, tile.BN // 2]), T, I // 8, O // 8, P // 16, size,
-            MASK_IN=mask_in is not None, BM=tile.BM, BN=tile.BN, BK=tile.BK, BP=tiles.TMA_RANK, GROUP=tiles.GROUP,
-            tile=tile,
+
+        def described_call(tile: tiles.Tiles) -> Call:
+            return (min(size, triton.cdiv(T, tile.BM) * triton.cdiv(I, tile.BN)),), (
+                TensorDescriptor.from_tensor(dy_TO, [tile.BM, tile.BK]),
+                TensorDescriptor.from_tensor(weight_OI, [tile.BK, tile.BN]),
+                TensorDescriptor.from_tensor(ts_TP, [tile.BM, tiles.TMA_RANK]),
+                TensorDescriptor.from_tensor(a_PI, [tiles.TMA_RANK, tile.BN]),
+                mask_in, TensorDescriptor.from_tensor(dx_TI, [tile.BM, tile.BN // 2]), T, I // 8, O // 8, P // 16, size,
+            )  # fmt: skip
+
+        launch_fitting(
+            products.backward_tma, tiles.PRODUCT_TMA, (T, I), device, described_call,
+            MASK_IN=mask_in is not None, BP=tiles.TMA_RANK, GROUP=tiles.GROUP,
         )  # fmt: skip
         return dx_TI
-    tile = tiles.product(_triton.arch(dy_TO.device), dy_TO.dtype, T, I, size)
-    launch(
-        products.backward, (triton.cdiv(T, tile.BM) * triton.cdiv(I, tile.BN),),
-        dy_TO, weight_OI, ts_TP, a_PI, mask_in, mask_out, dx_TI, T, I // unit, O // unit, P // 16,
-        dy_TO.stride(0) // unit, weight_OI.stride(0) // unit, a_PI.stride(0) // 8, MASK_IN=mask_in is not None,
-        MASK_OUT=mask_out is not None, UNIT=unit, **arithmetic(dy_TO.dtype), BM=tile.BM, BN=tile.BN, BK=tile.BK,
-        GROUP=tiles.GROUP, tile=tile,
+    launch_fitting(
+        products.backward, tiles.product(_triton.arch(device), dy_TO.dtype, unit), (T, I), device,
+        one_program_a_tile(
+            T, I, dy_TO, weight_OI, ts_TP, a_PI, mask_in, mask_out, dx_TI, T, I // unit, O // unit, P // 16,
+            dy_TO.stride(0) // unit, weight_OI.stride(0) // unit, a_PI.stride(0) // 8,
+        ),
+        MASK_IN=mask_in is not None, MASK_OUT=mask_out is not None, UNIT=unit, **arithmetic(dy_TO.dtype),
+        GROUP=tiles.GROUP,
     )  # fmt: skip
     return dx_TI
 

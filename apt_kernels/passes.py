@@ -3,18 +3,22 @@
 Dimension key: T tokens, I in, O out, R rank, P rank padded to a multiple of 16.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from apt_kernels import _triton, lowrank, tiles
 
 WORKSPACE = 48 * 2**20  # bytes of partial sums of t at a time: more tokens are taken in chunks
 
-_warm: set[tuple[Any, ...]] = set()
+Call = tuple[tuple[int, ...], tuple[Any, ...]]  # grid and arguments
+
+_compiled: set[tuple[Any, ...]] = set()
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,63 @@ class Rows:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: tiles.Tiles, **meta: Any) -> None:
     """Launch where there is anything to do. A kernel with a rank block compiles for all of them the first time."""
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if meta.get("BR") in tiles.RANKS and not _triton.interpreted():
-        kinds = tuple(arg.dtype if isinstance(arg, Tensor) else type(arg) for arg in args)
-        key = (kernel, kinds, *((k, v) for k, v in meta.items() if k != "BR"), *tile)
-        if key not in _warm:
-            _warm.add(key)
-            for ranks in tiles.RANKS:
-                kernel.warmup(*args, grid=grid, **{**meta, "BR": ranks}, **options)
+    if meta.get("BR") in tiles.RANKS and is_first(kernel, args, tile, {**meta, "BR": None}):
+        compile_only(kernel, grid, *args, tile=tile, **meta)
     if 0 not in grid:
-        kernel[grid](*args, **meta, **options)
+        kernel[grid](*args, **meta, **options(tile))
+
+
+def launch_fitting(
+    kernel: Any,
+    choices: tuple[tiles.Tiles, ...],
+    size: tuple[int, int],
+    device: torch.device,
+    call: Callable[[tiles.Tiles], Call],
+    **meta: Any,
+) -> None:
+    """Launch with the tiles that fit. The first time all choices compile: other numbers of tokens will take them.
+
+    Args:
+        kernel: takes its tile as BM, BN, BK.
+        choices: from large to small.
+        size: rows and columns of the result.
+        device: of the tensors.
+        call: the grid and the arguments with given tiles.
+        meta: the other constants.
+    """
+    tile = tiles.fitting(choices, *size, _triton.programs(device))
+    grid, args = call(tile)
+    if is_first(kernel, args, choices, meta):
+        for other in choices:
+            other_grid, other_args = call(other)
+            compile_only(kernel, other_grid, *other_args, tile=other, **meta, **blocks(other))
+    launch(kernel, grid, *args, tile=tile, **meta, **blocks(tile))
+
+
+def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, tile: tiles.Tiles, **meta: Any) -> None:
+    """Compile what a launch would run, and where it has a rank block the same with every other."""
+    for ranks in tiles.RANKS if meta.get("BR") in tiles.RANKS else [None]:
+        kernel.warmup(*args, grid=grid, **(meta if ranks is None else {**meta, "BR": ranks}), **options(tile))
+
+
+def is_first(kernel: Any, args: tuple[Any, ...], choice: tuple[Any, ...], meta: dict[str, Any]) -> bool:
+    """Whether nothing like it was compiled before; never in the interpreter, which compiles nothing."""
+    if _triton.interpreted():
+        return False
+    kinds = tuple(getattr(arg.base if isinstance(arg, TensorDescriptor) else arg, "dtype", type(arg)) for arg in args)
+    key = (kernel, kinds, choice, *meta.items(), triton.runtime.driver.active.get_current_device())
+    if key in _compiled:
+        return False
+    _compiled.add(key)
+    return True
+
+
+def blocks(tile: tiles.Tiles) -> dict[str, int]:
+    return {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
+
+
+def options(tile: tiles.Tiles) -> dict[str, int]:
+    return {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def pack(
@@ -100,7 +151,8 @@ def down(x_TI: Tensor, a_PI: Tensor, rank: int, rows: Rows) -> tuple[Tensor, Ten
     P = a_PI.shape[0]
     z_TP = x_TI.new_empty(T, P)
     h_TP = torch.empty_like(z_TP) if rows.there else z_TP
-    tile, unit = tiles.skinny("down", _triton.arch(x_TI.device), x_TI.dtype), _triton.unit(I, x_TI.stride(0))
+    unit = _triton.unit(I, x_TI.stride(0))
+    tile = tiles.skinny("down", _triton.arch(x_TI.device), x_TI.dtype, unit)
     block = tiles.rank_block(P)
     launch(
         lowrank.down, (triton.cdiv(T, tile.BM), triton.cdiv(P, block)),
@@ -131,7 +183,8 @@ def up_backward(
         partial dB ``[N, O, P]`` without scale, mask and rank gate; gradient of the gate ``[T, R]`` or ``[R]``, or None.
     """
     (T, O), P = dy_TO.shape, b_OP.shape[1]
-    tile, unit = tiles.skinny("up_backward", _triton.arch(dy_TO.device), dy_TO.dtype), _triton.unit(O, dy_TO.stride(0))
+    unit = _triton.unit(O, dy_TO.stride(0))
+    tile = tiles.skinny("up_backward", _triton.arch(dy_TO.device), dy_TO.dtype, unit)
     block, blocks = tiles.rank_block(P), triton.cdiv(O, tile.BN)
     chunk = max(tile.BM, WORKSPACE // (4 * P * max(1, blocks)) // tile.BM * tile.BM)
     splits, rows_each = split(min(chunk, T), tile.BM, blocks, dy_TO.device)
@@ -170,7 +223,8 @@ def up_backward(
 def down_backward(x_TI: Tensor, ts_TP: Tensor) -> Tensor:
     """One pass over x: partial sums ``[S, P, I]`` of ``dA = ts^T x``."""
     (T, I), P = x_TI.shape, ts_TP.shape[1]
-    tile, unit = tiles.skinny("down_backward", _triton.arch(x_TI.device), x_TI.dtype), _triton.unit(I, x_TI.stride(0))
+    unit = _triton.unit(I, x_TI.stride(0))
+    tile = tiles.skinny("down_backward", _triton.arch(x_TI.device), x_TI.dtype, unit)
     block, blocks = tiles.rank_block(P), triton.cdiv(I, tile.BK)
     splits, rows_each = split(T, tile.BM, blocks, x_TI.device)
     da_SPI = x_TI.new_empty(splits, P, I, dtype=torch.float32)

@@ -20,21 +20,27 @@ class Tiles(NamedTuple):
 
 PRODUCT = {  # of forward, one_kernel and backward, from large to small
     "sm_90": (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 4, 3)),
-    "sm_80": (Tiles(128, 128, 32, 4, 4), Tiles(64, 128, 32, 4, 4)),
+    "sm_80": (Tiles(128, 128, 32, 8, 4), Tiles(64, 128, 32, 4, 4)),
     "gfx942": (Tiles(128, 128, 64, 8, 2), Tiles(64, 128, 64, 4, 2)),
     "interpreter": (Tiles(32, 32, 32, 4, 1),),
 }
-PRODUCT_FP32 = (Tiles(64, 64, 32, 4, 2),)  # exact float32 products run without tensor cores
+# Exact float32 runs without tensor cores, and loads of one element a time take many registers: both want small tiles.
+PRODUCT_SMALL = (Tiles(64, 64, 32, 4, 2),)
 PRODUCT_TMA = (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3))
 TMA_RANK = 32  # ranks a step of the persistent kernels
 GROUP = 8  # rows of tiles walked together
 
 DOWN = {"interpreter": Tiles(32, 0, 32, 4, 1), "gfx942": Tiles(64, 0, 64, 4, 2), "": Tiles(64, 0, 64, 4, 3)}
-UP_BACKWARD = {"interpreter": Tiles(32, 32, 0, 4, 1), "gfx942": Tiles(64, 128, 0, 4, 2), "": Tiles(64, 128, 0, 4, 3)}
+UP_BACKWARD = {
+    "interpreter": Tiles(32, 32, 0, 4, 1),
+    "gfx942": Tiles(64, 128, 0, 4, 2),
+    "sm_80": Tiles(64, 128, 0, 8, 3),  # with 4 warps it spills
+    "": Tiles(64, 128, 0, 4, 3),
+}
 DOWN_BACKWARD = {"interpreter": Tiles(32, 0, 32, 4, 1), "gfx942": Tiles(64, 0, 128, 4, 2), "": Tiles(64, 0, 128, 4, 3)}
-FP32 = {  # the same three, half as wide: four bytes an element, and no tensor cores
+SMALL = {  # the same three for float32 and for unaligned rows
     "down": Tiles(32, 0, 32, 4, 2),
-    "up_backward": Tiles(32, 64, 0, 4, 2),
+    "up_backward": Tiles(16, 64, 0, 4, 2),
     "down_backward": Tiles(32, 0, 64, 4, 2),
 }
 ELEMENTWISE = Tiles(32, 128, 0, 4, 1)  # pack and reduce
@@ -52,22 +58,26 @@ def rank_block(padded_rank: int) -> int:
     return RANKS[0] if padded_rank <= RANKS[0] else RANKS[1]
 
 
-def product(arch: str, dtype: torch.dtype, rows: int, cols: int, programs: int) -> Tiles:
-    """The largest tile that still gives every multiprocessor one, else the smallest there is."""
-    choices = PRODUCT_FP32 if dtype == torch.float32 and arch != "interpreter" else PRODUCT[arch]
-    return fitting(choices, rows, cols, programs)
+def wants_small(arch: str, dtype: torch.dtype, unit: int) -> bool:
+    return arch != "interpreter" and (dtype == torch.float32 or unit == 1)
+
+
+def product(arch: str, dtype: torch.dtype, unit: int) -> tuple[Tiles, ...]:
+    """The choices of the large products, from large to small. `unit` is what divides sizes and strides."""
+    return PRODUCT_SMALL if wants_small(arch, dtype, unit) else PRODUCT[arch]
 
 
 def fitting(choices: tuple[Tiles, ...], rows: int, cols: int, programs: int) -> Tiles:
+    """The largest tile that still gives every multiprocessor one, else the smallest there is."""
     for tiles in choices:
         if -(-rows // tiles.BM) * -(-cols // tiles.BN) >= programs:
             return tiles
     return choices[-1]
 
 
-def skinny(kernel: str, arch: str, dtype: torch.dtype) -> Tiles:
+def skinny(kernel: str, arch: str, dtype: torch.dtype, unit: int) -> Tiles:
     """Tiles of down, up_backward or down_backward."""
-    if dtype == torch.float32 and arch != "interpreter":
-        return FP32[kernel]
+    if wants_small(arch, dtype, unit):
+        return SMALL[kernel]
     table = {"down": DOWN, "up_backward": UP_BACKWARD, "down_backward": DOWN_BACKWARD}[kernel]
     return table.get(arch, table[""])

@@ -125,9 +125,9 @@ def test_tensor_descriptors(options: dict[str, Any], device: str, monkeypatch: p
     from apt_kernels import _triton, masked_lora, products
 
     launched = []
-    launch = masked_lora.launch
+    launch = masked_lora.launch_fitting
     monkeypatch.setattr(
-        masked_lora, "launch", lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k))
+        masked_lora, "launch_fitting", lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k))
     )
     monkeypatch.setattr(_triton, "arch", lambda _: "sm_90")
     options = {"mask_in": 0, "mask_out": 0, "bias": 0, "gate": None, **options}

@@ -1,0 +1,112 @@
+"""Every tile that selection can choose compiles for sm_80, sm_90 and gfx942, and fits. No GPU is needed.
+
+What is compiled stands in `compile_ahead.py`. It runs in a process of its own: this one may run Triton's interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parent.parent / "compile_ahead.py"
+SHARED_BYTES = {"sm_90": 232448, "sm_80": 166912, "gfx942": 65536}  # that a program may have
+PRODUCTS = {"forward", "backward", "one_kernel", "forward_tma", "backward_tma"}
+OTHERS = {"gate_kernel", "norm_backward_kernel", "activation_backward_kernel", "tile_moments_kernel", "join_kernel"}
+SKINNY = {"pack", "reduce", "down", "up_backward", "rank_gradient", "down_backward"}
+MOST_CASES = 150
+
+Rows = list[dict[str, Any]]
+
+
+def compile_ahead(cache: Path, *flags: str, python: str = sys.executable) -> Rows:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(SCRIPT.parent.parent)}
+    done = subprocess.run([python, SCRIPT, *flags], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(rows: Rows) -> None:
+    def those(wrong: Any) -> Rows:
+        return [row for row in rows if wrong(row)]
+
+    assert not those(lambda row: row["spilled"])
+    assert not those(lambda row: row["shared_bytes"] > SHARED_BYTES[row["machine"]])
+    assert not those(lambda row: row["atomics"])
+    assert not those(lambda row: needs_wgmma(row) and not row["wgmma"])
+
+
+def needs_wgmma(row: dict[str, Any]) -> bool:
+    """16-bit products on sm_90; of the narrow kernels all but dA at 16 ranks, a tile with fewer rows than wgmma has."""
+    if row["machine"] != "sm_90" or row["dtype"] not in ("bf16", "fp16"):
+        return False
+    if row["kernel"] in ("down", "up_backward", "down_backward"):
+        return row["constants"]["BM"] == 64 and (row["kernel"], row["constants"]["BR"]) != ("down_backward", 16)
+    return row["kernel"] in PRODUCTS
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    return compile_ahead(tmp_path_factory.getbasetemp() / "triton")
+
+
+def test_nothing_spills_and_everything_fits(rows: Rows) -> None:
+    check(rows)
+    assert any(needs_wgmma(row) for row in rows)
+
+
+def test_every_kernel_is_among_them_on_every_machine(rows: Rows) -> None:
+    assert len(rows) <= MOST_CASES
+    kernels = {machine: {row["kernel"] for row in rows if row["machine"] == machine} for machine in SHARED_BYTES}
+    assert kernels["sm_90"] >= PRODUCTS | SKINNY | OTHERS
+    for machine in ("sm_80", "gfx942"):
+        assert {kernel for kernel in PRODUCTS if not kernel.endswith("_tma")} | SKINNY | OTHERS <= kernels[machine]
+
+
+def test_every_tile_and_rank_block_is_among_them(rows: Rows) -> None:
+    seen = Counter(
+        (row["machine"], row["kernel"], row["dtype"], row["constants"].get("UNIT", 8)) for row in rows
+    )  # masked as they are, a kernel has as many variants as it has tiles and rank blocks
+    choices = {"sm_90": 3, "sm_80": 2, "gfx942": 2}
+    for machine, number in choices.items():
+        assert seen[machine, "backward", "bf16", 8] >= number
+        assert seen[machine, "one_kernel", "bf16", 8] == 2 * number
+        assert seen[machine, "down", "bf16", 8] >= 2
+    assert seen["sm_90", "forward_tma", "bf16", 8] == seen["sm_90", "backward_tma", "bf16", 8] == 2
+    assert seen["sm_80", "forward", "fp32", 8]
+    assert seen["sm_80", "forward", "bf16", 1]
+
+
+def test_the_judge_sees_what_it_is_for(rows: Rows) -> None:
+    product = next(row for row in rows if row["kernel"] == "forward" and row["machine"] == "sm_90")
+    for fault in ({"spilled": 8}, {"shared_bytes": 232449}, {"atomics": 1}, {"wgmma": False}):
+        with pytest.raises(AssertionError):
+            check([{**product, **fault}])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_all_flags_and_dtypes(tmp_path: Path) -> None:
+    check(compile_ahead(tmp_path, "--full"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_triton_3_6(tmp_path: Path) -> None:
+    """The oldest Triton that is supported, in its own environment. Torch, which only gives shapes, is this one's."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv/bin/python")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "triton==3.6.0"], check=True)
+    site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+    Path(site.strip(), "zzz_torch.pth").write_text(sysconfig.get_path("purelib"))
+    version = subprocess.check_output([python, "-c", "import triton; print(triton.__version__)"], text=True)
+    assert version.strip() == "3.6.0"
+    check(compile_ahead(tmp_path / "cache", python=python))
