@@ -100,6 +100,12 @@ def test_all_flags_and_dtypes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="3.6.0 cannot compile split_triton's choice between two pointers on gfx942 (ConvertToBufferOps fails), "
+    "and float32 forward keeps 8 bytes on sm_80's stack",
+)
 def test_triton_3_6(tmp_path: Path) -> None:
     """The oldest Triton that is supported, in its own environment. Torch, which only gives shapes, is this one's."""
     venv.create(tmp_path / "venv", with_pip=True)
