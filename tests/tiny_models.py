@@ -29,6 +29,16 @@ SIZES = {
     "eos_token_id": None,
 }
 ENCODER = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+DEBERTA = {
+    **ENCODER,
+    "relative_attention": True,
+    "position_buckets": 4,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 DISTILBERT = {
     "hidden_dim": 40,
     "dropout": 0.0,
@@ -60,6 +70,7 @@ MODELS = {
     "bert": Tiny("BertConfig", "BertForSequenceClassification", ENCODER),
     "bert_mlm": Tiny("BertConfig", "BertForMaskedLM", ENCODER),
     "roberta": Tiny("RobertaConfig", "RobertaForSequenceClassification", {**ENCODER, "type_vocab_size": 1}),
+    "deberta": Tiny("DebertaV2Config", "DebertaV2ForSequenceClassification", DEBERTA),
     "distilbert": Tiny("DistilBertConfig", "DistilBertForSequenceClassification", DISTILBERT),
     "llama": Tiny("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 4}),
     "llama_gqa": Tiny("LlamaConfig", "LlamaForCausalLM", {**GROUPED, "tie_word_embeddings": True}),

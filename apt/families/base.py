@@ -21,6 +21,7 @@ class Family:
         default_targets: roles that get an adapter unless `target_modules` says otherwise.
         decoder: whether generation reads cache and mask lengths in the first layer of each attention type.
         per_head: attributes of the attention module that its forward reads and that shrink in step with its heads.
+        needs: settings of the config, with the value without which heads cannot be removed exactly.
     """
 
     model_types: tuple[str, ...]
@@ -31,6 +32,7 @@ class Family:
     default_targets: tuple[str, ...]
     decoder: bool
     per_head: tuple[str, ...] = ()
+    needs: tuple[tuple[str, object], ...] = ()
 
     def set_heads(self, layer: nn.Module, before: int, after: int) -> None:
         """Bring the attention's own counts from `before` to `after` heads (KV groups)."""

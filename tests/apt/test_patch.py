@@ -16,7 +16,12 @@ from apt.families import FAMILIES
 from apt.surgery import apply_prune_plan
 
 ENCODER = ("query", "value", "intermediate.dense")
-PLACES = {"bert": ENCODER, "roberta": ENCODER, "distilbert": ("q_lin", "v_lin", "lin1")}  # where adapters go by default
+PLACES = {  # where adapters go by default; decoders: q_proj, v_proj
+    "bert": ENCODER,
+    "roberta": ENCODER,
+    "deberta": ("query_proj", "value_proj", "intermediate.dense"),
+    "distilbert": ("q_lin", "v_lin", "lin1"),
+}
 
 
 def logits(model: Any, name: str) -> Tensor:
@@ -60,6 +65,7 @@ def test_what_trains(name: str) -> None:
     assert {head.rpartition(".")[0] for head in heads} == {
         "bert": {"classifier", "bert.pooler.dense"},
         "roberta": {"classifier.dense", "classifier.out_proj"},
+        "deberta": {"classifier", "pooler.dense"},
         "distilbert": {"pre_classifier", "classifier"},
         "llama_cls": {"score"},
         "opt_350m": {"score"},
@@ -69,7 +75,8 @@ def test_what_trains(name: str) -> None:
     model(**tiny_batch(name)).loss.backward()
     layers = len(ranked(model)) // len(places)
     alone = {"masked_lora_linear": {"torch": layers}} if len(places) == 3 else {}  # up; q, k and v go together
-    assert apt_kernels.calls() == {"masked_lora_linears": {"torch": layers}, **alone}  # and no gate
+    inputs = 2 if name == "deberta" else 1  # q and k read the relative positions too
+    assert apt_kernels.calls() == {"masked_lora_linears": {"torch": inputs * layers}, **alone}  # and no gate
     assert {key for key, p in model.named_parameters() if p.grad is not None} == trainable(model)
 
 
@@ -166,6 +173,14 @@ def test_cross_attention_is_refused() -> None:
     config.is_decoder = config.add_cross_attention = True
     with pytest.raises(ValueError, match="bert with cross-attention cannot be pruned; use method='lora'"):
         apt.patch_model(BertLMHeadModel(config))
+
+
+def test_positions_with_projections_of_their_own_are_refused() -> None:
+    model = tiny_model("deberta", share_att_key=False)
+    with pytest.raises(ValueError, match=r"share_att_key=False cannot be pruned, .*; use method='lora'"):
+        apt.patch_model(model)
+    apt.patch_model(model, method="lora", target_modules=["query_proj", "value_proj"])
+    model(**tiny_batch("deberta")).loss.backward()
 
 
 def test_patched_twice() -> None:

@@ -12,7 +12,7 @@ from apt.families import base_model, find_family
 from apt.surgery import apply_prune_plan
 from apt.units import block_params, find_units, required_heads
 
-ENCODERS = ("bert", "bert_mlm", "roberta", "distilbert")
+ENCODERS = ("bert", "bert_mlm", "roberta", "deberta", "distilbert")
 TWO_ATTENTIONS = ("qwen2_mixed", "gemma2", "gemma3")  # sliding and full layers
 
 
