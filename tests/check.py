@@ -36,9 +36,9 @@ def close(name: str, got: Tensor, wanted: Tensor) -> None:
 
 
 class Unrounded(TorchFunctionMode):
-    """Inside, ``.float()`` leaves float64 as it is: Gemma's norms round to float32 whatever the dtype of the model."""
+    """Inside, ``.float()`` leaves float64 activations alone: Gemma's norms round them to float32 whatever the model is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float and args[0].dtype == torch.float64:
+        if func is Tensor.float and args[0].dtype == torch.float64 and args[0].requires_grad:
             return args[0]
         return func(*args, **(kwargs or {}))
