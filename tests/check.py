@@ -36,7 +36,7 @@ def close(name: str, got: Tensor, wanted: Tensor) -> None:
 
 
 class Unrounded(TorchFunctionMode):
-    """Inside, ``.float()`` leaves float64 activations alone: Gemma's norms round them to float32 whatever the model is."""
+    """Inside, ``.float()`` leaves float64 activations alone: Gemma's norms round to float32 whatever the model is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float and args[0].dtype == torch.float64 and args[0].requires_grad:
