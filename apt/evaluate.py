@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,9 +98,10 @@ def latency_ms(
 def time_events(
     make_model: Callable[[], nn.Module], events: Iterable[Event], batch: Mapping[str, Tensor], steps: int
 ) -> list[dict[str, Any]]:
-    """What each event saves: forward and backward on one batch by the model before it and after it, taken in turns.
+    """What each event saves: forward and backward on one batch before it, pruned by it, and grown too; in turns.
 
     The events are replayed one after the other; those that remove less than 3 % of the block parameters are not timed.
+    Pruning is timed apart from the growth of ranks, which spends on purpose part of what pruning saves.
 
     Args:
         make_model: a freshly patched model, as the run began with.
@@ -108,22 +110,27 @@ def time_events(
         steps: timed passes of each model; their median counts.
 
     Returns:
-        Rows of step, removed (a fraction), ms_before, ms_after, and ratio, before over after: above 1 is faster.
+        Rows of step, removed (a fraction), ms_before, ms_pruned (ranks as before), ms_after (the whole event), and
+        ratio_pruned and ratio, before over each: above 1 is faster.
     """
     model = make_model().train()
     device = next(model.parameters()).device
     rows = []
     for event in events:
-        before = copy.deepcopy(model) if event.removed >= SMALLEST_TIMED else None
-        apply_event(model, event)
-        if before is not None:
-            times = _medians_ms({"before": _step(before, batch), "after": _step(model, batch)}, steps, device)
+        timed = event.removed >= SMALLEST_TIMED
+        models = {"before": copy.deepcopy(model)} if timed else {}
+        apply_event(model, replace(event, rank=None))
+        models |= {"pruned": copy.deepcopy(model)} if timed else {}
+        apply_event(model, replace(event, prune=None))
+        if timed:
+            runs = {name: _step(each, batch) for name, each in (models | {"after": model}).items()}
+            times = _medians_ms(runs, steps, device)
             rows.append(
                 {
                     "step": event.step,
                     "removed": event.removed,
-                    "ms_before": times["before"],
-                    "ms_after": times["after"],
+                    **{f"ms_{name}": ms for name, ms in times.items()},
+                    "ratio_pruned": times["before"] / times["pruned"],
                     "ratio": times["before"] / times["after"],
                 }
             )

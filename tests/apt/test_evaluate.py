@@ -133,6 +133,7 @@ def test_events_are_replayed_and_timed() -> None:
     assert counts.ranks["bert.encoder.layer.0.attention.self.query"] == 12
     for row in rows:
         assert row["ratio"] == pytest.approx(row["ms_before"] / row["ms_after"])
+        assert row["ratio_pruned"] == pytest.approx(row["ms_before"] / row["ms_pruned"])
         assert row["ms_after"] > 0.0
     with_grad = {name for name, p in models[0].named_parameters() if p.grad is not None}
     assert with_grad == {name for name, p in models[0].named_parameters() if p.requires_grad}

@@ -38,6 +38,7 @@ def run_folder(folder: Path, metrics: dict[str, Any], events: int = 2, timings: 
         append_jsonl(folder / "events.jsonl", row.to_json())
     if timings:
         row = {"step": 40, "removed": 0.31, "ms_before": 200.0, "ms_after": 125.0, "ratio": 1.6}
+        row |= {"ms_pruned": 100.0, "ratio_pruned": 2.0}
         write_json(folder / "event_timing.json", {"sentences": 32, "tokens": 29, "steps": 10, "events": [row]})
     return folder
 
