@@ -221,14 +221,20 @@ def test_mistakes_end_in_one_line(
 
 
 def test_an_architecture_that_is_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from transformers import DistilBertConfig, DistilBertModel
+    from transformers import MPNetConfig, MPNetModel
 
-    size = {"vocab_size": 47, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 64}
-    DistilBertModel(DistilBertConfig(**size)).save_pretrained(tmp_path / "distil")
-    tiny_tokenizer().save_pretrained(tmp_path / "distil")
+    size = {
+        "vocab_size": 47,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    MPNetModel(MPNetConfig(**size)).save_pretrained(tmp_path / "unknown")
+    tiny_tokenizer().save_pretrained(tmp_path / "unknown")
     config = write_config(tmp_path)
-    error = refused(capsys, "train", config, f"model={tmp_path / 'distil'}")
-    assert all(word in error for word in ("'distilbert'", "bert", "llama", "to add one"))
+    error = refused(capsys, "train", config, f"model={tmp_path / 'unknown'}")
+    assert all(word in error for word in ("'mpnet'", "bert", "llama", "to add one"))
 
 
 def test_a_row_that_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
