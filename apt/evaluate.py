@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from apt.adapters import adapted
 from apt.data import Examples
 from apt.records import Event
 from apt.surgery import apply_event
@@ -110,8 +111,9 @@ def time_events(
         steps: timed passes of each model; their median counts.
 
     Returns:
-        Rows of step, removed (a fraction), ms_before, ms_pruned (ranks as before), ms_after (the whole event), and
-        ratio_pruned and ratio, before over each: above 1 is faster.
+        Rows of step, removed (a fraction), ms_before, ms_pruned (ranks as before), ms_after (the whole event),
+        ratio_pruned and ratio (ms_before over each: above 1 is faster), and under the same three endings saved_mb (what
+        one step keeps for backward, in MB, parameters not counted) and live_mb (live parameters, adapters too).
     """
     model = make_model().train()
     device = next(model.parameters()).device
@@ -123,18 +125,53 @@ def time_events(
         models |= {"pruned": copy.deepcopy(model)} if timed else {}
         apply_event(model, replace(event, prune=None))
         if timed:
-            runs = {name: _step(each, batch) for name, each in (models | {"after": model}).items()}
-            times = _medians_ms(runs, steps, device)
+            models |= {"after": model}
+            times = _medians_ms({name: _step(each, batch) for name, each in models.items()}, steps, device)
             rows.append(
                 {
                     "step": event.step,
                     "removed": event.removed,
                     **{f"ms_{name}": ms for name, ms in times.items()},
+                    **{f"saved_mb_{name}": saved_bytes(each, batch) / 1e6 for name, each in models.items()},
+                    **{f"live_mb_{name}": live_bytes(each) / 1e6 for name, each in models.items()},
                     "ratio_pruned": times["before"] / times["pruned"],
                     "ratio": times["before"] / times["after"],
                 }
             )
     return rows
+
+
+def saved_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Bytes that autograd keeps from the forward pass of one batch for its backward pass.
+
+    Each storage counts once, whatever views of it are kept, and those of parameters and buffers do not count: they are
+    there anyway.
+    """
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *batch.values())}
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # alive until the count is done, so that no address comes twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(sizes.values())
+
+
+def live_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that a step computes with: what a pruned layer keeps behind its view does not count."""
+    tails = sum(
+        (tensor.numel() - view.numel()) * tensor.element_size()
+        for _, module in adapted(model)
+        for tensor, view in zip((module.weight, module.bias), module.view(), strict=True)
+        if tensor is not None and view is not None
+    )
+    return sum(p.numel() * p.element_size() for p in model.parameters()) - tails
 
 
 def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], None]:

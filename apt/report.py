@@ -100,12 +100,13 @@ def _left(event: Event, ending: str) -> str:
 def _timings(timings: dict[str, Any]) -> Table:
     shape = f"{timings['sentences']} x {timings['tokens']} tokens"
     title = f"Forward and backward on one batch, {shape}, median of {timings['steps']}"
-    headers = ("ms before", "ms pruned", "faster", "ms with ranks grown", "faster")
+    headers = ("ms before", "pruned", "faster", "ranks grown", "faster", "MB for backward")
     table = _numbers(title, "event at step", "removed", *headers)
     for row in timings["events"]:
         pruned = f"{row['ms_pruned']:.1f}", f"{row['ratio_pruned']:.2f}"
         after = f"{row['ms_after']:.1f}", f"{row['ratio']:.2f}"
-        table.add_row(str(row["step"]), f"{row['removed']:.1%}", f"{row['ms_before']:.1f}", *pruned, *after)
+        saved = f"{row['saved_mb_before']:.1f} > {row['saved_mb_pruned']:.1f}" if "saved_mb_before" in row else "-"
+        table.add_row(str(row["step"]), f"{row['removed']:.1%}", f"{row['ms_before']:.1f}", *pruned, *after, saved)
     return table
 
 

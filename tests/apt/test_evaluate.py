@@ -1,5 +1,6 @@
 """Scores do not depend on batches and padding; timings are of the models and events they claim to be of."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import nn
 import apt
 from apt.config import DataConfig
 from apt.data import DatasetLoader
-from apt.evaluate import Evaluator, latency_ms, time_events
+from apt.evaluate import Evaluator, latency_ms, live_bytes, saved_bytes, time_events
 from apt.records import Event, PrunePlan, RankPlan
+from apt.surgery import apply_prune_plan
 from apt.tasks import compute_metrics
 
 
@@ -135,5 +137,33 @@ def test_events_are_replayed_and_timed() -> None:
         assert row["ratio"] == pytest.approx(row["ms_before"] / row["ms_after"])
         assert row["ratio_pruned"] == pytest.approx(row["ms_before"] / row["ms_pruned"])
         assert row["ms_after"] > 0.0
+        assert row["saved_mb_pruned"] < row["saved_mb_before"]
+        assert row["live_mb_pruned"] < row["live_mb_before"]
+    assert rows[0]["live_mb_after"] > rows[0]["live_mb_pruned"]  # the rank grew there
     with_grad = {name for name, p in models[0].named_parameters() if p.grad is not None}
     assert with_grad == {name for name, p in models[0].named_parameters() if p.requires_grad}
+
+
+def test_saved_bytes_of_a_known_graph() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = x @ self.weight  # keeps x, an input, and the weight: neither counts
+            return h * h.view_as(h)  # keeps h twice: one storage
+
+    assert saved_bytes(Square(), {"x": torch.ones(7, 3)}) == 7 * 5 * 4
+
+
+def test_live_bytes_leave_out_what_lies_behind_a_view() -> None:
+    model = apt.patch_model(tiny_bert(), target_modules=("q",))
+    whole = live_bytes(model)
+    assert whole == sum(p.numel() * p.element_size() for p in model.parameters())
+    plan = PrunePlan(step=1, target_sparsity=0.1, kept={"layers.0.neurons": list(range(60))}, round_to=1)
+    free = copy.deepcopy(model)
+    apply_prune_plan(free, plan)
+    apply_prune_plan(model, plan, keep_tail=True)
+    assert live_bytes(model) == live_bytes(free) == sum(p.numel() * p.element_size() for p in free.parameters())
+    assert live_bytes(model) < whole

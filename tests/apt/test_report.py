@@ -38,7 +38,7 @@ def run_folder(folder: Path, metrics: dict[str, Any], events: int = 2, timings: 
         append_jsonl(folder / "events.jsonl", row.to_json())
     if timings:
         row = {"step": 40, "removed": 0.31, "ms_before": 200.0, "ms_after": 125.0, "ratio": 1.6}
-        row |= {"ms_pruned": 100.0, "ratio_pruned": 2.0}
+        row |= {"ms_pruned": 100.0, "ratio_pruned": 2.0, "saved_mb_before": 91.5, "saved_mb_pruned": 63.2}
         write_json(folder / "event_timing.json", {"sentences": 32, "tokens": 29, "steps": 10, "events": [row]})
     return folder
 
@@ -55,6 +55,7 @@ def test_everything_is_there_and_fits(tmp_path: Path) -> None:
         "accuracy on 2,000 sentences │ 0.8265",
         "60.0%",
         "60.4%",
+        "91.5 > 63.2",
         "22,713,986",
         "16,200,000",
         "251.3",
