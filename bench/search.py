@@ -22,12 +22,12 @@ HIDDEN = HEADS * HEAD_DIM
 SPARSITY = 0.5
 
 
-def groups() -> list[UnitGroup]:
-    """Heads and neurons of every layer, at full size."""
+def groups(layers: int = LAYERS, neurons: int = NEURONS, device: str = "meta") -> list[UnitGroup]:
+    """Heads and neurons of every layer, at full size; the gates' statistics lie on the device."""
     valid, found = ValidTokens(), []
-    for layer in range(LAYERS):
-        for kind, units, width, reads in (("head", HEADS, HEAD_DIM, 3), ("neuron", NEURONS, 1, 2)):
-            gate = MaskGate(units, width, valid, torch.device("meta"))
+    for layer in range(layers):
+        for kind, units, width, reads in (("head", HEADS, HEAD_DIM, 3), ("neuron", neurons, 1, 2)):
+            gate = MaskGate(units, width, valid, torch.device(device))
             read = [Member(linear(HIDDEN, units * width), "out", width) for _ in range(reads)]
             members = (*read, Member(linear(units * width, HIDDEN), "in", width))
             found.append(UnitGroup(f"layers.{layer}.{kind}s", kind, layer, gate, members))
