@@ -43,7 +43,7 @@ def paired_bootstrap(mine: NDArray[np.float64], theirs: NDArray[np.float64], see
 def table(rows: list[dict[str, str]]) -> str:
     """Means over the seeds, and differences over the seeds that both sides have."""
     lines = [
-        "| run | seeds | accuracy | over LoRA | against | difference, points | 95 % interval | training, s |",
+        "| run | seeds | accuracy | over LoRA | against | difference, points | 95 % interval | training, CPU s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for label, (_, _, other) in GRID.items():
@@ -56,7 +56,7 @@ def table(rows: list[dict[str, str]]) -> str:
         _, interval = _compare(mine, theirs)
         accuracies = [float(row["accuracy"]) for row in mine.values()]
         spread = f" ± {statistics.stdev(accuracies):.4f}" if len(accuracies) > 1 else ""
-        seconds = statistics.mean(float(row["train_seconds"]) for row in mine.values())
+        seconds = statistics.mean(float(row["train_cpu_seconds"]) for row in mine.values())
         lines.append(
             f"| {label} | {len(mine)} | {statistics.mean(accuracies):.4f}{spread} | {over} | {other or '-'} "
             f"| {interval} | {seconds:.0f} |"
