@@ -1,0 +1,145 @@
+"""Ways to fine-tune one model, ready to take a step: what the training benchmarks compare."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import apt
+from apt.pruner import AdaptivePruner, PruningConfig
+from apt.surgery import apply_prune_plan
+from apt.units import block_params, find_units
+
+RANK, SCALE, LEARNING_RATE = 8, 2.0, 1e-4
+NEVER = 10_000_000  # steps of a run whose first event is not reached
+
+
+@dataclass
+class Contestant:
+    """A model in training and its step."""
+
+    model: nn.Module
+    step: Callable[[], None]
+
+
+def full(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
+    """Every parameter trains."""
+    return _plain(model.requires_grad_(True), batch)
+
+
+def frozen(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
+    """The limit of any adapter: forward, and the gradient of the input alone, through frozen weights."""
+    model = model.requires_grad_(False).train()
+    embed: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return Contestant(model, lambda: model(**batch).loss.backward())
+
+
+def peft_lora(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
+    """PEFT's LoRA at its defaults, on the same modules."""
+    return _plain(peft_model(model, targets), batch)
+
+
+def peft_lora_compiled(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
+    """PEFT's LoRA under `torch.compile`."""
+    whole = peft_model(model, targets)
+    return _plain(whole, batch, call=torch.compile(whole))
+
+
+def peft_lora_low(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
+    """PEFT's LoRA with adapters in the dtype of the base (``autocast_adapter_dtype=False``)."""
+    return _plain(peft_model(model, targets, autocast_adapter_dtype=False), batch)
+
+
+def lora(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
+    """`apt.patch_model(method="lora")`."""
+    return _plain(
+        apt.patch_model(model, method="lora", rank=RANK, scale=SCALE, target_modules=_names(model, targets)), batch
+    )
+
+
+def pruned(sparsity: float, *, salience: bool = False) -> Callable[..., Contestant]:
+    """APT after an event that brought it to a sparsity, by random scores; with statistics towards the next, or not."""
+
+    def build(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
+        apt.patch_model(model, rank=RANK, scale=SCALE, target_modules=targets)
+        if sparsity:
+            prune(model, sparsity)
+        if not salience:
+            return _plain(model, batch)
+        optimizer = _optimizer(model.train())
+        run = apt.Controller(model, optimizer, NEVER, num_events=1, prune_start=0, target_sparsity=0.9)
+
+        def step() -> None:
+            run.loss(model(**batch), batch).backward()
+            run.after_backward()
+            optimizer.step()
+            run.after_step()
+            optimizer.zero_grad()
+
+        return Contestant(model, step)
+
+    return build
+
+
+CONTESTANTS: dict[str, Callable[..., Contestant]] = {
+    "full": full,
+    "peft lora": peft_lora,
+    "peft lora, base dtype": peft_lora_low,
+    "peft lora, compiled": peft_lora_compiled,
+    "apt lora": lora,
+    "apt 0%": pruned(0.0),
+    "apt 0%, statistics": pruned(0.0, salience=True),
+    "apt 30%": pruned(0.3),
+    "apt 60%": pruned(0.6),
+    "apt 80%": pruned(0.8),
+}
+
+
+def prune(model: nn.Module, sparsity: float) -> None:
+    """Bring a patched model to a sparsity, by random scores, at multiples of 8 neurons."""
+    state = model._apt
+    groups = find_units(model, state.family)  # type: ignore[union-attr, arg-type]
+    draw = torch.Generator().manual_seed(0)
+    scores = {group.name: torch.rand(group.num_units, generator=draw) for group in groups}
+    live = block_params(model, state.family)  # type: ignore[union-attr, arg-type]
+    settings = PruningConfig(target_sparsity=sparsity, layout=state.config.pruning.layout)  # type: ignore[union-attr]
+    plan = AdaptivePruner(live, settings).plan(groups, scores, live, 1, sparsity)
+    apply_prune_plan(model, plan)
+
+
+def peft_model(model: nn.Module, targets: tuple[str, ...], **settings: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    ends = ("pooler", "classifier", "score")
+    saved = [end for end in ends if any(name.endswith(end) for name, _ in model.named_modules())]
+    config = LoraConfig(
+        r=RANK, lora_alpha=RANK * SCALE, target_modules=_names(model, targets), modules_to_save=saved or None
+    )
+    return get_peft_model(model, config, **settings)
+
+
+def _names(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """Full names of the modules that roles stand for: PEFT knows no roles."""
+    with torch.device("meta"):
+        twin = copy.deepcopy(model).to("meta")
+    return list(apt.summary(apt.patch_model(twin, method="lora", target_modules=targets)).ranks)
+
+
+def _plain(model: nn.Module, batch: Mapping[str, Tensor], call: Callable[..., Any] | None = None) -> Contestant:
+    optimizer = _optimizer(model.train())
+    forward = model if call is None else call
+
+    def step() -> None:
+        forward(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Contestant(model, step)
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)

@@ -1,0 +1,63 @@
+"""Models of known shape with random weights, and a batch for each: what benchmarks run on without a real model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of a published size. `layers` are measured; the whole model has `of` of them."""
+
+    build: Callable[[int], nn.Module]  # layers -> model
+    targets: tuple[str, ...]  # roles that get an adapter
+    batch: int
+    tokens: int  # of each sequence
+    layers: int
+    of: int
+    language_model: bool = False
+
+    def model(self, layers: int | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        return self.build(layers or self.layers)
+
+    def inputs(self, model: nn.Module, device: str = "cpu") -> dict[str, Tensor]:
+        """A batch without padding, labels included."""
+        config: Any = model.config
+        size = (self.batch, self.tokens)
+        ids = torch.randint(5, config.vocab_size, size, generator=torch.Generator().manual_seed(0)).to(device)
+        labels = ids if self.language_model else ids[:, 0] % 2
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _bert(hidden: int, heads: int, vocab: int = 30522) -> Callable[[int], nn.Module]:
+    def build(layers: int) -> nn.Module:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        sizes = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 4 * hidden}
+        return BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=layers, vocab_size=vocab))
+
+    return build
+
+
+def _llama(hidden: int, heads: int, groups: int, neurons: int, vocab: int) -> Callable[[int], nn.Module]:
+    def build(layers: int) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": groups}
+        sizes |= {"intermediate_size": neurons, "vocab_size": vocab, "num_hidden_layers": layers}
+        return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False))
+
+    return build
+
+
+ENCODER, DECODER = ("q", "v", "up"), ("q", "v")
+SHAPES = {
+    "minilm": Shape(_bert(384, 12), (*ENCODER, "down"), batch=32, tokens=27, layers=6, of=6),
+    "bert-base": Shape(_bert(768, 12), ENCODER, batch=16, tokens=64, layers=3, of=12),
+    "smollm2-135m": Shape(_llama(576, 9, 3, 1536, 8192), DECODER, 4, 128, layers=4, of=30, language_model=True),
+    "llama-2-7b": Shape(_llama(4096, 32, 32, 11008, 32000), DECODER, 1, 128, layers=1, of=32, language_model=True),
+}

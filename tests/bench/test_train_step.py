@@ -1,0 +1,89 @@
+"""The step and inference benchmarks at toy size: what they compare is what they say, and the tables are of the rows."""
+
+import pytest
+import torch
+
+import apt
+from bench import inference, train_step
+from bench.contestants import CONTESTANTS, frozen, prune
+from bench.memory import PeakMemory
+from bench.shapes import DECODER, ENCODER, SHAPES, Shape, _bert, _llama
+
+TOY = {
+    "encoder": Shape(_bert(32, 4, vocab=50), ENCODER, batch=2, tokens=5, layers=2, of=2),
+    "decoder": Shape(_llama(32, 4, 2, 64, 50), DECODER, batch=2, tokens=5, layers=2, of=2, language_model=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def _toy_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, shape in TOY.items():
+        monkeypatch.setitem(SHAPES, name, shape)
+
+
+@pytest.mark.parametrize("shape", list(TOY))
+@pytest.mark.parametrize("name", [name for name in CONTESTANTS if name != "peft lora, compiled"])
+def test_every_contestant_learns_what_it_should(shape: str, name: str) -> None:
+    model = TOY[shape].model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    contestant = CONTESTANTS[name](model, TOY[shape].inputs(model), TOY[shape].targets)
+    contestant.step()
+    contestant.step()  # B is zero before the first
+    trained = {key for key, p in contestant.model.named_parameters() if p.requires_grad}
+    assert any("lora" in key for key in trained) == (name != "full")
+    frozen_ones = {key: p for key, p in contestant.model.named_parameters() if key not in trained and key in before}
+    same_shape = {key: p for key, p in frozen_ones.items() if p.shape == before[key].shape}
+    assert all(torch.equal(p, before[key]) for key, p in same_shape.items())
+    assert (len(same_shape) == 0) == (name == "full" or name.startswith("peft"))
+
+
+def test_the_limit_trains_nothing_and_reaches_the_input() -> None:
+    model = TOY["decoder"].model()
+    seen: list[torch.Tensor] = []
+    contestant = frozen(model, TOY["decoder"].inputs(model), DECODER)
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: seen.append(output) or output.retain_grad()
+    )
+    contestant.step()
+    assert seen[0].grad is not None
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_prune_reaches_its_sparsity() -> None:
+    model = apt.patch_model(SHAPES["minilm"].model(1))
+    prune(model, 0.6)
+    assert 0.6 <= apt.summary(model).sparsity < 0.62
+
+
+def test_a_row_of_each_and_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [train_step.measure("decoder", name, 5, torch.float32, None) for name in ("peft lora", "apt 0%")]
+    assert rows[0]["over_peft"] == 1.0
+    assert rows[1]["gflop"] == pytest.approx(rows[0]["gflop"], rel=0.05)
+    text = train_step.table([{key: str(value) for key, value in row.items()} for row in rows])
+    assert "| peft lora |" in text
+    assert "| 1.000 |" in text
+    monkeypatch.setattr(inference, "SPARSITIES", (0.3,))
+    monkeypatch.setattr(inference, "BATCHES", (2,))
+    rows = inference.measure("decoder", 5)
+    phases = ["prefill", f"prefill and {inference.NEW_TOKENS} tokens"]
+    assert [row["phase"] for row in rows] == [phase for phase in phases for _ in range(4)]
+    assert rows[2]["flop_ratio"] > 1.0
+    assert "| apt 30% free | prefill |" in inference.table([{k: str(v) for k, v in row.items()} for row in rows])
+
+
+def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model, batch, targets):
+        contestant = CONTESTANTS["apt 0%"](model, batch, targets)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.mul_(1.5)
+        return contestant
+
+    monkeypatch.setitem(CONTESTANTS, "full", wrong)
+    with pytest.raises(RuntimeError, match="differs from the plain model"):
+        train_step.measure("decoder", "full", 5, torch.float32, None)
+
+
+def test_peak_memory_of_a_known_size() -> None:
+    with PeakMemory() as peak:
+        torch.ones(30_000_000).sum()
+    assert 115 < peak.mb < 200
