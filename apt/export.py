@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from apt import __version__
 from apt.adapters import adapted
 from apt.controller import patch_state
-from apt.families import Family, find_family
+from apt.families import Attention, Family, find_family
 from apt.patch import summary
-from apt.surgery import empty_attention
-from apt.units import head_size
+from apt.units import num_units, part_linears
 
 FORMAT = 1  # of apt_export.json; a reader refuses what is newer than itself
 CARD, WEIGHTS = "apt_export.json", "model.safetensors"
@@ -66,7 +65,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         "format": FORMAT,
         "apt_version": __version__,
         "class": type(model).__name__,
-        "layers": [{"heads": h, "neurons": n} for h, n in zip(counts.heads, counts.neurons, strict=True)],
+        "units": counts.units,
         "sparsity": counts.sparsity,
         "params_before": counts.params_before,
         "params_after": counts.params_after,
@@ -98,8 +97,8 @@ def load_model(folder: str | Path) -> nn.Module:
     state = _read_weights(folder, card)
     with init_empty_weights(include_buffers=False):
         model = _model_class(card["class"])(config)
-        if card["layers"]:
-            _resize(model, find_family(model), card["layers"])
+        if card["units"]:
+            _resize(model, find_family(model), card["units"])
     try:
         unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
@@ -145,7 +144,7 @@ def _read_card(folder: Path) -> dict[str, Any]:
         raise ValueError(f"load_model: {folder / CARD} is corrupt ({error}); export the model again") from None
     if not isinstance(card, dict) or not isinstance(card.get("format"), int):
         raise ValueError(f"load_model: {folder / CARD} is corrupt (no format number); export the model again")
-    if card["format"] <= FORMAT and any(card.get(key) is None for key in ("class", "layers", "bytes", "sha256")):
+    if card["format"] <= FORMAT and any(card.get(key) is None for key in ("class", "units", "bytes", "sha256")):
         raise ValueError(f"load_model: {folder / CARD} is corrupt (an entry is missing); export the model again")
     if card["format"] > FORMAT:
         raise ValueError(
@@ -194,23 +193,22 @@ def _model_class(name: str) -> Any:
     return found
 
 
-def _resize(model: nn.Module, family: Family, layers: list[dict[str, int]]) -> None:
+def _resize(model: nn.Module, family: Family, units: dict[str, int]) -> None:
     """Give the linears of an empty model the sizes of an export; the weights follow."""
-    if len(layers) != len(family.layer_list(model)):
-        raise ValueError(f"load_model: {CARD} is corrupt (it lists {len(layers)} layers); export the model again")
-    for layer, size in zip(family.layer_list(model), layers, strict=True):
-        linears: dict[str, Any] = {role: layer.get_submodule(name) for role, name in family.linears.items()}
-        groups = linears["k"].weight.shape[0] // head_size(model, family, layer)
-        for role in ("q", "k", "v"):
-            _set_size(linears[role], out=linears[role].weight.shape[0] // groups * size["heads"])
-        for role in ("up", "gate"):
+    parts = {f"{layer.name}.{p.units}": (layer, p) for layer in family.layers(model) for p in layer.stack.parts}
+    if units.keys() != parts.keys():
+        raise ValueError(f"load_model: {CARD} is corrupt (it lists {len(units)} unit groups); export the model again")
+    for name, (layer, part) in parts.items():
+        linears: dict[str, Any] = part_linears(layer, part)
+        before = num_units(layer, part)
+        for role in part.producers:
             if role in linears:
-                _set_size(linears[role], out=size["neurons"])
-        _set_size(linears["o"], into=linears["o"].weight.shape[1] // groups * size["heads"])
-        _set_size(linears["down"], into=size["neurons"])
-        family.set_heads(layer, groups, size["heads"])
-        if size["heads"] == 0:
-            empty_attention(layer, family)
+                _set_size(linears[role], out=linears[role].weight.shape[0] // before * units[name])
+        _set_size(linears[part.reader], into=linears[part.reader].weight.shape[1] // before * units[name])
+        if isinstance(part, Attention):
+            part.set_heads(layer.module, before, units[name])
+            if units[name] == 0:
+                part.remove(layer.module)
 
 
 def _set_size(linear: nn.Module, *, out: int | None = None, into: int | None = None) -> None:

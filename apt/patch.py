@@ -9,9 +9,11 @@ from torch import nn
 
 from apt.adapters import APTAdapter, SharedInput, adapted
 from apt.controller import APTConfig, PatchState, patch_state
-from apt.families import ROLES, EmptyAttention, Family, base_model, find_family
+from apt.families import ROLES, Family, base_model, find_family
 from apt.gates import MaskGate, ValidTokens
-from apt.units import block_params, head_size
+from apt.units import block_params, num_units, part_linears, unit_gates
+
+IGNORED = -100  # the label of a token that no loss counts
 
 
 def patch_model(
@@ -43,7 +45,7 @@ def patch_model(
         overrides = {"method": method, **overrides}
     config = (config or APTConfig()).with_overrides(**overrides)
     family = find_family(model) if config.method == "apt" else _family_or_none(model)
-    if family is not None and not len(family.layer_list(model)):
+    if family is not None and not family.layers(model):
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
     targets, head = _targets(model, config, family), _task_head(model)
     replaced = _prunable(model, family) if config.method == "apt" and family is not None else targets
@@ -51,7 +53,7 @@ def patch_model(
     state = PatchState(
         config=config,
         family=family,
-        valid=ValidTokens(),
+        valid={} if family is None else {layer.stack.name: ValidTokens() for layer in family.layers(model)},
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
         use_cache=getattr(hf_config, "use_cache", None),
         block_params=0 if family is None else block_params(model, family),
@@ -67,7 +69,8 @@ def patch_model(
         _share_inputs(model, family)
     if config.method == "apt" and family is not None:
         _put_gates(model, family, state.valid)
-        state.hooks.append(model.register_forward_pre_hook(_ValidTokenHook(model, state.valid), with_kwargs=True))
+        hook = _ValidTokenHook(model, family, state.valid)
+        state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
     for module in head:
         module.requires_grad_(True)
     model._apt = state  # type: ignore[assignment]
@@ -104,16 +107,20 @@ def plain_linear(module: APTAdapter, merge: bool) -> nn.Linear:
 
 
 class _ValidTokenHook:
-    """Forward pre-hook that keeps the batch's padding mask where the gates read it."""
+    """Forward pre-hook that keeps the batch's padding masks where the gates of each stack read them."""
 
-    def __init__(self, model: nn.Module, valid: ValidTokens) -> None:
+    def __init__(self, model: nn.Module, family: Family, valid: dict[str, ValidTokens]) -> None:
         self.names = list(inspect.signature(model.forward).parameters)
+        self.sources = {stack.name: stack.valid for stack in family.stacks if stack.name in valid}
         self.valid = valid
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        mask = given.get("attention_mask")
-        self.valid.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        for stack, sources in self.sources.items():
+            source, mask = next(((name, given[name]) for name in sources if given.get(name) is not None), ("", None))
+            if source == "labels" and mask is not None:
+                mask = mask != IGNORED
+            self.valid[stack].mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
 def _family_or_none(model: nn.Module) -> Family | None:
@@ -125,14 +132,23 @@ def _family_or_none(model: nn.Module) -> Family | None:
 
 def _prunable(model: nn.Module, family: Family) -> list[str]:
     """Full names of every linear in the family's table."""
-    prefix = family.prefix(model)
-    count = len(family.layer_list(model))
-    there = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}  # a layer may be empty
-    names = [f"{prefix}.{index}.{name}" for index in range(count) for name in family.linears.values()]
-    names = [name for name in names if name in there]
+    names = [name for _, name in _places(model, family)]
     if not names:
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
     return names
+
+
+def _places(model: nn.Module, family: Family) -> list[tuple[str, str]]:
+    """Role and full name of every linear of the family's table that is there; a layer may be empty."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    found = [
+        (role, paths[id(linear)])
+        for layer in family.layers(model)
+        for part in layer.stack.parts
+        for role, linear in part_linears(layer, part).items()
+        if isinstance(linear, nn.Linear)
+    ]
+    return found
 
 
 def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list[str]:
@@ -151,9 +167,7 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list
     found: dict[str, None] = {}
     for target in wanted:
         if family is not None and target in ROLES:
-            role = family.linears.get(target)
-            places = [f"{family.prefix(model)}.{i}.{role}" for i in range(len(family.layer_list(model))) if role]
-            matches = [name for name in places if name in linears]
+            matches = [name for role, name in _places(model, family) if role == target]
         else:
             matches = [name for name in linears if name == target or name.endswith("." + target)]
         readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -171,23 +185,21 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list
     return list(found)
 
 
-def _put_gates(model: nn.Module, family: Family, valid: ValidTokens) -> None:
-    for layer in family.layer_list(model):
-        down = _adapter(layer, family.linears["down"])
-        if not isinstance(layer.get_submodule(family.attention), EmptyAttention):
-            out, key = _adapter(layer, family.linears["o"]), _adapter(layer, family.linears["k"])
-            groups = key.n_out // head_size(model, family, layer)
-            out.gate_in = MaskGate(groups, out.n_in // groups, valid, out.weight.device)
-        down.gate_in = MaskGate(down.n_in, 1, valid, down.weight.device)
+def _put_gates(model: nn.Module, family: Family, valid: dict[str, ValidTokens]) -> None:
+    for layer in family.layers(model):
+        for part in layer.stack.parts:
+            reader = part_linears(layer, part).get(part.reader)
+            if isinstance(reader, APTAdapter) and part.counted in part_linears(layer, part):
+                units, tokens = num_units(layer, part), valid[layer.stack.name]
+                reader.gate_in = MaskGate(units, reader.n_in // max(1, units), tokens, reader.weight.device)
 
 
 def _share_inputs(model: nn.Module, family: Family) -> None:
     """Let the adapted linears of a layer that read the same tensor be computed together."""
-    for layer in family.layer_list(model):
-        there = dict(layer.named_modules())
-        for roles in (("q", "k", "v"), ("gate", "up")):
-            found = [there.get(family.linears.get(role, "")) for role in roles]
-            members = [module for module in found if isinstance(module, APTAdapter)]
+    for layer in family.layers(model):
+        for part in layer.stack.parts:
+            found = part_linears(layer, part)
+            members = [m for role in part.same_input if isinstance(m := found.get(role), APTAdapter)]
             if len(members) > 1:
                 SharedInput(members)
 
@@ -215,20 +227,32 @@ class Summary:
     params_before: int
     params_after: int
     trainable_params: int
-    heads: list[int]  # query heads' KV groups left, per layer
-    neurons: list[int]  # per layer
+    units: dict[str, int]  # heads (KV groups) and neurons left in every unit group: "layers.0.heads": 12, ...
     masked: int  # units whose mask is below 1
     ranks: dict[str, int]  # of every adapter
 
+    @property
+    def heads(self) -> list[int]:
+        """KV groups left, attention by attention."""
+        return [count for name, count in self.units.items() if name.endswith("heads")]
+
+    @property
+    def neurons(self) -> list[int]:
+        """Neurons left, layer by layer."""
+        return [count for name, count in self.units.items() if name.endswith("neurons")]
+
     def __str__(self) -> str:
+        rows: dict[str, list[int]] = {}
+        for name, count in self.units.items():
+            stack, _, kind = name.split(".")
+            rows.setdefault(kind if stack == "layers" else f"{stack} {kind}", []).append(count)
         ranks = sorted(self.ranks.values())
         spread = f"{ranks[0]}-{ranks[-1]} over {len(ranks)} adapters" if ranks else "no adapters"
         return "\n".join(
             [
                 f"parameters  {self.params_after:,} of {self.params_before:,} ({self.trainable_params:,} train)",
                 f"sparsity    {self.sparsity:.1%} of the block parameters, {self.masked} units masked",
-                f"heads       {' '.join(map(str, self.heads))}",
-                f"neurons     {' '.join(map(str, self.neurons))}",
+                *(f"{title:<11} {' '.join(map(str, counts))}" for title, counts in rows.items()),
                 f"ranks       {spread}",
             ]
         )
@@ -242,37 +266,17 @@ def summary(model: nn.Module) -> Summary:
     tails = sum(m.weight.numel() - m.n_out * m.n_in for m in modules.values())
     tails += sum(m.bias.numel() - m.n_out for m in modules.values() if m.bias is not None)
     adapters = sum(m.rank * (m.n_in + m.n_out) for m in modules.values())
-    heads: list[int] = []
-    neurons: list[int] = []
-    masked, sparsity = 0, 0.0
+    gates: dict[str, MaskGate | None] = {}
+    sparsity = 0.0
     if state.config.method == "apt" and state.family is not None:
-        for layer in state.family.layer_list(model):
-            for name, counts in (("o", heads), ("down", neurons)):
-                gate = _gate(layer, state.family, name)
-                counts.append(0 if gate is None else gate.num_units)
-                masked += 0 if gate is None else int((gate.mask < 1).sum())
+        gates = unit_gates(model, state.family)
         sparsity = 1.0 - block_params(model, state.family) / state.block_params
     return Summary(
         sparsity=sparsity,
         params_before=state.params_before,
         params_after=parameters - tails - adapters,
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        heads=heads,
-        neurons=neurons,
-        masked=masked,
+        units={name: 0 if gate is None else gate.num_units for name, gate in gates.items()},
+        masked=sum(int((gate.mask < 1).sum()) for gate in gates.values() if gate is not None),
         ranks={name: module.rank for name, module in modules.items() if module.rank},
     )
-
-
-def _gate(layer: nn.Module, family: Family, role: str) -> MaskGate | None:
-    """The gate before the output or down projection; None where the projection went with its attention."""
-    attention = layer.get_submodule(family.attention)
-    if role == "o" and family.attention_holds_o and isinstance(attention, EmptyAttention):
-        return None
-    return _adapter(layer, family.linears[role]).gate_in
-
-
-def _adapter(layer: nn.Module, name: str) -> APTAdapter:
-    module = layer.get_submodule(name)
-    assert isinstance(module, APTAdapter)
-    return module

@@ -5,13 +5,12 @@ the moments of every surviving row and column stay with it.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apt.adapters import APTAdapter, adapted, exchange
-from apt.families import EmptyAttention, Family, find_family
+from apt.families import Attention, find_family
 from apt.records import Event, PrunePlan, RankPlan
 from apt.units import UnitGroup, find_units
 
@@ -57,40 +56,30 @@ def apply_prune_plan(
             )
     for name, positions in plan.kept.items():
         if len(positions) < groups[name].num_units:
-            _prune_group(model, family, groups[name], positions, optimizer, keep_tail)
+            _prune_group(groups[name], positions, optimizer, keep_tail)
 
 
 def _prune_group(
-    model: nn.Module,
-    family: Family,
-    group: UnitGroup,
-    positions: list[int],
-    optimizer: torch.optim.Optimizer | None,
-    keep_tail: bool,
+    group: UnitGroup, positions: list[int], optimizer: torch.optim.Optimizer | None, keep_tail: bool
 ) -> None:
     kept = torch.tensor(positions, dtype=torch.long, device=group.gate.mask.device)
+    order = _retained_first(kept, group.num_units, _stored_units(group)) if keep_tail else kept
     for member in group.members:
         features = (kept[:, None] * member.width + torch.arange(member.width, device=kept.device)).flatten()
         _cut(member.linear, member.axis, features, optimizer, keep_tail)
-    layer = family.layer_list(model)[group.layer]
-    if group.kind == "head":
-        family.set_heads(layer, group.num_units, len(positions))
+    if isinstance(group.part, Attention):
+        group.part.set_heads(group.layer.module, group.num_units, len(positions), order)
     group.gate.keep(kept)
     if not positions:
         for member in group.members:
             _drop_adapter(member.linear, optimizer)
-        if group.kind == "head":
-            empty_attention(layer, family)
+        if isinstance(group.part, Attention):
+            group.part.remove(group.layer.module)
 
 
-def empty_attention(layer: nn.Module, family: Family) -> None:
-    """Put an `EmptyAttention` in the place of a layer's attention, which has no heads left."""
-    width, bias = 0, None
-    if family.attention_holds_o:
-        out: Any = layer.get_submodule(family.linears["o"])
-        width, bias = out.weight.shape[0], out.bias
-    parent, _, name = family.attention.rpartition(".")
-    setattr(layer.get_submodule(parent), name, EmptyAttention(width, bias))
+def _stored_units(group: UnitGroup) -> int:
+    """Units that the weights store: the live ones, and those of a tail."""
+    return group.reader.weight.shape[1] // group.gate.unit_size
 
 
 def _cut(

@@ -1,15 +1,16 @@
 """Prunable units: which rows and columns go together, and what each costs, exactly.
 
 A head is a KV group: its rows of k and v, the rows of all its query heads in q, and their columns in o. A neuron is its
-rows of the up (and gate) projection and its column of the down projection.
+rows of the up (and gate) projection and its column of the down projection. Where these are, the family's table says.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from apt.adapters import APTAdapter
-from apt.families import Family
+from apt.families import FFN, Attention, Family, Layer
 from apt.gates import MaskGate
 
 
@@ -30,11 +31,12 @@ class Member:
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """All units of one kind in one layer."""
+    """All units of one part of a layer."""
 
-    name: str  # "layers.3.heads"
+    name: str  # "layers.3.heads", "decoder.3.cross_heads"
     kind: str  # "head" or "neuron"
-    layer: int
+    layer: Layer
+    part: Attention | FFN
     gate: MaskGate
     members: tuple[Member, ...]
     floor: int = 0  # units that always stay
@@ -53,61 +55,87 @@ class UnitGroup:
         return sum(member.cost() for member in self.members)
 
 
-def head_size(model: nn.Module, family: Family, layer: nn.Module) -> int:
-    """Features of one attention head."""
-    attention = layer.get_submodule(family.attention)
-    size = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
+def head_size(attention: nn.Module) -> int:
+    """Features of one head of an attention module."""
+    sizes = (getattr(attention, name, None) for name in ("head_dim", "attention_head_size", "key_value_proj_dim"))
+    size = next((size for size in sizes if size), None)
     assert isinstance(size, int), f"{type(attention).__name__} names no head size"
     return size
 
 
-def required_heads(config: object, family: Family) -> set[int]:
-    """Layers of a decoder that must keep a KV group: the first of each attention type.
+def required_heads(model: nn.Module, family: Family) -> set[str]:
+    """Unit groups that must keep a head (KV group).
 
-    Cached generation reads the cache and mask lengths there.
+    In a decoder the first layer of each attention type: cached generation reads the cache and mask lengths there. And
+    the last cross-attention, without which nothing of the input would reach the output.
     """
-    if not family.decoder:
-        return set()
-    types = list(getattr(config, "layer_types", None) or [])
-    return {0} | {types.index(kind) for kind in set(types)}
+    layers = family.layers(model)
+    types = list(getattr(getattr(model, "config", None), "layer_types", None) or [])
+    first = {0} | {types.index(kind) for kind in set(types)}
+    required = set()
+    for stack in {layer.stack for layer in layers if layer.stack.decoder}:
+        last = max(layer.index for layer in layers if layer.stack == stack)
+        for part in stack.parts:
+            if isinstance(part, Attention):
+                kept = {last} if part.cross else first
+                required |= {f"{stack.name}.{index}.{part.units}" for index in kept}
+    return required
+
+
+def part_linears(layer: Layer, part: Attention | FFN) -> dict[str, nn.Module]:
+    """Role -> linear of one part of a layer; what went with its attention is left out."""
+    there = {}
+    for role, name in part.linears.items():
+        try:
+            there[role] = layer.module.get_submodule(name)
+        except AttributeError:
+            continue
+    return there
+
+
+def num_units(layer: Layer, part: Attention | FFN) -> int:
+    """Heads (KV groups) or neurons of one part of a layer, from the rows of its linears."""
+    rows: Any = part_linears(layer, part)[part.counted].out_features
+    return int(rows) // (head_size(layer.module.get_submodule(part.module)) if isinstance(part, Attention) else 1)
 
 
 def find_units(model: nn.Module, family: Family, *, min_heads: int = 0, min_neurons: int = 0) -> list[UnitGroup]:
     """The unit groups of a patched model, layer by layer, heads before neurons, at their present sizes."""
     groups = []
-    required = required_heads(getattr(model, "config", None), family)
-    for index, layer in enumerate(family.layer_list(model)):
-        linears: dict[str, APTAdapter] = {}
-        for role, name in family.linears.items():
-            try:
-                module = layer.get_submodule(name)
-            except AttributeError:  # the attention of this layer is gone
+    required, floors = required_heads(model, family), {"head": min_heads, "neuron": min_neurons}
+    for layer in family.layers(model):
+        for part in layer.stack.parts:
+            linears = {role: m for role, m in part_linears(layer, part).items() if isinstance(m, APTAdapter)}
+            gate = linears[part.reader].gate_in if part.reader in linears else None
+            if gate is None or gate.num_units == 0:
                 continue
-            assert isinstance(module, APTAdapter)
-            linears[role] = module
-        for kind, read, write, floor in (
-            ("head", ("q", "k", "v"), "o", max(min_heads, int(index in required))),
-            ("neuron", ("up", "gate"), "down", min_neurons),
-        ):
-            out = linears.get(write)
-            if out is None or out.gate_in is None or out.gate_in.num_units == 0:
-                continue
-            gate = out.gate_in
-            members = [Member(linears[r], "out", linears[r].n_out // gate.num_units) for r in read if r in linears]
-            members.append(Member(out, "in", gate.unit_size))
-            floor = min(floor, gate.num_units)
-            groups.append(UnitGroup(f"layers.{index}.{kind}s", kind, index, gate, tuple(members), floor))
+            rows = [linears[role] for role in part.producers if role in linears]
+            members = [Member(linear, "out", linear.n_out // gate.num_units) for linear in rows]
+            members.append(Member(linears[part.reader], "in", gate.unit_size))
+            name = f"{layer.name}.{part.units}"
+            floor = min(max(floors[part.kind], int(name in required)), gate.num_units)
+            groups.append(UnitGroup(name, part.kind, layer, part, gate, tuple(members), floor))
     return groups
+
+
+def unit_gates(model: nn.Module, family: Family) -> dict[str, MaskGate | None]:
+    """Every unit group of a patched model, with its gate; None where the projection went with its attention."""
+    gates = {}
+    for layer in family.layers(model):
+        for part in layer.stack.parts:
+            linear = part_linears(layer, part).get(part.reader)
+            gates[f"{layer.name}.{part.units}"] = linear.gate_in if isinstance(linear, APTAdapter) else None
+    return gates
 
 
 def block_params(model: nn.Module, family: Family) -> int:
     """Weights and biases of attention, FFN and norms inside the layers that are live; adapters excluded."""
     total = 0
-    for layer in family.layer_list(model):
+    for layer in family.layers(model):
         inside: set[int] = set()
-        for module in layer.modules():
+        for module in layer.module.modules():
             if isinstance(module, APTAdapter):
                 inside.update(id(p) for p in module.parameters(recurse=False))
                 total += module.n_out * module.n_in + (0 if module.bias is None else module.n_out)
-        total += sum(p.numel() for p in layer.parameters() if id(p) not in inside)
+        total += sum(p.numel() for p in layer.module.parameters() if id(p) not in inside)
     return total

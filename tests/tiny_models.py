@@ -132,23 +132,21 @@ def fill_adapters(model: nn.Module, std: float = 0.2) -> nn.Module:
     return model
 
 
-def free_layers(model: nn.Module) -> list[int]:
-    """The layers that may lose all their heads."""
+def free_heads(model: nn.Module) -> list[str]:
+    """The groups of heads that may lose all."""
     family = find_family(model)
-    return sorted(set(range(len(family.layer_list(model)))) - required_heads(model.config, family))
+    required = required_heads(model, family)
+    return [group.name for group in find_units(model, family) if group.kind == "head" and group.name not in required]
 
 
-def random_plan(
-    model: nn.Module, *, no_heads: Collection[int] = (), no_neurons: Collection[int] = (), keep: float = 0.6, seed: int
-) -> PrunePlan:
-    """A plan that keeps a random share of each group, at least one unit, and nothing in the layers named."""
+def random_plan(model: nn.Module, *, empty: Collection[str] = (), keep: float = 0.6, seed: int) -> PrunePlan:
+    """A plan that keeps a random share of each group, at least one unit, and nothing of the groups named."""
     draw = torch.Generator().manual_seed(seed)
     kept = {}
     for group in find_units(model, find_family(model)):
         chosen = torch.rand(group.num_units, generator=draw) < keep
         chosen[torch.randint(group.num_units, (1,), generator=draw)] = True
-        empty = group.layer in (no_heads if group.kind == "head" else no_neurons)
-        kept[group.name] = [] if empty else chosen.nonzero().flatten().tolist()
+        kept[group.name] = [] if group.name in empty else chosen.nonzero().flatten().tolist()
     return PrunePlan(step=seed, target_sparsity=1.0 - keep, kept=kept, round_to=1)
 
 

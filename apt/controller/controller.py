@@ -87,8 +87,7 @@ class Controller:
         self.family = find_family(self.model)
         self.total = total
         self.pruner = AdaptivePruner(total, self.config.pruning)
-        decoder = self.family.decoder and not getattr(self.model.config, "is_encoder_decoder", False)
-        self.outliers = OutlierTerm(self.config.pruning.kurtosis or ("paper" if decoder else "off"))
+        self.outliers = OutlierTerm(self.config.pruning.kurtosis or ("paper" if self.family.decoder else "off"))
         self._find_groups()
         self.pruner.check(self.groups, block_params(self.model, self.family))
         self._collect(True)

@@ -16,7 +16,7 @@ class PatchState:
 
     config: APTConfig
     family: Family | None  # None where the method needs none
-    valid: ValidTokens
+    valid: dict[str, ValidTokens]  # by stack
     requires_grad: dict[str, bool]  # of every parameter before the patch
     use_cache: bool | None  # of the model's config before the patch
     block_params: int  # of the original model, the denominator of sparsity; 0 without a family

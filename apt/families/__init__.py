@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from apt.families.base import ROLES, Family, base_model
+from apt.families.base import FFN, ROLES, Attention, Family, Layer, base_model
 from apt.families.bert import BERT
 from apt.families.deberta import DEBERTA
 from apt.families.distilbert import DISTILBERT
@@ -13,11 +13,11 @@ from apt.families.opt import OPT
 
 FAMILIES = (BERT, DEBERTA, DISTILBERT, GEMMA, LLAMA, OPT)
 
-__all__ = ["FAMILIES", "ROLES", "EmptyAttention", "Family", "base_model", "find_family"]
+__all__ = ["FAMILIES", "FFN", "ROLES", "Attention", "EmptyAttention", "Family", "Layer", "base_model", "find_family"]
 
 
 def find_family(model: nn.Module) -> Family:
-    """The family of a model, by its ``config.model_type``.
+    """The family of a model, by its ``config.model_type`` and the settings that the family needs.
 
     Raises:
         ValueError: no family knows that type, the model has cross-attention, which none here prunes, or its
@@ -25,18 +25,19 @@ def find_family(model: nn.Module) -> Family:
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            if getattr(config, "add_cross_attention", False):
-                raise ValueError(f"families: {model_type} with cross-attention cannot be pruned; use method='lora'")
-            for name, value in family.needs:
-                found = getattr(config, name, None)
-                if found != value:
-                    raise ValueError(
-                        f"families: {model_type} with {name}={found!r} cannot be pruned, only with {name}={value!r}; "
-                        f"use method='lora' with target_modules"
-                    )
+    families = [family for family in FAMILIES if model_type in family.model_types]
+    if families and getattr(config, "add_cross_attention", False):
+        raise ValueError(f"families: {model_type} with cross-attention cannot be pruned; use method='lora'")
+    lacks = [[n for n, value in family.needs if getattr(config, n, None) != value] for family in families]
+    for family, names in zip(families, lacks, strict=True):
+        if not names:
             return family
+    if families:
+        name = lacks[0][0]
+        raise ValueError(
+            f"families: {model_type} with {name}={getattr(config, name, None)!r} cannot be pruned, only with "
+            f"{name}={dict(families[0].needs)[name]!r}; use method='lora' with target_modules"
+        )
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise ValueError(
         f"families: model_type {model_type!r} cannot be pruned; known are {known}; to add one, write its table in "

@@ -1,56 +1,170 @@
 """What pruning must know of a Hugging Face family: where its parts are. A family is a table, never a copied forward."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from apt.families.empty import EmptyAttention
 
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
 
 
+@dataclass(frozen=True)
+class Attention:
+    """An attention of a layer: where its linears are, and what happens to it as it loses heads.
+
+    Args:
+        module: name in the layer. Its forward returns a tuple whose first entry is the output.
+        q, k, v, o: names of the projections in the layer; one that begins with a dot lies inside `module`.
+        cross: whether keys and values come from another stack.
+        per_head: attributes of the module that its forward reads and that shrink in step with its heads.
+        empty: takes the place of the module when all its heads are gone.
+        follow: called with the module and the positions, in their new order, of the heads that its weights still
+            store; for what else the module must know of its heads.
+    """
+
+    module: str
+    q: str
+    k: str
+    v: str
+    o: str
+    cross: bool = False
+    per_head: tuple[str, ...] = ()
+    empty: type[EmptyAttention] = EmptyAttention
+    follow: Callable[[nn.Module, Tensor], None] | None = None
+
+    kind: ClassVar[str] = "head"
+    producers: ClassVar[tuple[str, ...]] = ("q", "k", "v")  # roles whose rows a unit owns
+    reader: ClassVar[str] = "o"  # role whose columns it owns, behind the gate
+    counted: ClassVar[str] = "k"  # role with one head of rows a unit
+
+    @property
+    def units(self) -> str:
+        """What the unit groups are called."""
+        return "cross_heads" if self.cross else "heads"
+
+    @property
+    def linears(self) -> dict[str, str]:
+        """Role -> module name in the layer."""
+        names = {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+        return {role: self.module + name if name.startswith(".") else name for role, name in names.items()}
+
+    @property
+    def same_input(self) -> tuple[str, ...]:
+        """Roles that read the same tensor."""
+        return ("k", "v") if self.cross else ("q", "k", "v")
+
+    def set_heads(self, layer: nn.Module, before: int, after: int, order: Tensor | None = None) -> None:
+        """Tell the module of a layer that it has `after` instead of `before` heads (KV groups).
+
+        Args:
+            layer: that holds it.
+            before: live heads until now.
+            after: live heads from here on.
+            order: as `follow` gets it; None leaves it out.
+        """
+        attention = layer.get_submodule(self.module)
+        for name in self.per_head:
+            setattr(attention, name, getattr(attention, name) * after // before)
+        if self.follow is not None and order is not None:
+            self.follow(attention, order)
+
+    def remove(self, layer: nn.Module) -> None:
+        """Put an `EmptyAttention` in the place of the module, which has no heads left."""
+        attention, out = layer.get_submodule(self.module), layer.get_submodule(self.linears["o"])
+        parent, _, name = self.module.rpartition(".")
+        inner = out if self.o.startswith(".") else None
+        setattr(layer.get_submodule(parent), name, self.empty(attention, inner))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFN:
+    """The feed-forward part of a layer: names of its linears in the layer; `gate` where it is gated."""
+
+    up: str
+    down: str
+    gate: str | None = None
+
+    kind: ClassVar[str] = "neuron"
+    producers: ClassVar[tuple[str, ...]] = ("up", "gate")
+    reader: ClassVar[str] = "down"
+    counted: ClassVar[str] = "up"
+    units: ClassVar[str] = "neurons"
+    same_input: ClassVar[tuple[str, ...]] = ("gate", "up")
+
+    @property
+    def linears(self) -> dict[str, str]:
+        """Role -> module name in the layer."""
+        return {"up": self.up, "down": self.down} | ({} if self.gate is None else {"gate": self.gate})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A list of like layers.
+
+    Args:
+        layers: name of the list in the base model.
+        parts: of each layer, in the order in which they run.
+        decoder: whether generation reads cache and mask lengths in the first layer of each attention type.
+        name: first part of the names of its unit groups.
+        valid: arguments of the model's forward that tell its tokens from padding; the first one given counts. "labels"
+            are read as ``labels != -100``.
+    """
+
+    layers: str
+    parts: tuple[Attention | FFN, ...]
+    decoder: bool = False
+    name: str = "layers"
+    valid: tuple[str, ...] = ("attention_mask",)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a model."""
+
+    stack: Stack
+    index: int  # in its stack
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        """``"layers.3"``: its unit groups are called ``"layers.3.heads"``."""
+        return f"{self.stack.name}.{self.index}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Names of the parts of one layer, relative to the layer, and what differs between families.
+    """Models of one shape.
 
     Args:
         model_types: values of ``config.model_type`` that have this shape.
-        layers: the list of layers, relative to the base model.
-        linears: role -> module name; roles are q, k, v, o, up, gate (where the FFN is gated) and down.
-        attention: the module that is replaced when a layer loses all its heads; its forward returns a pair, the output
-            and the attention weights.
-        attention_holds_o: whether the output projection lies inside that module.
+        stacks: one, or encoder and decoder. One that a model lacks (an encoder alone) is passed over.
         default_targets: roles that get an adapter unless `target_modules` says otherwise.
-        decoder: whether generation reads cache and mask lengths in the first layer of each attention type.
-        per_head: attributes of the attention module that its forward reads and that shrink in step with its heads.
-        needs: settings of the config, with the value without which heads cannot be removed exactly.
+        needs: settings of the config, with the value without which this is not the shape, or removal not exact.
     """
 
     model_types: tuple[str, ...]
-    layers: str
-    linears: dict[str, str]
-    attention: str
-    attention_holds_o: bool
+    stacks: tuple[Stack, ...]
     default_targets: tuple[str, ...]
-    decoder: bool
-    per_head: tuple[str, ...] = ()
     needs: tuple[tuple[str, object], ...] = ()
 
-    def set_heads(self, layer: nn.Module, before: int, after: int) -> None:
-        """Bring the attention's own counts from `before` to `after` heads (KV groups)."""
-        attention = layer.get_submodule(self.attention)
-        for name in self.per_head:
-            setattr(attention, name, getattr(attention, name) * after // before)
+    @property
+    def decoder(self) -> bool:
+        """Whether it is a decoder alone."""
+        return all(stack.decoder for stack in self.stacks)
 
-    def layer_list(self, model: nn.Module) -> nn.ModuleList:
-        """The layers of a model with or without a task head."""
-        layers = base_model(model).get_submodule(self.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    def prefix(self, model: nn.Module) -> str:
-        """Full name of the list of layers, as `named_modules` of the model gives it."""
-        layers = self.layer_list(model)
-        prefix: str = next(name for name, module in model.named_modules() if module is layers)
-        return prefix
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """The layers of a model with or without a task head, stack after stack."""
+        found, base = [], base_model(model)
+        for stack in self.stacks:
+            try:
+                layers = base.get_submodule(stack.layers)
+            except AttributeError:
+                continue
+            found += [Layer(stack, index, module) for index, module in enumerate(layers.children())]
+        return found
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -1,20 +1,17 @@
 """BERT and RoBERTa: post-norm encoders whose attention module ends before the output projection."""
 
-from apt.families.base import Family
+from apt.families.base import FFN, Attention, Family, Stack
 
 BERT = Family(
     model_types=("bert", "roberta"),
-    layers="encoder.layer",
-    linears={
-        "q": "attention.self.query",
-        "k": "attention.self.key",
-        "v": "attention.self.value",
-        "o": "attention.output.dense",
-        "up": "intermediate.dense",
-        "down": "output.dense",
-    },
-    attention="attention.self",
-    attention_holds_o=False,
+    stacks=(
+        Stack(
+            layers="encoder.layer",
+            parts=(
+                Attention("attention.self", q=".query", k=".key", v=".value", o="attention.output.dense"),
+                FFN(up="intermediate.dense", down="output.dense"),
+            ),
+        ),
+    ),
     default_targets=("q", "v", "up"),
-    decoder=False,
 )

@@ -4,23 +4,19 @@ Those positions are cut with the heads only where they go through q and k (`shar
 projections of their own for them would have to be cut too, so such a config is refused.
 """
 
-from apt.families.base import Family
+from apt.families.base import FFN, Attention, Family, Stack
 
+_ATTENTION = Attention(
+    "attention.self",
+    q=".query_proj",
+    k=".key_proj",
+    v=".value_proj",
+    o="attention.output.dense",
+    per_head=("num_attention_heads",),
+)
 DEBERTA = Family(
     model_types=("deberta-v2",),
-    layers="encoder.layer",
-    linears={
-        "q": "attention.self.query_proj",
-        "k": "attention.self.key_proj",
-        "v": "attention.self.value_proj",
-        "o": "attention.output.dense",
-        "up": "intermediate.dense",
-        "down": "output.dense",
-    },
-    attention="attention.self",
-    attention_holds_o=False,
+    stacks=(Stack(layers="encoder.layer", parts=(_ATTENTION, FFN(up="intermediate.dense", down="output.dense"))),),
     default_targets=("q", "v", "up"),
-    decoder=False,
-    per_head=("num_attention_heads",),
     needs=(("share_att_key", True),),
 )

@@ -1,20 +1,17 @@
 """DistilBERT: a post-norm encoder whose attention module holds its output projection."""
 
-from apt.families.base import Family
+from apt.families.base import FFN, Attention, Family, Stack
 
 DISTILBERT = Family(
     model_types=("distilbert",),
-    layers="transformer.layer",
-    linears={
-        "q": "attention.q_lin",
-        "k": "attention.k_lin",
-        "v": "attention.v_lin",
-        "o": "attention.out_lin",
-        "up": "ffn.lin1",
-        "down": "ffn.lin2",
-    },
-    attention="attention",
-    attention_holds_o=True,
+    stacks=(
+        Stack(
+            layers="transformer.layer",
+            parts=(
+                Attention("attention", q=".q_lin", k=".k_lin", v=".v_lin", o=".out_lin"),
+                FFN(up="ffn.lin1", down="ffn.lin2"),
+            ),
+        ),
+    ),
     default_targets=("q", "v", "up"),
-    decoder=False,
 )

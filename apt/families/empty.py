@@ -7,24 +7,30 @@ from torch import Tensor, nn
 
 
 class EmptyAttention(nn.Module):
-    """Answers like an attention module, ``(output, weights)``, with no heads.
+    """Answers like an attention module with no heads: the output, and None for the attention weights.
 
     Args:
-        width: features of the answer: 0 where the output projection lies outside (its bias is added there), the hidden
-            size where it lies inside.
-        bias: of that inner output projection, ``[width]``, frozen; None where it has none.
+        attention: the module whose place it takes.
+        out: its output projection, where that lies inside: its bias ``[O]`` is what is left of the output. None where
+            it lies outside: the answer then has no features, and the bias is added there.
     """
 
-    def __init__(self, width: int, bias: Tensor | None = None) -> None:
+    def __init__(self, attention: nn.Module, out: nn.Module | None = None) -> None:
         super().__init__()
-        self.width = width
+        weight: Any = None if out is None else out.weight
+        bias: Any = None if out is None else out.bias
+        self.width = 0 if out is None else weight.shape[0]
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def output(self, hidden_states: Tensor) -> Tensor:
+        """Of the shape that the next module expects, without memory of its own."""
         shape = (*hidden_states.shape[:-1], self.width)
         if self.bias is not None:
-            return self.bias.to(hidden_states.dtype).expand(shape), None
-        return torch.zeros((), dtype=hidden_states.dtype, device=hidden_states.device).expand(shape), None
+            return self.bias.to(hidden_states.dtype).expand(shape)
+        return torch.zeros((), dtype=hidden_states.dtype, device=hidden_states.device).expand(shape)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        return self.output(hidden_states), None
 
     def extra_repr(self) -> str:
         return f"width={self.width}"

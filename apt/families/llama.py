@@ -3,22 +3,19 @@
 Qwen3 also norms q and k, per head dimension: the norm is shared by all heads and stays whole when heads go.
 """
 
-from apt.families.base import Family
+from apt.families.base import FFN, Attention, Family, Stack
 
 LLAMA = Family(
     model_types=("llama", "mistral", "qwen2", "qwen3"),
-    layers="layers",
-    linears={
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
-        "up": "mlp.up_proj",
-        "gate": "mlp.gate_proj",
-        "down": "mlp.down_proj",
-    },
-    attention="self_attn",
-    attention_holds_o=True,
+    stacks=(
+        Stack(
+            layers="layers",
+            parts=(
+                Attention("self_attn", q=".q_proj", k=".k_proj", v=".v_proj", o=".o_proj"),
+                FFN(up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj"),
+            ),
+            decoder=True,
+        ),
+    ),
     default_targets=("q", "v"),
-    decoder=True,
 )

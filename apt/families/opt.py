@@ -3,22 +3,19 @@
 Its FFN runs on tokens flattened to ``[B * S, D]``; the gates fit the padding mask to that.
 """
 
-from apt.families.base import Family
+from apt.families.base import FFN, Attention, Family, Stack
 
 OPT = Family(
     model_types=("opt",),
-    layers="decoder.layers",
-    linears={
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.out_proj",
-        "up": "fc1",
-        "down": "fc2",
-    },
-    attention="self_attn",
-    attention_holds_o=True,
+    stacks=(
+        Stack(
+            layers="decoder.layers",
+            parts=(
+                Attention("self_attn", q=".q_proj", k=".k_proj", v=".v_proj", o=".out_proj", per_head=("num_heads",)),
+                FFN(up="fc1", down="fc2"),
+            ),
+            decoder=True,
+        ),
+    ),
     default_targets=("q", "v"),
-    decoder=True,
-    per_head=("num_heads",),
 )

@@ -65,4 +65,4 @@ def test_a_copy_of_a_patched_model_trains_on_its_own() -> None:
     assert apt.summary(twin.model).sparsity >= 0.6
     assert apt.summary(model).sparsity == 0.0
     assert all(torch.equal(tensor, kept[key]) for key, tensor in model.state_dict().items())
-    assert model._apt.valid.mask is None  # the copy's batches went to the copy's gates
+    assert model._apt.valid["layers"].mask is None  # the copy's batches went to the copy's gates

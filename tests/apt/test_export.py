@@ -14,7 +14,7 @@ import pytest
 import torch
 from check import close
 from safetensors.torch import load_file
-from tiny_models import GENERATORS, NAMES, fill_adapters, free_layers, random_plan, set_masks, tiny_batch, tiny_model
+from tiny_models import GENERATORS, NAMES, fill_adapters, free_heads, random_plan, set_masks, tiny_batch, tiny_model
 
 import apt
 import apt.export
@@ -50,7 +50,8 @@ def readings(model: Any, name: str) -> dict[str, torch.Tensor]:
 def shrunk(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A patched model with trained adapters after an event; a layer has no heads, another no neurons."""
     model = fill_adapters(apt.patch_model(tiny_model(name, dtype), rank=3))
-    apply_prune_plan(model, random_plan(model, no_heads=free_layers(model)[-1:], no_neurons=[0], seed=1))
+    empty = [*free_heads(model)[-1:], next(key for key in apt.summary(model).units if key.endswith("neurons"))]
+    apply_prune_plan(model, random_plan(model, empty=empty, seed=1))
     return model
 
 
@@ -90,7 +91,7 @@ def test_what_is_loaded_is_small_and_stock(name: str, exports: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == counts.params_after < counts.params_before
     assert all(p.requires_grad for p in model.parameters())
     card = json.loads((exports / name / CARD).read_text())
-    assert card["layers"] == [{"heads": h, "neurons": n} for h, n in zip(counts.heads, counts.neurons, strict=True)]
+    assert card["units"] == counts.units
     assert (card["sparsity"], card["params_after"]) == (counts.sparsity, counts.params_after)
     assert {path.suffix for path in (exports / name).iterdir()} == {".json", ".safetensors"}
     stored = load_file(exports / name / "model.safetensors")
@@ -172,21 +173,25 @@ def flip_a_byte(path: Path, position: int) -> None:
 
 
 WEIGHTS = "model.safetensors"
+UNITS = [f"layers.{index}.{kind}" for index in range(3) for kind in ("heads", "neurons")]
 SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, rf"is not an export of apt; it has no {CARD}"),
     "no card": (lambda f: (f / CARD).unlink(), rf"is not an export of apt; it has no {CARD}"),
     "half a card": (lambda f: (f / CARD).write_text((f / CARD).read_text()[:40]), rf"{CARD} is corrupt"),
     "binary card": (lambda f: (f / CARD).write_bytes(b"\xff\xfe\x00{"), rf"{CARD} is corrupt"),
     "a list for a card": (lambda f: (f / CARD).write_text("[1]"), rf"{CARD} is corrupt \(no format number\)"),
-    "card without layers": (lambda f: edit_card(f, layers=None), rf"{CARD} is corrupt"),
+    "card without units": (lambda f: edit_card(f, units=None), rf"{CARD} is corrupt"),
     "card without a checksum": (lambda f: edit_card(f, sha256=None), rf"{CARD} is corrupt"),
     "newer format": (
         lambda f: edit_card(f, format=2, apt_version="9.9"),
         r"has format 2, written by apt-lm 9\.9; .*upgrade",
     ),
     "unknown class": (lambda f: edit_card(f, **{"class": "NoSuchModel"}), "has no class 'NoSuchModel'; upgrade it"),
-    "other layers": (lambda f: edit_card(f, layers=[{"heads": 1, "neurons": 2}] * 3), "does not fit"),
-    "fewer layers": (lambda f: edit_card(f, layers=[{"heads": 1, "neurons": 2}]), "corrupt|does not fit"),
+    "other sizes": (lambda f: edit_card(f, units=dict.fromkeys(UNITS, 2)), "does not fit"),
+    "fewer layers": (
+        lambda f: edit_card(f, units={"layers.0.heads": 1}),
+        rf"{CARD} is corrupt \(it lists 1 unit groups\)",
+    ),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), rf"{WEIGHTS} is missing; export the model again"),
     "truncated weights": (
         lambda f: os.truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size - 1000),

@@ -250,7 +250,7 @@ def test_unpatching_restores_everything(name: str, method: str) -> None:
 def test_unpatching_with_the_adapters_merged_keeps_the_outputs(name: str, shrunk: bool) -> None:
     model = fill_adapters(apt.patch_model(tiny_model(name), rank=3))
     if shrunk:
-        apply_prune_plan(model, random_plan(model, no_heads=[2], no_neurons=[0], seed=1))
+        apply_prune_plan(model, random_plan(model, empty=["layers.2.heads", "layers.0.neurons"], seed=1))
     before = logits(model, name)
     apt.unpatch_model(model, merge=True)
     assert not any(isinstance(module, APTAdapter) for module in model.modules())
@@ -292,7 +292,7 @@ def test_summary_counts() -> None:
     assert (fresh.heads, fresh.neurons) == ([4, 4, 4], [40, 40, 40])
     assert fresh.trainable_params == 3 * rank * ((32 + 32) + (32 + 16))
     assert fresh.ranks == {f"model.layers.{i}.self_attn.{p}_proj": rank for i in range(3) for p in "qv"}
-    plan = random_plan(model, no_heads=[2], seed=1)
+    plan = random_plan(model, empty=["layers.2.heads"], seed=1)
     kept = {key: len(positions) for key, positions in plan.kept.items()}
     for keep_tail in (True, False):
         twin = copy.deepcopy(model)

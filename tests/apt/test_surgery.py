@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from check import Unrounded, close
-from tiny_models import GENERATORS, NAMES, fill_adapters, free_layers, random_plan, set_masks, tiny_batch, tiny_model
+from tiny_models import GENERATORS, NAMES, fill_adapters, free_heads, random_plan, set_masks, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
@@ -65,10 +65,10 @@ def first_adapter(model: nn.Module, group: str, axis: str) -> tuple[str, APTAdap
 @pytest.mark.parametrize("name", NAMES)
 def test_masked_equals_shrunk(name: str, keep_tail: bool) -> None:
     model = patched(name)
-    last, layers = free_layers(model)[-1], len(find_family(model).layer_list(model))
+    heads, neurons = free_heads(model), [name for name in groups_of(model) if name.endswith("neurons")]
     events = [
-        {"no_heads": [last], "no_neurons": [0], "seed": 1},
-        {"no_heads": free_layers(model), "no_neurons": [layers - 1], "seed": 2},  # the last layer is empty by now
+        {"empty": [heads[-1], neurons[0]], "seed": 1},
+        {"empty": [*heads, neurons[-1]], "seed": 2},  # the last attention that may go is gone by now
     ]
     for number, event in enumerate(events, 1):
         plan = random_plan(model, **event)
@@ -79,7 +79,8 @@ def test_masked_equals_shrunk(name: str, keep_tail: bool) -> None:
         apply_prune_plan(model, plan, keep_tail=keep_tail)
         same(f"event {number}", responses(model, name), masked)
     counts = apt.summary(model)
-    assert (counts.heads[last], counts.neurons[layers - 1], counts.masked) == (0, 0, 0)
+    assert {name for name, count in counts.units.items() if not count} == {*heads, neurons[0], neurons[-1]}
+    assert counts.masked == 0
 
 
 def test_tail_holds_what_was_cut_in_its_old_order() -> None:
@@ -121,7 +122,7 @@ def test_a_plan_that_keeps_all_changes_no_bit(keep_tail: bool) -> None:
 @pytest.mark.parametrize("name", GENERATORS)
 def test_cached_generation_with_empty_attention(name: str, every: int) -> None:
     model = patched(name)
-    apply_prune_plan(model, random_plan(model, no_heads=free_layers(model)[::every], seed=1))
+    apply_prune_plan(model, random_plan(model, empty=free_heads(model)[::every], seed=1))
     ids = tiny_batch(name)["input_ids"][::4, :6]  # a row without padding
     settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     cached, plain = (
@@ -213,7 +214,7 @@ def test_new_ranks_get_no_momentum_and_the_mean_second_moment(make: str) -> None
 
 def test_the_optimizer_forgets_the_adapters_of_an_empty_layer() -> None:
     model, optimizer = trained(OPTIMIZERS["AdamW"])
-    apply_prune_plan(model, random_plan(model, no_heads=[1], no_neurons=[2], seed=1), optimizer)
+    apply_prune_plan(model, random_plan(model, empty=["layers.1.heads", "layers.2.neurons"], seed=1), optimizer)
     live = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == live
     assert {id(p) for p in optimizer.state} == live
@@ -278,7 +279,7 @@ def test_events_survive_json_and_replay_on_a_fresh_model() -> None:
     model, twin = patched("llama_gqa"), patched("llama_gqa")
     name, _, _ = first_adapter(model, FFN, "out")
     numbers = {"target_sparsity": 0.5, "sparsity": 0.4, "removed": 0.4, "block_params": 1, "trainable_params": 1}
-    plan, growth = random_plan(model, no_heads=[1], seed=1), RankPlan(step=1, budget=9, ranks={name: 7})
+    plan, growth = random_plan(model, empty=["layers.1.heads"], seed=1), RankPlan(step=1, budget=9, ranks={name: 7})
     event = Event(step=1, prune=plan, rank=growth, seconds=0.1, **numbers)
     again = Event.from_json(json.loads(json.dumps(event.to_json())))
     assert again == event

@@ -16,10 +16,16 @@ ENCODERS = ("bert", "bert_mlm", "roberta", "deberta", "distilbert")
 TWO_ATTENTIONS = ("qwen2_mixed", "gemma2", "gemma3")  # sliding and full layers
 
 
+def roles(model: nn.Module) -> list[str]:
+    """Those that the family's table names."""
+    stacks = find_family(model).stacks
+    return list(dict.fromkeys(role for stack in stacks for part in stack.parts for role in part.linears))
+
+
 def live_params(model: nn.Module) -> int:
     """Every number inside the layers but the adapters'."""
-    layers = find_family(model).layer_list(model)
-    return sum(p.numel() for name, p in layers.named_parameters() if "lora_" not in name)
+    layers = [layer.module for layer in find_family(model).layers(model)]
+    return sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" not in name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -27,7 +33,7 @@ def test_block_params_are_what_lies_inside_the_layers(name: str) -> None:
     model = tiny_model(name)
     wanted = live_params(model)
     assert block_params(model, find_family(model)) == wanted  # a plain model has no adapters to leave out
-    model = apt.patch_model(model, rank=3, target_modules=list(find_family(model).linears))
+    model = apt.patch_model(model, rank=3, target_modules=roles(model))
     assert block_params(model, find_family(model)) == wanted
 
 
@@ -51,7 +57,7 @@ def test_units_and_what_stays_add_up(name: str) -> None:
     model = apt.patch_model(tiny_model(name))
     family = find_family(model)
     groups = find_units(model, family)
-    layers = family.layer_list(model)
+    layers = nn.ModuleList(layer.module for layer in family.layers(model))
     prunable = {id(module) for group in groups for module in (member.linear for member in group.members)}
     stays = 0
     for module in layers.modules():
@@ -78,7 +84,7 @@ def test_names_order_and_members(name: str) -> None:
     assert [group.name for group in groups] == [
         f"layers.{i}.{kind}s" for i in range(layers) for kind in ("head", "neuron")
     ]
-    gated = "gate" in find_family(model).linears
+    gated = "gate" in roles(model)
     for group in groups:
         assert len(group.members) == (4 if group.kind == "head" else 2 + gated)
         assert [member.axis for member in group.members][-1] == "in"
@@ -91,10 +97,11 @@ def test_names_order_and_members(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_decoders_keep_a_group_in_the_first_layer_of_each_attention_type(name: str) -> None:
     model = apt.patch_model(tiny_model(name))
-    wanted = {0, 1} if name in TWO_ATTENTIONS else set() if name in ENCODERS else {0}
-    assert required_heads(model.config, find_family(model)) == wanted
+    layers = {0, 1} if name in TWO_ATTENTIONS else set() if name in ENCODERS else {0}
+    wanted = {f"layers.{index}.heads" for index in layers}
+    assert required_heads(model, find_family(model)) == wanted
     floors = {group.name: group.floor for group in find_units(model, find_family(model))}
-    assert {key for key, floor in floors.items() if floor} == {f"layers.{index}.heads" for index in wanted}
+    assert {key for key, floor in floors.items() if floor} == wanted
     raised = find_units(model, find_family(model), min_heads=2, min_neurons=7)
     assert {group.floor for group in raised if group.kind == "head"} == {2}
     assert {group.floor for group in raised if group.kind == "neuron"} == {7}
@@ -104,7 +111,7 @@ def test_decoders_keep_a_group_in_the_first_layer_of_each_attention_type(name: s
 
 def test_a_group_that_lost_everything_is_no_group() -> None:
     model = apt.patch_model(tiny_model("llama"))
-    apply_prune_plan(model, random_plan(model, no_heads=[1], no_neurons=[2], seed=1))
+    apply_prune_plan(model, random_plan(model, empty=["layers.1.heads", "layers.2.neurons"], seed=1))
     names = {group.name for group in find_units(model, find_family(model))}
     assert {"layers.1.heads", "layers.2.neurons"}.isdisjoint(names)
     assert len(names) == 4
