@@ -196,7 +196,8 @@ class Controller:
 
     def _event(self) -> None:
         started = time.perf_counter()
-        if not any(group.gate.masked for group in self.groups):  # a hard switch, or no score came in time to decay
+        rested = self.schedule.windows(len(self.events))[1] < self._event_steps[len(self.events)]
+        if not rested or not any(group.gate.masked for group in self.groups):  # or no score came in time to decay
             self._settle_masks()
         # The masks say what stays: they may have been settled some steps ago, with the scores of then.
         kept = {group.name: group.gate.mask.nonzero().flatten() for group in self.groups}

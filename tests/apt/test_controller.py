@@ -65,6 +65,15 @@ def test_a_run_reaches_its_target(name: str, tmp_path: Path) -> None:
     assert listed == {id(p) for p in loop.model.parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("settle", [0, 0.2])
+def test_masks_that_fall_until_the_event_are_settled_by_it(settle: float) -> None:
+    settings = {"num_events": 2, "prune_start": 0, "prune_end": 8, "decay": 3, "settle": settle, "round_to": 4}
+    loop = Loop("llama_gqa", patched("llama_gqa"), 20, target_sparsity=0.3, **settings).take(20)
+    assert [event.step for event in loop.run.events] == [4, 8]
+    assert apt.summary(loop.model).masked == 0
+    assert 0.3 <= loop.run.events[-1].sparsity <= 0.35
+
+
 @pytest.mark.parametrize("salience", SALIENCES)
 def test_every_salience_ranks_the_units_of_a_run(salience: str) -> None:
     loop = Loop("bert", patched("bert"), 40, target_sparsity=0.5, salience=salience, **ONCE).take(20)
