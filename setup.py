@@ -29,6 +29,7 @@ setup(
     extras_require={
         "train": ["datasets", "scikit-learn", "pandas", "pyarrow"],
         "peft": ["peft>=0.21"],
+        "gguf": ["gguf"],  # models in GGUF files
         "liger": ["liger-kernel"],  # plain norms and losses on a GPU: TrainingArguments(use_liger_kernel=True)
         "plots": ["matplotlib", "pandas"],
         "dev": [
@@ -38,6 +39,7 @@ setup(
             "mypy",
             "types-PyYAML",
             "peft>=0.21",
+            "gguf",
             "scikit-learn",
             "scipy",
             "pandas",

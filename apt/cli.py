@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="apt", description="Fine-tune a language model and make it smaller while it trains.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     training = commands.add_parser("train", help="fine-tune, prune, export and measure")
-    scoring = commands.add_parser("eval", help="accuracy of an export on the test split of a config; prints JSON")
+    scoring = commands.add_parser("eval", help="scores of an export on the test split of a config; prints JSON")
     scoring.add_argument("folder", type=Path, help="an export, such as runs/demo/model")
     reporting = commands.add_parser("report", help="print the tables of a finished run")
     reporting.add_argument("run", type=Path, help="folder of the run")

@@ -18,6 +18,7 @@ from apt.tuner import TuningConfig
 SHORTHANDS = {"model": "model.name", "dataset": "data.datasets"}
 OF_ONE_SOURCE = ("text_columns", "label_column", "filter", "drop_duplicates", "test_size")  # they go with a data set
 OFF_IS_TEXT = ("pruning.kurtosis",)  # YAML 1.1 reads a bare off as false
+TASKS = ("classification", "language_modeling")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -39,13 +40,15 @@ def _one_of(key: str, value: str, known: Iterable[str]) -> None:
 class ModelConfig:
     """Which model, and how it is adapted."""
 
-    name: str  # on the hub, a local folder, or package:NAME/path
+    name: str  # on the hub, a local folder, a .gguf file, or package:NAME/path
+    task: str = "classification"  # of sentences; "language_modeling": of plain text, scored by perplexity
     method: str = "apt"  # "apt", or "lora": adapters alone, nothing pruned
     target_modules: list[str] | None = None  # names, endings of names, or roles (q, v, up, ...); null: the family's
     num_labels: int | None = None  # classes, at least 2; null: as many as the data has
 
     def __post_init__(self) -> None:
         _one_of("model.method", self.method, METHODS)
+        _one_of("model.task", self.task, TASKS)
         _at_least("model", self, {"num_labels": 2})
 
 
@@ -53,20 +56,28 @@ class ModelConfig:
 class DataConfig:
     """Which sentences, which of their columns, and how many."""
 
-    datasets: str  # on the hub (glue/sst2), a csv, tsv, jsonl or parquet file, a folder of them, or package:NAME/path
+    datasets: str  # on the hub (glue/sst2), a csv, tsv, jsonl, parquet or txt file, a folder of them, package:NAME/path
     text_columns: list[str] | None = None  # one, or two for sentence pairs; null: found by their names
     label_column: str = "label"
     filter: dict[str, Any] | None = None  # column: value; only rows with all of these values are read
     drop_duplicates: bool = False  # of a text only the first row stays
-    test_size: int | None = None  # sentences, at least 1; held out where the data has no test split
+    test_size: int | None = None  # sentences, documents, at least 1; held out where the data has no test split
     split_seed: int = 0  # of that split and of max_test_samples; training.seed does not change them
-    max_length: int = 128  # tokens, at least 2; longer texts are cut
-    max_train_samples: int | None = None  # sentences, at least 1; null: all
-    max_test_samples: int | None = None  # sentences, at least 1; null: all
+    max_length: int = 128  # tokens, at least 2; longer sentences are cut
+    block_length: int = 256  # tokens, at least 2; documents of plain text are packed into blocks of so many
+    max_train_samples: int | None = None  # sentences, documents, at least 1; null: all
+    max_test_samples: int | None = None  # sentences, documents, at least 1; null: all
     group_by_length: bool = True  # batches of sentences of like length, so that less of them is padding
 
     def __post_init__(self) -> None:
-        sizes = {"test_size": 1, "max_length": 2, "max_train_samples": 1, "max_test_samples": 1, "split_seed": 0}
+        sizes = {
+            "test_size": 1,
+            "max_length": 2,
+            "block_length": 2,
+            "max_train_samples": 1,
+            "max_test_samples": 1,
+            "split_seed": 0,
+        }
         _at_least("data", self, sizes)
         if self.text_columns is not None and not 1 <= len(self.text_columns) <= 2:
             raise ValueError(f"config: data.text_columns must name one or two columns, got {self.text_columns}")
@@ -82,7 +93,7 @@ class TrainingSettings:
     learning_rate: float = 2e-4  # peak, at least 0
     epochs: float = 3.0  # passes over the training data, above 0
     max_steps: int = -1  # optimizer steps, at least 1; -1: as epochs says
-    batch_size: int = 32  # sentences of one forward pass, at least 1
+    batch_size: int = 32  # sentences, blocks of one forward pass, at least 1
     gradient_accumulation_steps: int = 1  # batches of one optimizer step, at least 1
     weight_decay: float = 0.0  # of AdamW, at least 0
     max_grad_norm: float = 1.0  # gradients are clipped to it; 0: never
@@ -112,14 +123,15 @@ class TrainingSettings:
 class EvaluationConfig:
     """What is measured at the end."""
 
-    inference_batch_size: int = 32  # sentences, at least 1; of the latency and of the scores
+    inference_batch_size: int = 32  # sentences, blocks, at least 1; of the latency and of the scores
     inference_length: int = 64  # tokens of each sentence in the latency, at least 1
+    generated_tokens: int = 32  # of each prompt in the timing of generation (language models), at least 2
     inference_repeats: int = 20  # forward passes of each model, of which the median is the latency, at least 1
     event_timing_steps: int = 10  # forward and backward passes before and after each event; 0: events are not timed
 
     def __post_init__(self) -> None:
         ones = ("inference_batch_size", "inference_length", "inference_repeats")
-        _at_least("evaluation", self, dict.fromkeys(ones, 1) | {"event_timing_steps": 0})
+        _at_least("evaluation", self, dict.fromkeys(ones, 1) | {"event_timing_steps": 0, "generated_tokens": 2})
 
 
 @dataclass(frozen=True, kw_only=True)

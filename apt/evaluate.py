@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from apt.adapters import adapted
 from apt.data import Examples
+from apt.language import perplexity
 from apt.records import Event
 from apt.surgery import apply_event
 from apt.tasks import compute_metrics
@@ -24,18 +25,19 @@ SMALLEST_TIMED = 0.03  # fraction of the block parameters; what removes less is 
 
 
 class Evaluator:
-    """Runs a model over sentences.
+    """Runs a model over sentences, or over blocks of text.
 
     Args:
         tokenizer: of the model; it pads.
-        batch_size: sentences of one forward pass.
+        batch_size: sentences or blocks of one forward pass.
+        task: "classification" or "language_modeling".
     """
 
-    def __init__(self, tokenizer: Any, batch_size: int = 32) -> None:
+    def __init__(self, tokenizer: Any, batch_size: int = 32, task: str = "classification") -> None:
         from transformers import DataCollatorWithPadding
 
         self.collator = DataCollatorWithPadding(tokenizer)
-        self.batch_size = batch_size
+        self.batch_size, self.task = batch_size, task
 
     def predict(self, model: nn.Module, data: Examples) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Logits ``[N, C]`` and labels ``[N]`` in the order of the data, on the device of the model.
@@ -56,7 +58,10 @@ class Evaluator:
         return logits, np.asarray(data.columns["labels"])
 
     def evaluate(self, model: nn.Module, data: Examples) -> dict[str, float]:
-        """The metrics of the task, `accuracy` among them."""
+        """The metrics of the task: `accuracy` and others, or `perplexity`, `loss` and `test_tokens`."""
+        if self.task == "language_modeling":
+            with _evaluating(model):
+                return perplexity(model, data, self.batch_size)
         return compute_metrics(self.predict(model, data))
 
 

@@ -58,6 +58,8 @@ def _results(metrics: dict[str, Any], folder: Path) -> Table:
     for name in ("accuracy", "f1"):
         if name in metrics:
             table.add_row(f"{name} on {metrics.get('test_size', 0):,} sentences", f"{metrics[name]:.4f}")
+    if "perplexity" in metrics:
+        table.add_row(f"perplexity on {metrics['test_tokens']:,} tokens", f"{metrics['perplexity']:.3f}")
     table.add_row("sparsity asked", f"{metrics['target_sparsity']:.1%}")
     table.add_row("sparsity reached", f"{metrics['sparsity']:.1%}")
     table.add_row("parameters before", f"{metrics['params_before']:,}")
@@ -70,6 +72,11 @@ def _results(metrics: dict[str, Any], folder: Path) -> Table:
     shape = f" ({shape[0]} x {shape[1]} tokens)" if shape else ""
     table.add_row(f"inference dense, ms{shape}", f"{metrics['latency_ms_dense']:.1f}")
     table.add_row(f"inference small, ms{shape}", f"{metrics['latency_ms_small']:.1f}")
+    if "generation_shape" in metrics:
+        prompts, length, made = metrics["generation_shape"]
+        for name in ("dense", "small"):
+            label = f"generated tokens/s {name} ({prompts} x {length} + {made} tokens)"
+            table.add_row(label, f"{metrics[f'generated_per_s_{name}']:,.1f}")
     table.add_row("inference dense over small", f"{metrics['latency_ms_dense'] / metrics['latency_ms_small']:.2f}")
     return table
 

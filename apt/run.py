@@ -17,13 +17,22 @@ from transformers import AutoTokenizer, ProgressCallback
 
 from apt import __version__
 from apt.config import RunConfig, load_config
-from apt.data import DatasetLoader
+from apt.data import DatasetLoader, TextLoader
 from apt.evaluate import Evaluator, latency_ms, time_events
 from apt.export import export_model, load_model
+from apt.language import generation_metrics
 from apt.patch import patch_model, summary
 from apt.records import append_jsonl, write_json
 from apt.report import print_report
-from apt.tasks import METRIC, build_model, build_tokenizer, choose_device, compute_metrics, training_arguments
+from apt.tasks import (
+    METRIC_OF,
+    build_model,
+    build_tokenizer,
+    choose_device,
+    compute_metrics,
+    load_data,
+    training_arguments,
+)
 from apt.trainer import APTrainer
 
 CONFIG, METRICS, EVENTS, TIMINGS = "config.yaml", "metrics.json", "events.jsonl", "event_timing.json"
@@ -47,8 +56,8 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     checkpoint = _unfinished(partial, config, overwrite, resume)
     _start(config)
     tokenizer = build_tokenizer(config)
-    data = DatasetLoader(config.data, tokenizer, config.training.seed, num_labels=config.model.num_labels)
-    print(f"{len(data.train):,} sentences to train on, {len(data.test):,} to test on", file=sys.stderr)
+    data = load_data(config, tokenizer)
+    print(f"{len(data.train):,} {data.unit} to train on, {len(data.test):,} to test on", file=sys.stderr)
     if checkpoint is None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -130,7 +139,7 @@ class _Bar(ProgressCallback):
 
 
 def _fit(
-    config: RunConfig, tokenizer: Any, data: DatasetLoader, partial: Path, checkpoint: str | None
+    config: RunConfig, tokenizer: Any, data: DatasetLoader | TextLoader, partial: Path, checkpoint: str | None
 ) -> tuple[APTrainer, float]:
     """Patch and train the model; returns the trainer and the seconds of training."""
     model = build_model(config, data.num_labels, tokenizer, data.label_names)
@@ -140,7 +149,7 @@ def _fit(
         train_dataset=data.train,
         data_collator=data.collator,
         processing_class=tokenizer,
-        compute_metrics=compute_metrics,
+        compute_metrics=compute_metrics if config.model.task == "classification" else None,
         event_log=partial / EVENTS,
     )
     trainer.remove_callback(ProgressCallback)
@@ -160,20 +169,23 @@ def _fit(
 
 
 def _measure(
-    config: RunConfig, tokenizer: Any, data: DatasetLoader, partial: Path, trainer: APTrainer
+    config: RunConfig, tokenizer: Any, data: DatasetLoader | TextLoader, partial: Path, trainer: APTrainer
 ) -> dict[str, Any]:
     """Export the model, load it again, and measure what was loaded; writes the model and the timings of the events."""
     settings, device = config.evaluation, choose_device(config.hardware)
-    evaluator = Evaluator(tokenizer, settings.inference_batch_size)
+    metric = METRIC_OF[config.model.task]
+    evaluator = Evaluator(tokenizer, settings.inference_batch_size, config.model.task)
     model = trainer.model
     assert model is not None
     counts = summary(model)
-    trained = evaluator.evaluate(model, data.test)[METRIC]
+    trained = evaluator.evaluate(model, data.test)[metric]
     export_model(model, partial / MODEL, overwrite=True)
     tokenizer.save_pretrained(partial / MODEL)
     small = load_model(partial / MODEL).to(device)
     dense = build_model(config, data.num_labels, tokenizer).to(device)
     latency = _latency(config, dense, small, len(tokenizer))
+    if config.model.task == "language_modeling":
+        latency |= _generation(config, dense, small, data)
     scores = evaluator.evaluate(small, data.test)
     if trainer.controller.events and settings.event_timing_steps:
         write_json(partial / TIMINGS, _event_timing(config, tokenizer, data, trainer, dense))
@@ -182,7 +194,7 @@ def _measure(
         "model": config.model.name,
         "data": config.data.datasets,
         **scores,
-        f"{METRIC}_before_export": trained,
+        f"{metric}_before_export": trained,
         "target_sparsity": config.pruning.target_sparsity if config.model.method == "apt" else 0.0,
         "sparsity": counts.sparsity,
         "params_before": counts.params_before,
@@ -218,8 +230,23 @@ def _latency(config: RunConfig, dense: nn.Module, small: nn.Module, vocab_size: 
     }
 
 
+def _generation(
+    config: RunConfig, dense: nn.Module, small: nn.Module, data: DatasetLoader | TextLoader
+) -> dict[str, Any]:
+    settings = config.evaluation
+    return generation_metrics(
+        dense,
+        small,
+        data.test,
+        batch_size=settings.inference_batch_size,
+        length=min(settings.inference_length, config.data.block_length),
+        new_tokens=settings.generated_tokens,
+        repeats=settings.inference_repeats,
+    )
+
+
 def _event_timing(
-    config: RunConfig, tokenizer: Any, data: DatasetLoader, trainer: APTrainer, dense: nn.Module
+    config: RunConfig, tokenizer: Any, data: DatasetLoader | TextLoader, trainer: APTrainer, dense: nn.Module
 ) -> dict[str, Any]:
     """Steps before and after each event, on a batch of sentences of middling length."""
 
@@ -269,6 +296,7 @@ def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
     model = load_model(folder).to(choose_device(config.hardware))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     hf_config: Any = model.config
-    data = DatasetLoader(config.data, tokenizer, config.training.seed, num_labels=hf_config.num_labels)
-    scores = Evaluator(tokenizer, config.evaluation.inference_batch_size).evaluate(model, data.test)
+    data = load_data(config, tokenizer, num_labels=hf_config.num_labels)
+    evaluator = Evaluator(tokenizer, config.evaluation.inference_batch_size, config.model.task)
+    scores = evaluator.evaluate(model, data.test)
     return {**scores, "test_size": len(data.test), "folder": str(folder), "data": config.data.datasets}

@@ -1,5 +1,7 @@
-"""What a batch means: sequence classification. Its model, its tokenizer, its metrics, and the Trainer's arguments."""
+"""What a batch means: a task's data, model, tokenizer and metrics, and the Trainer's arguments."""
 
+import importlib.util
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,26 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+    TrainingArguments,
+)
 
 from apt.config import HardwareConfig, RunConfig
-from apt.data import resolve_model
+from apt.data import DatasetLoader, TextLoader, resolve_model
+from apt.data.sources import GGUF
 
-METRIC = "accuracy"  # the one that a report shows first
+METRIC_OF = {"classification": "accuracy", "language_modeling": "perplexity"}  # the one that a report shows first
+
+
+def load_data(config: RunConfig, tokenizer: Any, *, num_labels: int | None = None) -> DatasetLoader | TextLoader:
+    """The data of a run, as its task reads it; `num_labels` classes, or as many as `config` or the data says."""
+    if config.model.task == "language_modeling":
+        return TextLoader(config.data, tokenizer, config.training.seed)
+    return DatasetLoader(config.data, tokenizer, config.training.seed, num_labels=num_labels or config.model.num_labels)
 
 
 def build_tokenizer(config: RunConfig) -> Any:
@@ -31,13 +47,21 @@ def build_tokenizer(config: RunConfig) -> Any:
     return tokenizer
 
 
-def build_model(config: RunConfig, num_labels: int, tokenizer: Any, label_names: list[str] | None = None) -> nn.Module:
-    """The pretrained model in float32 with a new classification head, drawn with `training.seed`, on the CPU.
+def build_model(
+    config: RunConfig, num_labels: int | None, tokenizer: Any, label_names: list[str] | None = None
+) -> nn.Module:
+    """The pretrained model in float32 on the CPU: a language model with its own head, or a classifier with a new one.
+
+    A new head is drawn with `training.seed`.
 
     Raises:
         ValueError: the model cannot be loaded.
         ImportError: it lies in a package that is not installed.
     """
+    if config.model.task == "language_modeling":
+        model = _load(AutoModelForCausalLM, config.model.name, dtype=torch.float32)
+        assert isinstance(model, nn.Module)
+        return model
     labels: dict[str, Any] = {"num_labels": num_labels}
     if label_names is not None and len(label_names) == num_labels:
         labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
@@ -52,24 +76,32 @@ def build_model(config: RunConfig, num_labels: int, tokenizer: Any, label_names:
 
 
 def _load(kind: Any, name: str, **settings: Any) -> Any:
+    path, broken = resolve_model(name), [OSError, SafetensorError]
+    if path.endswith(GGUF):
+        broken += [ValueError, LookupError, struct.error]
+        path, _, settings["gguf_file"] = path.rpartition("/")
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError(f'model: reading {name} needs gguf; pip install "apt-lm[gguf]"')
+        if kind is not AutoTokenizer:  # without dequantize the model is dense and yet marked as quantized
+            settings["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        return kind.from_pretrained(resolve_model(name), **settings)
+        return kind.from_pretrained(path or ".", **settings)
     except FileNotFoundError:
         raise
-    except (OSError, SafetensorError) as error:
+    except tuple(broken) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"model: {name} cannot be loaded: {reason}") from None
 
 
 def compute_metrics(prediction: Iterable[Any]) -> dict[str, float]:
-    """Accuracy in [0, 1], and with two classes F1 of class 1 (0 where neither it nor a guess at it occurs).
+    """Accuracy of a classifier in [0, 1], and with two classes F1 of class 1 (0 where there is neither it nor a guess).
 
     Args:
         prediction: logits ``[N, C]`` and labels ``[N]``, as arrays; a Trainer's `EvalPrediction` is such a pair.
     """
     logits, labels = prediction
     classes = np.asarray(logits).argmax(axis=-1)
-    metrics = {METRIC: float((classes == labels).mean())}
+    metrics = {"accuracy": float((classes == labels).mean())}
     if np.shape(logits)[-1] == 2:
         hits = int(((classes == 1) & (labels == 1)).sum())
         claimed = int((classes == 1).sum() + (labels == 1).sum())
@@ -89,6 +121,7 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
     """The Trainer's arguments; `folder` gets its checkpoints."""
     training, hardware = config.training, config.hardware
     on_cpu = choose_device(hardware).type == "cpu"
+    by_length = config.data.group_by_length and config.model.task == "classification"  # blocks are of one length
     return TrainingArguments(
         output_dir=str(folder),
         learning_rate=training.learning_rate,
@@ -100,7 +133,7 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         max_grad_norm=training.max_grad_norm,
         warmup_steps=training.warmup_ratio,  # below 1 it is a fraction of all steps
         lr_scheduler_type=training.lr_schedule,
-        train_sampling_strategy="group_by_length" if config.data.group_by_length else "random",
+        train_sampling_strategy="group_by_length" if by_length else "random",
         seed=training.seed,
         data_seed=training.seed,
         logging_steps=training.logging_steps,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+GGUF = ".gguf"
 PACKAGE = "package:"
 TRAIN_EXTRA = 'pip install "apt-lm[train]"'
 MAX_FIELD = 1 << 27  # characters; the csv module stops at 131,072, and documents are longer
@@ -37,17 +38,18 @@ class Table:
 
 
 def resolve_model(name: str) -> str:
-    """The local folder that a name means, of a package too; a name on the hub as it is.
+    """The local folder or GGUF file that a name means, of a package too; a name on the hub as it is.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder or file.
         ImportError: the package is not installed.
     """
     if name.startswith(PACKAGE):
         return str(_package_path(name))
-    if _is_local(name) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"model: there is no folder {name}")
-    return str(Path(name).expanduser()) if _is_local(name) else name
+    path = Path(name).expanduser()
+    if _is_local(name) and not (path.is_file() if name.endswith(GGUF) else path.is_dir()):
+        raise FileNotFoundError(f"model: there is no {'file' if name.endswith(GGUF) else 'folder'} {name}")
+    return str(path) if _is_local(name) else name
 
 
 def _is_local(name: str) -> bool:
@@ -102,9 +104,25 @@ def _read_file(path: Path) -> Table:
     try:
         if path.suffix == ".parquet":
             return _read_parquet(path)
+        if path.suffix == ".txt":
+            return _read_text(path)
         return _read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path} is not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def _read_text(path: Path) -> Table:
+    """Plain text: a document is what stands between blank lines."""
+    documents: list[list[str]] = []
+    starts, inside = [], False
+    for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if text.strip() and not inside:
+            documents.append([])
+            starts.append(line)
+        inside = bool(text.strip())
+        if inside:
+            documents[-1].append(text)
+    return Table(str(path), {"text": ["\n".join(lines) for lines in documents]}, starts)
 
 
 def _read_csv(path: Path) -> Table:

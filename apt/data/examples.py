@@ -1,0 +1,20 @@
+"""What a model trains on and is tested on: token ids and labels, row by row."""
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+TOKENIZER_BATCH = 1000  # texts of one call, so that a large file never lies in memory twice
+
+
+class Examples(Dataset[dict[str, Any]]):
+    """Rows of tokens: ``examples[i]`` is a dict of input_ids, labels and what else the tokenizer gives, unpadded."""
+
+    def __init__(self, columns: dict[str, list[Any]]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: values[index] for name, values in self.columns.items()}

@@ -1,0 +1,86 @@
+"""Which rows and columns of a source are read, which are held out, and which few of them are taken."""
+
+import warnings
+
+import numpy as np
+
+from apt.config import DataConfig
+from apt.data.sources import Table
+
+GLUE_COLUMNS = {
+    "cola": ["sentence"],
+    "sst2": ["sentence"],
+    "mrpc": ["sentence1", "sentence2"],
+    "qqp": ["question1", "question2"],
+    "mnli": ["premise", "hypothesis"],
+    "qnli": ["question", "sentence"],
+    "rte": ["sentence1", "sentence2"],
+    "wnli": ["sentence1", "sentence2"],
+}
+PAIR_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+TEXT_COLUMNS = ("text", "sentence", "review", "content", "document")
+
+
+def split(tables: dict[str, Table], config: DataConfig) -> tuple[Table, Table]:
+    """The rows to train on and those held out: the test split of the source, or `config.test_size` rows of its own."""
+    train, size = tables["train"], config.test_size
+    if "test" in tables:
+        if size is not None:
+            warnings.warn(f"data: {train.source} has a test split of its own; test_size is ignored", stacklevel=3)
+        return train, tables["test"]
+    if size is None:
+        raise ValueError(f"data: {train.source} has no test split; set data.test_size to hold sentences out")
+    if size >= len(train):
+        raise ValueError(f"data: data.test_size {size} leaves nothing to train on; {train.source} has {len(train)}")
+    order = permutation(len(train), config.split_seed)
+    return train.take(sorted(order[size:])), train.take(sorted(order[:size]))
+
+
+def text_columns(table: Table, config: DataConfig) -> list[str]:
+    """The columns with the text: those asked for, GLUE's, or the first known name."""
+    if config.text_columns is not None:
+        for name in config.text_columns:
+            table.column(name)
+        return list(config.text_columns)
+    task = config.datasets.rpartition("/")[2]
+    known = GLUE_COLUMNS.get(task, [])
+    if known and all(name in table.columns for name in known):
+        return known
+    pair = next((pair for pair in PAIR_COLUMNS if all(name in table.columns for name in pair)), None)
+    single = [name for name in TEXT_COLUMNS if name in table.columns]
+    if pair is None and not single:
+        raise ValueError(
+            f"data: no text column is known in {table.source}; set data.text_columns to one or two of "
+            f"{', '.join(table.columns)}"
+        )
+    return list(pair) if pair is not None else single[:1]
+
+
+def chosen_rows(table: Table, config: DataConfig, columns: list[str]) -> Table:
+    """The rows that the filter lets through, duplicates dropped where asked. Every text that is left is text."""
+    rows = list(range(len(table)))
+    for name, value in (config.filter or {}).items():
+        cells = table.column(name)
+        rows = [row for row in rows if str(cells[row]) == str(value)]
+        if not rows:
+            seen = ", ".join(map(repr, list(dict.fromkeys(map(str, cells)))[:5]))
+            raise ValueError(f"data: no row of {table.source} has {name} = {value!r}; there are {seen}")
+    texts: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        for name in columns:
+            text = table.columns[name][row]
+            if not isinstance(text, str) or not text.strip():
+                what = f"must be text, got {text!r:.40}" if text is not None and str(text).strip() else "is missing"
+                raise ValueError(f"data: {table.source}, line {table.lines[row]}, column {name!r}: the text {what}")
+        texts.setdefault(tuple(table.columns[name][row] for name in columns), row)
+    return table.take(list(texts.values()) if config.drop_duplicates else rows)
+
+
+def permutation(size: int, seed: int) -> list[int]:
+    # numpy promises that this generator's streams never change, so a split is the same everywhere and for ever.
+    order: list[int] = np.random.RandomState(seed).permutation(size).tolist()
+    return order
+
+
+def sample(table: Table, size: int | None, seed: int) -> Table:
+    return table if size is None or size >= len(table) else table.take(sorted(permutation(len(table), seed)[:size]))

@@ -1,0 +1,62 @@
+"""A run on plain text at toy size: train, prune, export, perplexity of the export in another command, report."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_text import WORDS, write_gguf, write_text_config
+
+from apt.cli import main
+from apt.records import read_jsonl
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command sets the threads of its process; here that is the process of all tests."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def metrics_of(run: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+def test_a_run_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_text_config(tmp_path)
+    assert main(["train", str(config)]) == 0
+    out, err = capsys.readouterr()
+    metrics = metrics_of(tmp_path / "run")
+    assert f"{metrics['train_size']:,} blocks to train on, {metrics['test_size']:,} to test on" in err
+    # The text can be told apart nine times of ten; a model that has learnt nothing is no better than guessing a word.
+    assert 1.0 < metrics["perplexity"] < 0.5 * len(WORDS)
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    assert metrics["perplexity"] == pytest.approx(metrics["perplexity_before_export"], rel=1e-5)
+    assert metrics["sparsity"] >= 0.3
+    assert metrics["generation_shape"] == [4, 8, 4]
+    assert min(metrics["generated_per_s_dense"], metrics["generated_per_s_small"]) > 0.0
+    assert len(read_jsonl(tmp_path / "run" / "events.jsonl")) == 2
+    assert f"perplexity on {metrics['test_tokens']:,} tokens" in out
+    assert "generated tokens/s small (4 x 8 + 4 tokens)" in out
+
+    assert main(["eval", str(tmp_path / "run" / "model"), str(config)]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scores["perplexity"] == metrics["perplexity"]
+    assert scores["test_tokens"] == metrics["test_tokens"]
+
+
+def test_a_run_from_a_gguf_file(tmp_path: Path) -> None:
+    config = write_text_config(tmp_path, training={"max_steps": 20}, evaluation={"event_timing_steps": 0})
+    path = write_gguf(tmp_path / "tiny.gguf")
+    assert main(["train", str(config), f"output_dir={tmp_path / 'plain'}"]) == 0
+    assert main(["train", str(config), f"model={path}"]) == 0
+    plain, found = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "run")
+    assert found["model"] == str(path)
+    assert found["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-4)
+    assert {"model.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "run" / "model").iterdir()}
