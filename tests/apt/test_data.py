@@ -211,7 +211,7 @@ def test_other_places_that_are_wrong(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no train file, of .csv, .tsv"):
         load(tmp_path, tokenizer)
     (tmp_path / "a.xlsx").write_text("x", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a.xlsx must be one of .csv, .tsv, .jsonl, .parquet, got .xlsx"):
+    with pytest.raises(ValueError, match=r"a.xlsx must be one of .csv, .tsv, .jsonl, .parquet, .txt, got .xlsx"):
         load(tmp_path / "a.xlsx", tokenizer)
 
 
