@@ -51,8 +51,21 @@ class _Total(torch.autograd.Function):
         return grads[0], None, None
 
 
+class _Start(torch.autograd.Function):
+    """Hands h on with a gradient to be asked for, where nothing that trains stands before it; none flows back."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, starter: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return None, None
+
+
 _products: Callable[..., Tensor] = _Products.apply  # torch leaves them untyped
 _total: Callable[..., Tensor] = _Total.apply
+_start: Callable[..., Tensor] = _Start.apply
 
 
 def _token_sum(h: Tensor, valid: Tensor | None) -> Tensor:
@@ -83,6 +96,7 @@ class MaskGate(nn.Module):
         self.products = False  # which statistics are collected; products keep h until backward
         self.totals = False  # collects `total` too
         self.masked = False  # whether any mask differs from 1, kept here so that no step asks the device
+        self._starter = torch.zeros((), requires_grad=True)  # belongs to no optimizer and gets no gradient
         # Not persistent: the checkpoint room saves them with the plan that gave them their size.
         self.register_buffer("mask", torch.ones(num_units, device=device), persistent=False)
         self.register_buffer("sums", torch.zeros(2, num_units * unit_size, device=device), persistent=False)
@@ -112,9 +126,11 @@ class MaskGate(nn.Module):
         self.masked = False
 
     def forward(self, h: Tensor) -> Tensor:
-        collecting = self.collecting and torch.is_grad_enabled() and h.requires_grad
+        collecting = self.collecting and torch.is_grad_enabled()
         if not (self.masked or collecting) or self.num_units == 0:
             return h
+        if collecting and not h.requires_grad:  # the units count as much where no adapter stands before them
+            h = _start(h, self._starter)
         mask = self.mask.repeat_interleave(self.unit_size) if self.masked else None
         if not collecting:
             return apt_kernels.gate(h, mask)

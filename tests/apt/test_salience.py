@@ -112,6 +112,30 @@ def test_each_salience_bounds_the_next() -> None:
         assert (lower < 0.9 * upper).any()
 
 
+@pytest.mark.parametrize("salience", SALIENCES)
+@pytest.mark.parametrize("name", ["bert", "llama_gqa"])
+def test_units_before_the_first_adapter_are_scored_alike(name: str, salience: str) -> None:
+    """Nothing that trains stands before the first gate; embeddings that ask for a gradient say what it should find."""
+    model = fill_adapters(apt.patch_model(tiny_model(name), rank=2, target_modules=["o", "down"]))
+    groups = find_units(model, find_family(model))
+    for group in groups:
+        group.gate.sums, group.gate.count = group.gate.sums.to(WIDE), group.gate.count.to(WIDE)
+    embeddings = model.get_input_embeddings().requires_grad_(True)
+    wanted = brute_force(model, groups, tiny_batch(name), salience)
+    adapters = {key: p.grad for key, p in model.named_parameters() if "lora" in key}
+    embeddings.requires_grad_(False)
+    model.zero_grad()
+    for group in groups:
+        group.gate.collecting, group.gate.products = True, salience != "product_of_sums"
+    model(**tiny_batch(name)).loss.backward()
+    for group in groups:
+        assert wanted[group.name].max() > 1e-6
+        close(group.name, unit_scores(group, salience=salience), wanted[group.name])
+    for key, p in model.named_parameters():
+        if "lora" in key:
+            close(key, p.grad, adapters[key])
+
+
 def test_padding_would_count() -> None:
     """The batch above can tell: with every token taken for real, the scores differ."""
     model, groups = collecting("llama_gqa")
