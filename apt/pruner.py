@@ -71,8 +71,13 @@ class AdaptivePruner:
 
     Units are ranked by salience over parameters, all layers and kinds together, and the longest prefix that fits the
     budget stays. Neurons are ranked in bundles of `round_to`, filled in order of their score, so that the counts come
-    out rounded and one pass is enough. In a uniform layout the best bundle of every layer is one entry of the ranking,
-    the second best of every layer another, and so on. Of equal densities the earlier group and position comes first.
+    out rounded and one pass is enough. Of equal densities the earlier group and position comes first. The sparsity
+    reached passes the target by less than one unit, or bundle, of one layer.
+
+    In a uniform layout the best bundle of every layer is one entry of the ranking, the second best of every layer
+    another, and so on. Such a row costs as many times more as there are layers, several percent of a tiny model; so
+    what the prefix leaves over is filled with later rows that fit, until neither a further head nor a further bundle
+    of neurons in every layer would.
 
     Args:
         total: block parameters of the original model, the denominator of sparsity.
@@ -130,10 +135,13 @@ class AdaptivePruner:
 
         Args:
             groups: unit groups at their present sizes.
-            scores: salience per unit of each group, ``[num_units]``; NaN counts as 0.
+            scores: salience per unit of each group, ``[num_units]``; infinite ones are worth most.
             live: block parameters that are left now.
             step: optimizer steps done.
             sparsity: fraction of the original block parameters that must be gone.
+
+        Raises:
+            ValueError: a score is NaN: no rank could be given to that unit.
         """
         fixed = live - sum(group.num_units * group.cost() for group in groups)
         budget = (1.0 - sparsity) * self.total - fixed
@@ -141,7 +149,7 @@ class AdaptivePruner:
         for index, lane in enumerate(lanes):
             means = []
             for group in lane:
-                orders[group.name], size, mean = _bundles(scores[group.name], self._bundle(lane))
+                orders[group.name], size, mean = _bundles(group.name, scores[group.name], self._bundle(lane))
                 means.append(mean)
             sizes.append(size)
             density.append(np.mean(means, axis=0) / lane[0].cost())
@@ -155,7 +163,11 @@ class AdaptivePruner:
         ranked = np.argsort(-np.concatenate(density), kind="stable")
         costs = np.array([lane[0].cost() * len(lane) for lane in lanes], dtype=np.int64)
         spent = np.cumsum(counts[ranked] * costs[owners[ranked]])
-        taken = ranked[: int(np.searchsorted(spent, budget, side="right"))]
+        prefix = int(np.searchsorted(spent, budget, side="right"))
+        taken = ranked[:prefix]
+        if self.config.layout == "uniform":
+            left = budget - (spent[prefix - 1] if prefix else 0)
+            taken = np.append(taken, _fill(ranked[prefix:], owners, counts * costs[owners], left))
         kept = np.bincount(owners[taken], weights=counts[taken], minlength=len(lanes)).astype(int)
         return PrunePlan(
             step=step,
@@ -167,15 +179,37 @@ class AdaptivePruner:
         )
 
 
-def _bundles(scores: Tensor, bundle: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+def _bundles(
+    name: str, scores: Tensor, bundle: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Positions by falling score, the size of each bundle of neighbours in that order, and its mean score."""
     # An infinite score is worth most, and still leaves room to add and divide.
-    values = np.nan_to_num(scores.detach().to("cpu", torch.float64).numpy(), posinf=LARGEST, neginf=-LARGEST)
+    values = scores.detach().to("cpu", torch.float64).numpy().clip(-LARGEST, LARGEST)
+    if np.isnan(values).any():
+        raise ValueError(
+            f"pruner: {np.isnan(values).sum()} of the {len(values)} scores of {name} are NaN, so its units cannot be "
+            f"ranked; look at what made them"
+        )
     order = np.argsort(-values, kind="stable")
     starts = np.arange(0, len(values), bundle)
     sizes = np.diff(np.append(starts, len(values)))
     mean = np.add.reduceat(values[order], starts) / sizes
     return order, sizes, np.minimum.accumulate(mean)  # rounding must not put a later bundle before an earlier one
+
+
+def _fill(
+    rest: NDArray[np.int64], owners: NDArray[np.int64], costs: NDArray[np.int64], left: float
+) -> NDArray[np.int64]:
+    """Of the entries after the prefix those that still fit, each lane's in order: then no lane's next one does."""
+    taken: list[int] = []
+    closed: set[int] = set()
+    for entry in rest.tolist():
+        if owners[entry] not in closed and costs[entry] <= left:
+            taken.append(entry)
+            left -= costs[entry]
+        else:
+            closed.add(owners[entry])
+    return np.array(taken, dtype=np.int64)
 
 
 def _divide_by_type_mean(kinds: list[str], density: list[NDArray[np.float64]], sizes: list[NDArray[np.int64]]) -> None:

@@ -37,6 +37,14 @@ def unit_scores(group: UnitGroup, grad_scale: float = 1.0, salience: str = "prod
     return units.abs() if salience == "gate_taylor" else units
 
 
+def not_finite(scores: dict[str, Tensor]) -> list[str]:
+    """The groups with a score that is NaN or infinite; asks the device once."""
+    if not scores:
+        return []
+    finite = torch.stack(torch._foreach_norm(list(scores.values()), float("inf"))).isfinite().tolist()
+    return [name for name, good in zip(scores, finite, strict=True) if not good]
+
+
 class OutlierTerm:
     """Adds to salience ``sqrt(max(0, kurtosis))`` of each unit (APT, arXiv 2401.12200, eq. 5).
 

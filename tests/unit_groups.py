@@ -10,8 +10,6 @@ ADVERSARIAL = {
     "all equal": lambda n: torch.full((n,), 0.1),
     "all zero": lambda n: torch.zeros(n),
     "ties": lambda n: torch.randint(0, 3, (n,)).float(),
-    "some NaN": lambda n: torch.rand(n).masked_fill(torch.rand(n) < 0.3, float("nan")),
-    "all NaN": lambda n: torch.full((n,), float("nan")),
     "some inf": lambda n: torch.rand(n).masked_fill(torch.rand(n) < 0.1, float("inf")),
     "all inf": lambda n: torch.full((n,), float("inf")),
     "tiny": lambda n: torch.rand(n) * 1e-38,

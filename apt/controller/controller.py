@@ -15,7 +15,7 @@ from apt.controller.state import patch_state
 from apt.families import find_family
 from apt.pruner import AdaptivePruner
 from apt.records import Event, PrunePlan, RankPlan, append_jsonl
-from apt.salience import MovingAverage, OutlierTerm, adapter_importance, unit_scores
+from apt.salience import MovingAverage, OutlierTerm, adapter_importance, not_finite, unit_scores
 from apt.surgery import apply_prune_plan, apply_rank_plan
 from apt.tuner import AdapterSize, plan_ranks
 from apt.units import UnitGroup, block_params, find_units
@@ -132,7 +132,8 @@ class Controller:
         """Take in the statistics of one optimizer step: call after its last micro-batch, before unscaling or clipping.
 
         Raises:
-            FloatingPointError: a gradient is NaN or infinite (with a scaler the step is dropped instead, as it does).
+            FloatingPointError: a gradient is NaN or infinite (with a scaler the step is dropped instead, as it does),
+                or the salience of a unit is.
         """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norms = torch._foreach_norm(grads) if grads else []
@@ -148,7 +149,13 @@ class Controller:
             scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
             salience = self.config.pruning.salience
             scores = {group.name: unit_scores(group, scale, salience) for group in self.groups}
-            self.salience.update(self.outliers.add(self.groups, scores))
+            scores = self.outliers.add(self.groups, scores)
+            for name in not_finite(scores):
+                raise FloatingPointError(
+                    f"controller: the salience of {name} is NaN or infinite at step {self.step + 1}, so no event could "
+                    f"choose among its units; look at that layer's activations, or train in a wider dtype"
+                )
+            self.salience.update(scores)
             if self.config.tuning.adaptive_rank_update:
                 adapters = [(name, module) for name, module in adapted(self.model) if module.rank]
                 self.importance.update({name: adapter_importance(module, scale) for name, module in adapters})

@@ -223,6 +223,21 @@ def test_a_gradient_that_is_no_number_stops_the_run(value: float) -> None:
     assert equal_bits(loop.model, before)
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scaling"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_score_that_is_no_number_stops_the_run_with_its_group(value: float, scaled: bool) -> None:
+    """As of an activation that overflowed in padding, which reaches neither loss nor gradient."""
+    scaler = {"scaler": Scaler(), "loss_scale": 1024.0} if scaled else {}
+    loop = Loop("bert", patched("bert"), 30, target_sparsity=0.5, **scaler, **BRIEF).take(3)
+    before, scores = copy.deepcopy(loop.model), copy.deepcopy(loop.run.salience.values)
+    group = loop.run.groups[3]
+    group.gate.sums[0, 2] = value
+    with pytest.raises(FloatingPointError, match=f"the salience of {group.name} is NaN or infinite at step 4"):
+        loop.take(1)
+    assert equal_bits(loop.model, before)
+    assert all(torch.equal(loop.run.salience.values[name], scores[name]) for name in scores)
+
+
 class Scaler:
     """What the controller asks a gradient scaler."""
 

@@ -43,15 +43,13 @@ def test_budget_is_met_within_one_unit(scores: str, round_to: int, balance: str)
                 assert len(positions) % round_to == 0 or len(positions) == group.num_units, group.name
 
 
-@pytest.mark.parametrize("balance", ["type", "none"])
-def test_a_score_that_is_nan_is_worth_nothing(balance: str) -> None:
+@pytest.mark.parametrize("name", ["layers.3.heads", "layers.3.neurons"])
+def test_a_score_that_is_nan_is_refused_with_its_group(name: str) -> None:
     groups = groups_of()
-    scores = {group.name: torch.rand(group.num_units) + 0.5 for group in groups}
-    for values in scores.values():
-        values[3] = float("nan")
-    kept = kept_of(groups, scores, 0.8, balance=balance)
-    assert any(kept.values())
-    assert all(3 not in positions for positions in kept.values())
+    scores = {group.name: torch.rand(group.num_units) for group in groups}
+    scores[name][3:5] = float("nan")
+    with pytest.raises(ValueError, match=rf"pruner: 2 of the \d+ scores of {name} are NaN"):
+        kept_of(groups, scores, 0.8)
 
 
 @pytest.mark.parametrize("balance", ["type", "none"])
