@@ -26,8 +26,11 @@ def patch_model(
     nothing until a `Controller` opens it. With ``method="lora"`` only the targets are replaced; this works for any
     ``nn.Module``.
 
+    A model of PEFT with LoRA layers stays PEFT's, in parameters, names and methods; its LoRA linears get the fused op
+    in place of their forward. It takes no config.
+
     Args:
-        model: a Hugging Face model, or any module for ``method="lora"``.
+        model: a Hugging Face model, any module for ``method="lora"``, or a PEFT LoRA model.
         config: None is the default; `method` and `overrides` apply on top.
         method: "apt" or "lora".
         overrides: leaves of the config by name.
@@ -41,6 +44,8 @@ def patch_model(
     """
     if isinstance(getattr(model, "_apt", None), PatchState):
         raise ValueError("patch_model: this model is patched already; call apt.unpatch_model(model) first")
+    if _of_peft(model):
+        return _fuse_peft(model, config, method, overrides)
     if method != "apt" or config is None:
         overrides = {"method": method, **overrides}
     config = (config or APTConfig()).with_overrides(**overrides)
@@ -82,8 +87,14 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
 
     Args:
         model: patched by `patch_model`.
-        merge: add the adapters into the weights first; otherwise what they learnt is dropped.
+        merge: add the adapters into the weights first; otherwise what they learnt is dropped. On a model of PEFT use
+            its own ``merge_and_unload``.
     """
+    if _of_peft(model):
+        from apt.peft_fusion import unfuse
+
+        unfuse(model)
+        return model
     state = patch_state(model)
     for name, module in list(adapted(model)):
         _replace(model, name, plain_linear(module, merge))
@@ -92,6 +103,25 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, False))
     del model._apt
+    return model
+
+
+def _of_peft(model: nn.Module) -> bool:
+    """Whether any layer is one of PEFT's; asked without importing it."""
+    return any(type(module).__module__.startswith(("peft.", "apt.peft_fusion")) for module in model.modules())
+
+
+def _fuse_peft(model: nn.Module, config: APTConfig | None, method: str, overrides: dict[str, Any]) -> nn.Module:
+    from apt.peft_fusion import fuse, is_peft
+
+    if not is_peft(model):
+        raise ValueError("patch_model: of PEFT's methods only LoRA runs on the fused op; train this model as it is")
+    if config is not None or overrides or method not in ("apt", "lora"):
+        raise ValueError(
+            "patch_model: a PEFT model keeps PEFT's settings, so it takes no config, method or overrides; to prune "
+            "while training, give the model without PEFT: patch_model(model.unload())"
+        )
+    fuse(model)
     return model
 
 
