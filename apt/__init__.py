@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from apt.controller import APTConfig, Controller
     from apt.export import export_model, load_model
     from apt.patch import patch_model, summary, unpatch_model
+    from apt.peft_files import load_adapter, save_adapter
     from apt.pruner import AdaptivePruner
     from apt.schedule import SparsityScheduler
     from apt.trainer import APTrainer
@@ -25,8 +26,10 @@ _ROOMS = {
     "Controller": "controller",
     "SparsityScheduler": "schedule",
     "export_model": "export",
+    "load_adapter": "peft_files",
     "load_model": "export",
     "patch_model": "patch",
+    "save_adapter": "peft_files",
     "summary": "patch",
     "unpatch_model": "patch",
 }
@@ -38,8 +41,10 @@ __all__ = [
     "Controller",
     "SparsityScheduler",
     "export_model",
+    "load_adapter",
     "load_model",
     "patch_model",
+    "save_adapter",
     "summary",
     "unpatch_model",
 ]

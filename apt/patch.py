@@ -52,7 +52,7 @@ def patch_model(
     family = find_family(model) if config.method == "apt" else _family_or_none(model)
     if family is not None and not family.layers(model):
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
-    targets, head = _targets(model, config, family), _task_head(model)
+    targets, head = _targets(model, config, family), task_head(model)
     replaced = _prunable(model, family) if config.method == "apt" and family is not None else targets
     hf_config = getattr(model, "config", None)
     state = PatchState(
@@ -192,7 +192,7 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list
             "patch_model: no default targets for this model; give target_modules, such as names of its linear layers"
         )
     wanted = config.target_modules or (family.default_targets if family else ())
-    head = {id(module) for part in _task_head(model) for module in part.modules()}
+    head = {id(module) for part in task_head(model) for module in part.modules()}
     linears = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in head]
     found: dict[str, None] = {}
     for target in wanted:
@@ -234,7 +234,7 @@ def _share_inputs(model: nn.Module, family: Family) -> None:
                 SharedInput(members)
 
 
-def _task_head(model: nn.Module) -> list[nn.Module]:
+def task_head(model: nn.Module) -> list[nn.Module]:
     """What trains in full: all outside the base model, and its pooler; but a language-model head is frozen."""
     base = base_model(model)
     outside = [module for module in model.children() if module is not base] if base is not model else []

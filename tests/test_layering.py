@@ -34,6 +34,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "checkpoint",
     "trainer",
     "export",
+    "peft_files",
     "report",
     "run",
     "manager",

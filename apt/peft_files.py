@@ -1,0 +1,174 @@
+"""Adapters to and from PEFT's LoRA folders: what PEFT, vLLM and llama.cpp read, and where a run can start."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from apt.adapters import APTAdapter, adapted, exchange
+from apt.controller import patch_state
+from apt.patch import summary, task_head
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # servers take an adapter of one of these ranks
+TASKS = {
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+    "CausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False, overwrite: bool = False) -> Path:
+    """Save the adapters of an unpruned model, and its trained head, as a PEFT LoRA folder.
+
+    The scale is folded into B, so that the readers, which compute it in different ways, all come to 1. By default every
+    adapter is padded with zeros to one rank that servers accept (``r = lora_alpha``); with `compact` each keeps its
+    own, in ``rank_pattern`` and ``alpha_pattern``, which PEFT reads and llama.cpp and older vLLM do not.
+
+    Args:
+        model: patched by `apt.patch_model`.
+        folder: written under a temporary name, then renamed.
+        compact: keep every rank as it is.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        ValueError: units were pruned or are masked, there is no adapter, or the folder exists.
+    """
+    folder, counts = Path(folder), summary(model)
+    if counts.masked or counts.sparsity > 0.0:
+        raise ValueError(
+            "save_adapter: a LoRA file cannot say that parts of the base are gone; use apt.export_model, which saves "
+            "the small model whole"
+        )
+    if folder.exists() and not overwrite:
+        raise ValueError(f"save_adapter: {folder} exists; give another folder or overwrite=True")
+    modules = {name: module for name, module in adapted(model) if module.rank}
+    if not modules:
+        raise ValueError("save_adapter: the model has no adapter")
+    top = max(module.rank for module in modules.values())
+    rank = top if compact else next((r for r in RANKS if r >= top), top)
+    tensors = {}
+    for name, module in modules.items():
+        a, b = (factor.detach().cpu().float() for factor in module.factors())
+        pad = 0 if compact else rank - module.rank
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, pad))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(module.scale * b, (0, pad))
+    names = {id(module): name for name, module in model.named_modules()}
+    heads = [names[id(part)] for part in task_head(model) if any(True for _ in part.parameters())]
+    for head in heads:
+        parts = model.get_submodule(head).state_dict()
+        tensors |= {f"{PREFIX}{head}.{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
+    own = {name: module.rank for name, module in modules.items() if compact and module.rank != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": own,
+        "alpha_pattern": own,
+        "target_modules": _targets(model, set(modules)),
+        "modules_to_save": sorted({head.rpartition(".")[2] for head in heads}) or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(partial, folder)
+    return folder
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Start a patched model from a PEFT LoRA folder: its adapters and its head, whatever their ranks.
+
+    Call it before the optimizer and the controller are made. Ranks that the file pads with zeros are left out.
+
+    Raises:
+        ValueError: the folder holds no LoRA, one that is more than a LoRA (DoRA, biases), or one of another model.
+    """
+    patch_state(model)
+    config, tensors = _read(Path(folder))
+    modules = {name: module for name, module in adapted(model) if module.rank}
+    parameters = dict(model.named_parameters())
+    found: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if name:
+            found.setdefault(name, {})[factor] = tensor
+        else:
+            heads[key.removeprefix(PREFIX)] = tensor
+    missing = sorted(set(found) - set(modules))
+    if missing:
+        raise ValueError(
+            f"load_adapter: {folder} adapts {missing[0]}, where the model has no adapter; patch it with "
+            f"target_modules={sorted({name.rpartition('.')[2] for name in found})}"
+        )
+    for name, factors in found.items():
+        want = (modules[name].n_out, modules[name].n_in)
+        if (factors["B"].shape[0], factors["A"].shape[1]) != want:
+            shapes = [list(factors[side].shape) for side in "AB"]
+            raise ValueError(f"load_adapter: {name} maps {want[1]} to {want[0]} features, but {folder} has {shapes}")
+    for name, tensor in heads.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(f"load_adapter: {folder} holds {name} {list(tensor.shape)}, which the model does not have")
+    for name, factors in found.items():
+        _set(modules[name], factors["A"], factors["B"] * (_scale(config, name, factors["A"]) / modules[name].scale))
+    for name, tensor in heads.items():
+        parameters[name].copy_(tensor)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
+        raise ValueError(f"load_adapter: {folder} holds no {CONFIG} and {WEIGHTS}")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    more = [name for name in ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora") if config.get(name)]
+    if config.get("peft_type") != "LORA" or more or config.get("bias", "none") != "none":
+        what = more[0] if more else config.get("peft_type") if config.get("peft_type") != "LORA" else "bias"
+        raise ValueError(f"load_adapter: {folder} is more than a plain LoRA ({what}); merge it with PEFT first")
+    return config, load_file(folder / WEIGHTS)
+
+
+def _scale(config: dict[str, Any], name: str, a: Tensor) -> float:
+    """PEFT's scaling of one module: alpha over its rank, or over the root of it."""
+    patterns = config.get("alpha_pattern") or {}
+    matching = (value for key, value in patterns.items() if re.match(rf"^(.*\.)?({key})$", name))
+    alpha = float(next(matching, config["lora_alpha"]))
+    return float(alpha / (a.shape[0] ** 0.5 if config.get("use_rslora") else a.shape[0]))
+
+
+def _set(module: APTAdapter, a: Tensor, b: Tensor) -> None:
+    """Give an adapter other factors; ranks that are zero on both sides could never learn and are left out."""
+    assert module.lora_A is not None
+    assert module.lora_B is not None
+    live = (a != 0).any(1) | (b != 0).any(0)
+    if live.any():
+        exchange(module.lora_A, a[live].to(module.lora_A))
+        exchange(module.lora_B, b[:, live].to(module.lora_B).contiguous())
+
+
+def _targets(model: nn.Module, names: set[str]) -> list[str]:
+    """The shortest endings that name these modules and no other linear layer."""
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | APTAdapter)}
+    targets = set()
+    for name in names:
+        parts = name.split(".")
+        endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        targets.add(next(e for e in endings if all(n in names for n in linears if n == e or n.endswith("." + e))))
+    return sorted(targets)

@@ -1,0 +1,156 @@
+"""Adapters saved for PEFT, read by PEFT; adapters of PEFT as the start of a run. The logits say whether it is right."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import MODELS, fill_adapters, tiny_batch, tiny_model
+from torch import Tensor, nn
+
+import apt
+from apt.records import PrunePlan
+from apt.surgery import apply_prune_plan
+
+KINDS = [name for name in ("bert", "distilbert", "llama_gqa", "qwen3", "opt", "t5") if name in MODELS]
+
+
+def logits(model: nn.Module, kind: str) -> Tensor:
+    with torch.no_grad():
+        return model(**tiny_batch(kind)).logits
+
+
+def ours(kind: str, **settings: Any) -> Any:
+    """A patched model in float32 with adapters of several ranks and a head that moved."""
+    settings = {"rank": 3, "target_modules": ("q", "v", "down"), **settings}
+    model = fill_adapters(apt.patch_model(tiny_model(kind, torch.float32), **settings))
+    module = next(module for module in model.modules() if isinstance(module, apt.APTAdapter) and module.rank)
+    module.increase_rank(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["apt", "lora"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_peft_reads_what_we_saved(kind: str, method: str, compact: bool, tmp_path: Path) -> None:
+    model = ours(kind, method=method)
+    apt.save_adapter(model, tmp_path / "adapter", compact=compact)
+    theirs = PeftModel.from_pretrained(tiny_model(kind, torch.float32), tmp_path / "adapter").eval()
+    assert (logits(theirs, kind) - logits(model, kind)).abs().max() < 1e-4 * logits(model, kind).abs().max().clamp(
+        min=1
+    )
+    assert (logits(theirs, kind) - logits(tiny_model(kind, torch.float32), kind)).abs().max() > 1e-2
+    shapes = {
+        tensor.shape[0]
+        for key, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()
+        if "lora_A" in key
+    }
+    assert shapes == ({3, 5} if compact else {8})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_own_round_trip(kind: str, tmp_path: Path) -> None:
+    model = ours(kind)
+    apt.save_adapter(model, tmp_path / "adapter")
+    again = apt.patch_model(tiny_model(kind, torch.float32), rank=2, scale=0.5, target_modules=("q", "v", "down"))
+    apt.load_adapter(again, tmp_path / "adapter")
+    assert torch.allclose(logits(again, kind), logits(model, kind), atol=1e-4, rtol=1e-4)
+    # The zeros that pad a rank could never learn, so they are not taken over.
+    assert apt.summary(again).ranks == apt.summary(model).ranks
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"layer.1.attention.self.query": 2}, "alpha_pattern": {"layer.1.attention.self.query": 7}},
+    ],
+)
+def test_a_peft_folder_is_the_start_of_a_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["query", "value"], task_type="SEQ_CLS", **settings)
+    theirs = get_peft_model(tiny_model("bert", torch.float32), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = apt.patch_model(tiny_model("bert", torch.float32), target_modules=("q", "v"))
+    apt.load_adapter(model, tmp_path / "theirs")
+    assert torch.allclose(logits(model, "bert"), logits(theirs.eval(), "bert"), atol=1e-5, rtol=1e-5)
+    # And it trains and prunes from there.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    run = apt.Controller(model, optimizer, 20, target_sparsity=0.3, round_to=1)
+    for step in range(20):
+        run.loss(model(**tiny_batch("bert", seed=step))).backward()
+        run.after_backward()
+        optimizer.step()
+        run.after_step()
+        optimizer.zero_grad()
+    assert apt.summary(model).sparsity >= 0.3
+
+
+def test_target_modules_name_the_adapted_layers_and_no_other(tmp_path: Path) -> None:
+    for targets, expected in (
+        (("q", "v"), ["query", "value"]),
+        (("down",), [f"{i}.output.dense" for i in range(3)]),  # "output.dense" would name the attention's too
+        (("bert.encoder.layer.1.attention.self.query",), ["1.attention.self.query"]),
+    ):
+        model = apt.patch_model(tiny_model("bert", torch.float32), target_modules=targets)
+        apt.save_adapter(model, tmp_path / "a", overwrite=True)
+        assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"] == expected
+
+
+def pruned() -> nn.Module:
+    model = ours("bert")
+    kept = {"layers.0.neurons": list(range(8))}
+    apply_prune_plan(model, PrunePlan(step=1, target_sparsity=0.1, kept=kept, round_to=8))
+    return model
+
+
+def test_a_pruned_model_is_no_lora_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"use apt\.export_model"):
+        apt.save_adapter(pruned(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
+    apt.save_adapter(ours("bert"), tmp_path / "a")
+    with pytest.raises(ValueError, match="overwrite=True"):
+        apt.save_adapter(ours("bert"), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "targets", "words"),
+    [
+        ({"use_dora": True}, ("q",), "use_dora"),
+        ({"bias": "all"}, ("q",), "bias"),
+        ({"target_modules": ["query", "key"]}, ("q",), r"target_modules=\['key', 'query'\]"),
+    ],
+)
+def test_what_cannot_be_a_start_is_refused(
+    settings: dict[str, Any], targets: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    config = LoraConfig(**{"target_modules": ["query"], **settings})
+    get_peft_model(tiny_model("bert", torch.float32), config).save_pretrained(tmp_path / "a")
+    model = apt.patch_model(tiny_model("bert", torch.float32), target_modules=targets)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=words):
+        apt.load_adapter(model, tmp_path / "a")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_another_models_adapter_changes_nothing(tmp_path: Path) -> None:
+    apt.save_adapter(ours("bert"), tmp_path / "a")
+    wider = tiny_model("bert", torch.float32, hidden_size=48, num_attention_heads=4)
+    with pytest.raises(ValueError, match="maps 48 to 48 features"):
+        apt.load_adapter(apt.patch_model(wider, target_modules=("q", "v", "down")), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):
+        apt.load_adapter(ours("bert"), tmp_path)
