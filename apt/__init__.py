@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from apt.adapters import APTAdapter
     from apt.controller import APTConfig, Controller
+    from apt.distiller import SelfDistiller
     from apt.export import export_model, load_model
     from apt.patch import patch_model, summary, unpatch_model
     from apt.peft_files import load_adapter, save_adapter
@@ -24,6 +25,7 @@ _ROOMS = {
     "APTrainer": "trainer",
     "AdaptivePruner": "pruner",
     "Controller": "controller",
+    "SelfDistiller": "distiller",
     "SparsityScheduler": "schedule",
     "export_model": "export",
     "load_adapter": "peft_files",
@@ -39,6 +41,7 @@ __all__ = [
     "APTrainer",
     "AdaptivePruner",
     "Controller",
+    "SelfDistiller",
     "SparsityScheduler",
     "export_model",
     "load_adapter",

@@ -36,6 +36,8 @@ class APTAdapter(nn.Module):
     bias: nn.Parameter | None  # [O]
     lora_A: nn.Parameter | None  # [R, n_in]
     lora_B: nn.Parameter | None  # [n_out, R]
+    teacher_A: Tensor | None  # [R, I], the adapter of a teacher that runs at the full widths of the weight
+    teacher_B: Tensor | None  # [O, R]
 
     def __init__(
         self,
@@ -55,6 +57,8 @@ class APTAdapter(nn.Module):
         self.weight, self.bias = weight, base.bias
         self.gate_in = gate_in
         self.shared: SharedInput | None = None
+        self.register_buffer("teacher_A", None, persistent=False)
+        self.register_buffer("teacher_B", None, persistent=False)
         self.lora_A, self.lora_B = None, None
         if rank:
             self.lora_A = nn.Parameter(self._new_rows(rank, "lora"))
@@ -108,6 +112,15 @@ class APTAdapter(nn.Module):
         if self.weight.shape == (self.n_out, self.n_in):
             return self.weight, self.bias
         return self.weight[: self.n_out, : self.n_in], None if self.bias is None else self.bias[: self.n_out]
+
+    def free_tail(self) -> None:
+        """Give back the memory behind the live part, and with it the adapter of a teacher that read it."""
+        weight, bias = self.view()
+        self.teacher_A = self.teacher_B = None
+        if weight is not self.weight:
+            exchange(self.weight, weight.detach().clone(memory_format=torch.contiguous_format))
+            if self.bias is not None and bias is not None:
+                exchange(self.bias, bias.detach().clone())
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

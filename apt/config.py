@@ -11,7 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from apt.controller import METHODS, APTConfig, DistillationConfig
+from apt.controller import METHODS, APTConfig
+from apt.distiller import DistillationConfig
 from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
 

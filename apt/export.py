@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from apt import __version__
 from apt.adapters import adapted
 from apt.controller import patch_state
+from apt.distiller import TRANSFORM
 from apt.families import Attention, Family, find_family
 from apt.patch import summary
 from apt.units import num_units, part_linears
@@ -122,6 +123,8 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         module = modules.get(owner)
+        if owner == TRANSFORM:  # it served training alone
+            continue
         if module is not None:
             if leaf not in ("weight", "bias"):
                 continue

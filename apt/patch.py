@@ -9,8 +9,10 @@ from torch import nn
 
 from apt.adapters import APTAdapter, SharedInput, adapted
 from apt.controller import APTConfig, PatchState, patch_state
+from apt.distiller import TRANSFORM, release
 from apt.families import ROLES, Family, base_model, find_family
 from apt.gates import MaskGate, ValidTokens
+from apt.surgery import free_tails
 from apt.units import block_params, num_units, part_linears, unit_gates
 
 IGNORED = -100  # the label of a token that no loss counts
@@ -96,6 +98,8 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
         unfuse(model)
         return model
     state = patch_state(model)
+    release(model)
+    free_tails(model)
     for name, module in list(adapted(model)):
         _replace(model, name, plain_linear(module, merge))
     for hook in state.hooks:
@@ -292,7 +296,7 @@ def summary(model: nn.Module) -> Summary:
     """Count a patched model. Raises ValueError on one that is not patched."""
     state = patch_state(model)
     modules = dict(adapted(model))
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{TRANSFORM}."))
     tails = sum(m.weight.numel() - m.n_out * m.n_in for m in modules.values())
     tails += sum(m.bias.numel() - m.n_out for m in modules.values() if m.bias is not None)
     adapters = sum(m.rank * (m.n_in + m.n_out) for m in modules.values())

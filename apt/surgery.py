@@ -4,21 +4,23 @@ Parameters keep their identity (`param.data` is exchanged), so optimizer groups 
 the moments of every surviving row and column stay with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from apt.adapters import APTAdapter, adapted, exchange
-from apt.families import Attention, find_family
+from apt.families import Attention, EmptyAttention, find_family
 from apt.records import Event, PrunePlan, RankPlan
 from apt.units import UnitGroup, find_units
 
 
-def apply_event(model: nn.Module, event: Event, optimizer: torch.optim.Optimizer | None = None) -> None:
+def apply_event(
+    model: nn.Module, event: Event, optimizer: torch.optim.Optimizer | None = None, *, keep_tail: bool = False
+) -> None:
     """Carry out an event's plans: in a run, or replayed onto a freshly patched model."""
     if event.prune is not None:
-        apply_prune_plan(model, event.prune, optimizer)
+        apply_prune_plan(model, event.prune, optimizer, keep_tail=keep_tail)
     if event.rank is not None:
         apply_rank_plan(model, event.rank, optimizer)
 
@@ -33,8 +35,8 @@ def apply_prune_plan(
         model: a patched model.
         plan: positions that stay, by unit group.
         optimizer: its moments follow.
-        keep_tail: leave what was cut behind the kept part of each weight, where a dense reader still finds it; the
-            adapted layers then compute with a view. Otherwise its memory is freed.
+        keep_tail: leave what was cut behind the kept part of each weight, where a dense teacher still finds it, and its
+            adapters in the same order; the adapted layers then compute with a view. Otherwise its memory is freed.
 
     Raises:
         ValueError: the plan names other groups or positions than the model has.
@@ -74,7 +76,18 @@ def _prune_group(
         for member in group.members:
             _drop_adapter(member.linear, optimizer)
         if isinstance(group.part, Attention):
-            group.part.remove(group.layer.module)
+            attention = group.layer.module.get_submodule(group.part.module)
+            group.part.remove(group.layer.module).dense = (attention,) if keep_tail else ()
+
+
+@torch.no_grad()
+def free_tails(model: nn.Module) -> None:
+    """Give back what `keep_tail` left behind: no teacher reads the dense weights any more."""
+    for module in model.modules():
+        if isinstance(module, APTAdapter):
+            module.free_tail()
+        elif isinstance(module, EmptyAttention):
+            module.dense = ()
 
 
 def _stored_units(group: UnitGroup) -> int:
@@ -94,6 +107,8 @@ def _cut(
     for tensor, along in tensors:
         index = _retained_first(features, live, tensor.shape[along]) if keep_tail else features
         exchange(tensor, tensor.data.index_select(along, index))
+    if keep_tail:
+        _permute_teacher(linear, axis, _retained_first(features, live, linear.weight.shape[dim]))
     if axis == "out":
         linear.n_out = features.numel()
     else:
@@ -101,6 +116,15 @@ def _cut(
     parameter = linear.lora_B if axis == "out" else linear.lora_A
     if parameter is not None:
         _follow(parameter, lambda t: t.index_select(dim, features), optimizer)
+
+
+def _permute_teacher(linear: APTAdapter, axis: str, order: Tensor) -> None:
+    """A teacher's adapter stays in the order of the weight that it is added to."""
+    if linear.teacher_A is not None and linear.teacher_B is not None:
+        if axis == "in":
+            linear.teacher_A = linear.teacher_A.index_select(1, order)
+        else:
+            linear.teacher_B = linear.teacher_B.index_select(0, order)
 
 
 def _retained_first(features: Tensor, live: int, full: int) -> Tensor:
@@ -189,11 +213,16 @@ def _moments(
 
 def _drop_adapter(linear: APTAdapter, optimizer: torch.optim.Optimizer | None) -> None:
     """Remove an adapter whose layer is empty, from the optimizer too."""
-    gone = {id(parameter) for parameter in (linear.lora_A, linear.lora_B) if parameter is not None}
+    forget([parameter for parameter in (linear.lora_A, linear.lora_B) if parameter is not None], optimizer)
+    linear.drop_adapter()
+
+
+def forget(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
+    """Take parameters that are gone out of the optimizer, with their moments; the groups stay."""
+    gone = {id(parameter) for parameter in parameters}
     if optimizer is not None and gone:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in gone:
                     optimizer.state.pop(parameter, None)
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
-    linear.drop_adapter()

@@ -4,21 +4,11 @@ import difflib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from apt.distiller import DistillationConfig
 from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
 
 METHODS = ("apt", "lora")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """Self-distillation. This version has no teacher."""
-
-    use_self_distillation: bool = False
-
-    def __post_init__(self) -> None:
-        if self.use_self_distillation:
-            raise ValueError("distillation: this version has no teacher; set use_self_distillation to false")
 
 
 @dataclass(frozen=True, kw_only=True)

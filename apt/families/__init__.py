@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from apt.families.base import FFN, ROLES, Attention, Family, Layer, base_model
+from apt.families.base import FFN, ROLES, Attention, Family, Layer, Stack, base_model
 from apt.families.bert import BERT
 from apt.families.deberta import DEBERTA
 from apt.families.distilbert import DISTILBERT
@@ -13,7 +13,18 @@ from apt.families.opt import OPT
 
 FAMILIES = (BERT, DEBERTA, DISTILBERT, GEMMA, LLAMA, OPT)
 
-__all__ = ["FAMILIES", "FFN", "ROLES", "Attention", "EmptyAttention", "Family", "Layer", "base_model", "find_family"]
+__all__ = [
+    "FAMILIES",
+    "FFN",
+    "ROLES",
+    "Attention",
+    "EmptyAttention",
+    "Family",
+    "Layer",
+    "Stack",
+    "base_model",
+    "find_family",
+]
 
 
 def find_family(model: nn.Module) -> Family:

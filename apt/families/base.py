@@ -71,12 +71,14 @@ class Attention:
         if self.follow is not None and order is not None:
             self.follow(attention, order)
 
-    def remove(self, layer: nn.Module) -> None:
+    def remove(self, layer: nn.Module) -> EmptyAttention:
         """Put an `EmptyAttention` in the place of the module, which has no heads left."""
         attention, out = layer.get_submodule(self.module), layer.get_submodule(self.linears["o"])
         parent, _, name = self.module.rpartition(".")
         inner = out if self.o.startswith(".") else None
-        setattr(layer.get_submodule(parent), name, self.empty(attention, inner))
+        empty = self.empty(attention, inner)
+        setattr(layer.get_submodule(parent), name, empty)
+        return empty
 
 
 @dataclass(frozen=True, kw_only=True)

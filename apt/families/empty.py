@@ -1,5 +1,6 @@
 """What stands where a layer lost all its heads: it computes nothing and keeps what the output bias adds."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ class EmptyAttention(nn.Module):
         bias: Any = None if out is None else out.bias
         self.width = 0 if out is None else weight.shape[0]
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # The attention, where a dense teacher still runs it. In a tuple it is no part of the model, yet moves with it.
+        self.dense: tuple[nn.Module, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EmptyAttention":
+        for module in self.dense:
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def output(self, hidden_states: Tensor) -> Tensor:
         """Of the shape that the next module expects, without memory of its own."""
