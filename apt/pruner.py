@@ -31,7 +31,9 @@ class PruningConfig:
     round_to: int = 8  # neurons of a layer come in multiples of this
     min_heads: int = 0  # KV groups every layer keeps
     min_neurons: int = 0  # neurons every layer keeps
-    salience: str = "product_of_sums"  # of a unit; or "sum_of_products", "gate_taylor": both keep activations for it
+    prune_before_tuning: bool = False  # all at once before step 1, from static scores; no pruning event comes later
+    calibration_batches: int = 32  # of training data, summed into these scores; at least 1
+    salience: str = "product_of_sums"  # of a unit; "sum_of_products", "gate_taylor" keep activations; or "magnitude"
     kurtosis: str | None = None  # added to it: "off", "paper", "normalized", "original"; null: paper in decoders only
     balance: str = "type"  # "type": densities over their mean among heads or among neurons; "none": as they are
     layout: str = "free"  # "free": each layer its own counts; "uniform": as many heads and neurons in every layer
@@ -49,18 +51,27 @@ class PruningConfig:
                 raise ValueError(f"pruning: {name} must be a fraction in [0, 1] or a number of steps, got {point}")
         if self.num_events < 0 or self.round_to < 1 or self.min_heads < 0 or self.min_neurons < 0:
             raise ValueError("pruning: num_events, min_heads and min_neurons must be at least 0, round_to at least 1")
-        if self.num_events == 0 and self.target_sparsity > 0.0:
+        if self.calibration_batches < 1:
+            raise ValueError(f"pruning: calibration_batches must be at least 1, got {self.calibration_batches}")
+        if self.salience == "magnitude" and self.kurtosis not in (None, "off"):
+            raise ValueError(
+                f"pruning: salience 'magnitude' takes no statistics, so kurtosis must be 'off', got {self.kurtosis!r}"
+            )
+        if self.num_events == 0 and self.target_sparsity > 0.0 and not self.prune_before_tuning:
             raise ValueError(f"pruning: target_sparsity {self.target_sparsity} needs num_events of at least 1, got 0")
 
     def schedule(self, total_steps: int) -> SparsityScheduler:
-        """The schedule of a run of that many optimizer steps; a run that is too short raises ValueError."""
+        """The schedule of a run of that many optimizer steps; a run that is too short raises ValueError.
+
+        With `prune_before_tuning` it has no events: all is done before step 1.
+        """
         return SparsityScheduler(
             total_steps,
             self.target_sparsity,
             prune_start=self.prune_start,
             prune_end=self.prune_end,
             sparsity_warmup=self.sparsity_warmup,
-            num_events=self.num_events,
+            num_events=0 if self.prune_before_tuning else self.num_events,
             decay=self.decay,
             settle=self.settle,
         )

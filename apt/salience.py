@@ -7,7 +7,7 @@ import apt_kernels
 from apt.adapters import APTAdapter
 from apt.units import UnitGroup
 
-SALIENCES = ("product_of_sums", "sum_of_products", "gate_taylor")
+SALIENCES = ("product_of_sums", "sum_of_products", "gate_taylor", "magnitude")
 KURTOSES = ("off", "paper", "normalized", "original")
 
 
@@ -19,6 +19,7 @@ def unit_scores(group: UnitGroup, grad_scale: float = 1.0, salience: str = "prod
         product_of_sums   sum over features of mean|h| * sum|dL/dy|    (APT, arXiv 2401.12200, eq. 4, Algorithm 1)
         sum_of_products   sum over features and tokens of |h * dL/dy|
         gate_taylor       |sum over features and tokens of h * dL/dy|, which is |dL/dmask| of an open unit
+        magnitude         sum of |w| over all weights and biases of the unit, adapters merged; asks for no statistics
 
     The mean divides the product once by the number of tokens: for a mean-reduced loss no score depends on batch size
     or padding.
@@ -28,6 +29,8 @@ def unit_scores(group: UnitGroup, grad_scale: float = 1.0, salience: str = "prod
         grad_scale: the loss scaler's factor on the gradients.
         salience: one of `SALIENCES`.
     """
+    if salience == "magnitude":
+        return _magnitude(group)
     first_D, second_D = group.gate.sums
     if salience == "product_of_sums":
         features_D = first_D * second_D / (group.gate.count.clamp(min=1.0) * grad_scale)
@@ -43,6 +46,22 @@ def not_finite(scores: dict[str, Tensor]) -> list[str]:
         return []
     finite = torch.stack(torch._foreach_norm(list(scores.values()), float("inf"))).isfinite().tolist()
     return [name for name, good in zip(scores, finite, strict=True) if not good]
+
+
+@torch.no_grad()
+def _magnitude(group: UnitGroup) -> Tensor:
+    """L1 norm of each unit, ``[num_units]``: over its cost, the mean |w| of the unit."""
+    norms = torch.zeros((), device=group.gate.mask.device)
+    for member in group.members:
+        weight_OI, bias_O = member.linear.view()
+        if member.linear.rank:
+            weight_OI = member.linear.merged_weight()
+        wide = torch.promote_types(weight_OI.dtype, torch.float32)
+        sums = weight_OI.abs().sum(1 if member.axis == "out" else 0, dtype=wide)
+        if member.axis == "out" and bias_O is not None:
+            sums = sums + bias_O.abs()
+        norms = norms + sums.view(-1, member.width).sum(1)
+    return norms
 
 
 class OutlierTerm:

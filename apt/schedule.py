@@ -12,6 +12,11 @@ def to_steps(point: Point, length: int) -> int:
     return point if isinstance(point, int) else int(point * length)
 
 
+def event_steps(start: int, end: int, num_events: int) -> list[int]:
+    """``int(linspace(start, end, N + 1))[k]``, k = 1..N: the optimizer steps after which N events come, ascending."""
+    return [int(step) for step in np.linspace(start, end, num_events + 1)[1:]]
+
+
 @dataclass(frozen=True)
 class SparsityScheduler:
     """Cubic sparsity over a window of the run, reached in a few events (APT, `param_control.py`; method.md 4.1).
@@ -65,7 +70,7 @@ class SparsityScheduler:
     @property
     def events(self) -> list[int]:
         """The optimizer step after which each event comes, ascending."""
-        return [int(step) for step in np.linspace(self.start, self.end, self.num_events + 1)[1:]]
+        return event_steps(self.start, self.end, self.num_events)
 
     def get_current_sparsity(self, step: int) -> float:
         """The sparsity asked for at a step: 0 before the window, the target after it, cubic between."""
@@ -76,11 +81,6 @@ class SparsityScheduler:
             return 0.0
         left = (self.end - step) / (self.end - warm)
         return self.target_sparsity * (1.0 - left**3)
-
-    def budget_ratio(self, step: int, final: float) -> float:
-        """Adapter parameters over those at the start: linear from 1 at prune_start to `final` at prune_end."""
-        progress = (step - self.start) / (self.end - self.start)
-        return 1.0 + (final - 1.0) * min(1.0, max(0.0, progress))
 
     def windows(self, index: int) -> tuple[int, int]:
         """Steps ``(decay begins, settled)`` of event `index` (0-based): masks fall between, rest after.
@@ -93,3 +93,48 @@ class SparsityScheduler:
         settled = max(before, event - settle)
         begins = max(before, settled - decay)
         return (begins, settled) if settled > begins else (event, event)
+
+
+@dataclass(frozen=True)
+class TuningSchedule:
+    """When ranks grow, and up to which budget: linear over a window of its own (method.md 5.2).
+
+    Args:
+        total_steps: optimizer steps of the run.
+        tune_start, tune_end: points of the run; the budget is full at tune_end.
+        num_events: growths, spaced like the events of `SparsityScheduler`.
+
+    Raises:
+        ValueError: the run is too short for so many distinct events.
+    """
+
+    total_steps: int
+    tune_start: Point = 0.02
+    tune_end: Point = 0.40
+    num_events: int = 5
+
+    def __post_init__(self) -> None:
+        steps = self.events
+        if sorted(set(steps)) != steps or (steps and (steps[0] <= self.start or steps[-1] > self.total_steps)):
+            raise ValueError(
+                f"tuning: a run of {self.total_steps} steps is too short for ranks to grow {self.num_events} times "
+                f"between step {self.start} and step {self.end}; train for more steps or lower num_tuning_events"
+            )
+
+    @property
+    def start(self) -> int:
+        return to_steps(self.tune_start, self.total_steps)
+
+    @property
+    def end(self) -> int:
+        return to_steps(self.tune_end, self.total_steps)
+
+    @property
+    def events(self) -> list[int]:
+        """The optimizer step after which each growth comes, ascending."""
+        return event_steps(self.start, self.end, self.num_events)
+
+    def budget_ratio(self, step: int, final: float) -> float:
+        """Adapter parameters over those at the start: linear from 1 at tune_start to `final` at tune_end."""
+        progress = (step - self.start) / (self.end - self.start)
+        return 1.0 + (final - 1.0) * min(1.0, max(0.0, progress))

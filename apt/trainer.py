@@ -1,6 +1,8 @@
 """APTrainer: a `transformers.Trainer` that drives the controller. It takes no decision of its own."""
 
+import itertools
 import time
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,23 @@ class APTrainer(Trainer):
         )
         if self._resume_from is not None:
             load_controller(self.controller, self._resume_from)
+        if self.controller.awaits_calibration:
+            self.controller.prune_before_tuning(
+                self._calibration_batches(), lambda model, batch: self.compute_loss(model, dict(batch))
+            )
+
+    def _calibration_batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of the training data, drawn with the run's seed; its own loader and random state stay as they are."""
+        dataset, size = self.train_dataset, self.args.per_device_train_batch_size
+        if isinstance(dataset, Sized):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+            rows: Iterator[Any] = (dataset[index] for index in order)  # type: ignore[index]
+        else:
+            rows = iter(dataset)  # type: ignore[arg-type]
+        collate = self._get_collator_with_removed_columns(self.data_collator, "calibration")
+        while chosen := list(itertools.islice(rows, size)):
+            yield self._prepare_inputs(collate(chosen))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train. On a NaN or infinite loss or gradient the last good state is saved as a checkpoint first.
@@ -88,7 +107,7 @@ class APTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training:
+        if model.training and not self.controller.awaits_calibration:
             loss = self.controller.loss(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -100,9 +119,12 @@ class APTrainer(Trainer):
             self.controller.after_backward()
         return loss
 
-    def throughput(self) -> dict[str, float]:
-        """Tokens per second, padding included, before the first event and after the last; the same with none."""
-        steps = [event.step for event in self.controller.events]
+    def throughput(self) -> dict[str, float | None]:
+        """Tokens per second, padding included, before units first go and after they last do; the same where none go.
+
+        None where this process did no such step.
+        """
+        steps = [event.step for event in self.controller.events if event.prune is not None]
         first, last = (steps[0], steps[-1]) if steps else (self._clock.last, 0)
         return {
             "tokens_per_s_before": self._clock.rate(0, first),
@@ -155,10 +177,10 @@ class _StepClock:
         self._rows[step] = self.tokens, time.perf_counter() - self._started
         self.last = step
 
-    def rate(self, first: int, last: int) -> float:
-        """Tokens per second over the steps after `first` up to `last`; 0 where this process did none of them."""
+    def rate(self, first: int, last: int) -> float | None:
+        """Tokens per second over the steps after `first` up to `last`; None where this process did none of them."""
         rows = [row for step, row in self._rows.items() if first < step <= last]
-        return sum(tokens for tokens, _ in rows) / sum(seconds for _, seconds in rows) if rows else 0.0
+        return sum(tokens for tokens, _ in rows) / sum(seconds for _, seconds in rows) if rows else None
 
 
 def _trainer_arguments() -> set[str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from apt.records import RankPlan
+from apt.schedule import Point
 
 STRATEGIES = ("top_half",)
 
@@ -16,6 +17,9 @@ class TuningConfig:
     max_rank: int = 64  # of one adapter
     rank_increase_strategy: str = "top_half"  # the more important half of all adapters grows
     init_std: float | None = None  # of new rows of A; None is 1 / sqrt(3 * inputs)
+    tune_start: Point | None = None  # float: fraction of the run; int: optimizer step; null: prune_start
+    tune_end: Point | None = None  # the last growth, where the budget is full; null: prune_end
+    num_tuning_events: int | None = None  # growths, 0 or more; null: num_events, so ranks grow as units go
 
     def __post_init__(self) -> None:
         if self.budget_ratio < 1.0 or self.max_rank < 1:
@@ -24,6 +28,12 @@ class TuningConfig:
             )
         if self.rank_increase_strategy not in STRATEGIES:
             raise ValueError(f"tuning: rank_increase_strategy must be one of {list(STRATEGIES)}")
+        for name in ("tune_start", "tune_end"):
+            point = getattr(self, name)
+            if point is not None and (point < 0 or (isinstance(point, float) and point > 1.0)):
+                raise ValueError(f"tuning: {name} must be a fraction in [0, 1] or a number of steps, got {point}")
+        if self.num_tuning_events is not None and self.num_tuning_events < 0:
+            raise ValueError(f"tuning: num_tuning_events must be at least 0, got {self.num_tuning_events}")
         if self.init_std is not None and self.init_std <= 0.0:
             raise ValueError(f"tuning: init_std must be above 0, got {self.init_std}")
 

@@ -1,8 +1,9 @@
 """When: asks the rooms above for scores and plans, hands the plans to surgery, keeps the events."""
 
+import itertools
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapters import adapted
+from apt.controller.calibration import Loss, model_loss, static_scores
 from apt.controller.config import APTConfig
+from apt.controller.masks import move_masks, open_units, settle_masks
 from apt.controller.state import patch_state
+from apt.controller.timeline import Timeline
+from apt.controller.verify import LogitCheck
 from apt.families import find_family
 from apt.pruner import AdaptivePruner
 from apt.records import Event, PrunePlan, RankPlan, append_jsonl
@@ -74,23 +79,29 @@ class Controller:
         self.importance = MovingAverage(self.config.momentum_salience)
         self.outliers = OutlierTerm("off")
         self.groups: list[UnitGroup] = []
-        self._event_steps: list[int] = []
-        self._batch: dict[str, Any] | None = None
+        self._steps: list[int] = []  # of all events; 0 for the cut before step 1
+        self._prune_steps: list[int] = []  # of those at which units go
+        self._check = LogitCheck(model, self.config.verify_events)
         self._start_params = _adapter_params(model)
-        if self.config.method == "apt" and self.config.pruning.num_events:
+        if self.config.method == "apt":
             self._plan_run(state.block_params)
 
     def _plan_run(self, total: int) -> None:
         """Check that the schedule and the target can be met, and open the gates' statistics."""
-        self.schedule = self.config.pruning.schedule(self.total_steps)
-        self._event_steps = self.schedule.events
+        pruning = self.config.pruning
+        self.timeline = Timeline.of(self.config, self.total_steps)
+        self._steps, self._prune_steps = self.timeline.steps, self.timeline.prune_steps
         self.family = find_family(self.model)
         self.total = total
-        self.pruner = AdaptivePruner(total, self.config.pruning)
-        self.outliers = OutlierTerm(self.config.pruning.kurtosis or ("paper" if self.family.decoder else "off"))
+        self.pruner = AdaptivePruner(total, pruning)
+        if not self._prune_steps:
+            return
         self._find_groups()
+        if pruning.salience != "magnitude":
+            self.outliers = OutlierTerm(pruning.kurtosis or ("paper" if self.family.decoder else "off"))
         self.pruner.check(self.groups, block_params(self.model, self.family))
-        self._collect(True)
+        if not self.timeline.one_shot:
+            self._collect(True)
 
     def _find_groups(self) -> None:
         pruning = self.config.pruning
@@ -98,7 +109,7 @@ class Controller:
 
     def _collect(self, on: bool) -> None:
         for group in self.groups:
-            group.gate.collecting = on
+            group.gate.collecting = on and self.config.pruning.salience != "magnitude"
             group.gate.products = self.config.pruning.salience != "product_of_sums"
             group.gate.totals = self.outliers.needs_total(group)
             group.gate.reset_sums()
@@ -106,7 +117,53 @@ class Controller:
     @property
     def active(self) -> bool:
         """Whether an event is still to come."""
-        return len(self.events) < len(self._event_steps)
+        return len(self.events) < len(self._steps)
+
+    @property
+    def _prunes_on(self) -> bool:
+        """Whether units are still to go."""
+        return sum(event.prune is not None for event in self.events) < len(self._prune_steps)
+
+    @property
+    def awaits_calibration(self) -> bool:
+        """Whether `prune_before_tuning` is to be called before the first step."""
+        return self._prune_steps == [0] and not self.events and not self.step
+
+    def prune_before_tuning(self, batches: Iterable[Mapping[str, Any]], compute_loss: Loss = model_loss) -> None:
+        """Prune to the target at once, before step 1, where the setting `prune_before_tuning` is on (method.md 7.3).
+
+        Scores are summed over the batches, nothing is trained. Salience "magnitude" takes no batch.
+
+        Args:
+            batches: training data, inputs and labels on the model's device; `calibration_batches` of them are taken.
+            compute_loss: from the model and a batch; by default the loss of the model itself.
+
+        Raises:
+            ValueError: the setting is off, it is done already, or there is no batch or no loss.
+            FloatingPointError: a loss or score is NaN or infinite.
+        """
+        pruning = self.config.pruning
+        if not self.awaits_calibration:
+            raise ValueError(
+                "controller: prune_before_tuning comes once, before step 1, with the settings prune_before_tuning=True "
+                f"and a target_sparsity above 0; at step {self.step} with {len(self.events)} events it cannot"
+            )
+        if pruning.salience != "magnitude":
+            self._collect(True)
+            scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+            taken = map(self._check.keep, itertools.islice(batches, pruning.calibration_batches))
+            self.salience.values = static_scores(self.model, taken, self._take_scores, compute_loss, scale)
+        self._event()
+        self.salience.reset()
+        self._start_params = _adapter_params(self.model)  # the budget grows from what tuning starts with
+
+    def _take_scores(self, scale: float) -> dict[str, Tensor]:
+        """The scores of the units from what the gates hold, which are empty then."""
+        scores = {group.name: unit_scores(group, scale, self.config.pruning.salience) for group in self.groups}
+        scores = self.outliers.add(self.groups, scores)
+        for group in self.groups:
+            group.gate.reset_sums()
+        return scores
 
     def loss(self, output: Any, batch: Mapping[str, Any] | None = None) -> Tensor:
         """The loss to differentiate: the task's, and what the method adds to it.
@@ -124,8 +181,8 @@ class Controller:
                 f"controller: the loss is {loss.detach().mean().item()} at step {self.step + 1}; the parameters are "
                 f"still those of step {self.step}; lower the learning rate or check the data"
             )
-        if self.config.verify_events and batch is not None:
-            self._batch = dict(batch)
+        if batch is not None:
+            self._check.keep(batch)
         return loss
 
     def after_backward(self) -> None:
@@ -145,93 +202,82 @@ class Controller:
             )
         if not self.active:
             return
-        if finite:
-            scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-            salience = self.config.pruning.salience
-            scores = {group.name: unit_scores(group, scale, salience) for group in self.groups}
-            scores = self.outliers.add(self.groups, scores)
-            for name in not_finite(scores):
+        if self.awaits_calibration:
+            raise ValueError("controller: call prune_before_tuning(batches) before step 1, as the settings ask for it")
+        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        if self._prunes_on and self.config.pruning.salience != "magnitude":
+            scores = self._take_scores(scale)
+            for name in not_finite(scores) if finite else ():
                 raise FloatingPointError(
                     f"controller: the salience of {name} is NaN or infinite at step {self.step + 1}, so no event could "
                     f"choose among its units; look at that layer's activations, or train in a wider dtype"
                 )
-            self.salience.update(scores)
-            if self.config.tuning.adaptive_rank_update:
-                adapters = [(name, module) for name, module in adapted(self.model) if module.rank]
-                self.importance.update({name: adapter_importance(module, scale) for name, module in adapters})
-        for group in self.groups:
-            group.gate.reset_sums()
+            if finite:
+                self.salience.update(scores)
+        if finite and self.config.tuning.adaptive_rank_update:
+            adapters = [(name, module) for name, module in adapted(self.model) if module.rank]
+            self.importance.update({name: adapter_importance(module, scale) for name, module in adapters})
 
     def after_step(self) -> None:
         """Move the masks, carry out the event that is due: call after ``optimizer.step()``, before ``zero_grad``."""
         self.step += 1
         if not self.active:
             return
-        event_step = self._event_steps[len(self.events)]
-        begins, settled = self.schedule.windows(len(self.events))
-        if not self.salience.values:  # every step so far overflowed under loss scaling; the event waits for a score
-            return
-        if begins < self.step < settled:
-            self._move_masks(1.0 / (settled - begins))
-        elif self.step == settled < event_step:
-            self._settle_masks()
-        if self.step >= event_step:
+        if self._prunes_on and self._scored:
+            self._drive_masks()
+        step = self._steps[len(self.events)]
+        prunes = step in self._prune_steps
+        # Where every step so far overflowed under loss scaling, the event waits for a score.
+        if self.step >= step and (self._scored if prunes else self.importance.values or not self._start_params):
             self._event()
 
+    @property
+    def _scored(self) -> bool:
+        return bool(self.salience.values) or self.config.pruning.salience == "magnitude"
+
+    def _drive_masks(self) -> None:
+        """Let the masks fall towards the next event that prunes, and hold them from where they are settled."""
+        index = sum(event.prune is not None for event in self.events)
+        begins, settled = self.timeline.pruning.windows(index)
+        if begins < self.step < settled:
+            move_masks(self.groups, self._prune_plan().kept, 1.0 / (settled - begins))
+        elif self.step == settled < self._prune_steps[index]:
+            settle_masks(self.groups, self._prune_plan().kept)
+
     def _prune_plan(self) -> PrunePlan:
-        """What stays at the next event, from the present scores."""
-        step = self._event_steps[len(self.events)]
-        scores = {group.name: self.salience.values[group.name] for group in self.groups}
+        """What stays at the next event that prunes, from the present scores."""
+        step = self._prune_steps[sum(event.prune is not None for event in self.events)]
+        if self.config.pruning.salience == "magnitude":
+            scores = {group.name: unit_scores(group, salience="magnitude") for group in self.groups}
+        else:
+            scores = {group.name: self.salience.values[group.name] for group in self.groups}
         live = block_params(self.model, self.family)
-        return self.pruner.plan(self.groups, scores, live, step, self.schedule.get_current_sparsity(step))
+        return self.pruner.plan(self.groups, scores, live, step, self._sparsity_at(step))
 
-    def _move_masks(self, alpha: float) -> None:
-        """One step of the decay: the masks of chosen units rise by alpha, the others fall."""
-        kept = self._prune_plan().kept
-        for group in self.groups:
-            towards = torch.full_like(group.gate.mask, -alpha)
-            towards[kept[group.name]] = alpha
-            group.gate.set_mask((group.gate.mask + towards).clamp_(0.0, 1.0))
-
-    def _settle_masks(self) -> None:
-        """End the decay: what is chosen now stays until the event, and every mask is exactly 0 or 1."""
-        kept = self._prune_plan().kept
-        for group in self.groups:
-            mask = torch.zeros_like(group.gate.mask)
-            mask[kept[group.name]] = 1.0
-            group.gate.set_mask(mask)
+    def _sparsity_at(self, step: int) -> float:
+        """The sparsity that an event asks for."""
+        one_shot = self.timeline.one_shot
+        return self.pruner.config.target_sparsity if one_shot else self.timeline.pruning.get_current_sparsity(step)
 
     def _event(self) -> None:
         started = time.perf_counter()
-        rested = self.schedule.windows(len(self.events))[1] < self._event_steps[len(self.events)]
-        if not rested or not any(group.gate.masked for group in self.groups):  # or no score came in time to decay
-            self._settle_masks()
-        # The masks say what stays: they may have been settled some steps ago, with the scores of then.
-        kept = {group.name: group.gate.mask.nonzero().flatten() for group in self.groups}
-        step = self._event_steps[len(self.events)]
-        plan = PrunePlan(
-            step=step,
-            target_sparsity=self.schedule.get_current_sparsity(step),
-            kept={name: positions.tolist() for name, positions in kept.items()},
-            round_to=self.config.pruning.round_to,
-        )
-        before, logits = block_params(self.model, self.family), self._logits()
-        apply_prune_plan(self.model, plan, self.optimizer)
-        for name, positions in kept.items():
-            self.salience.keep(name, positions)
-        self._find_groups()
-        rank_plan = self._rank_plan(step)
+        step = self._steps[len(self.events)]
+        prune_plan = self._settled_plan(step) if step in self._prune_steps else None
+        before, logits = block_params(self.model, self.family), self._check.logits()
+        if prune_plan is not None:
+            self._prune(prune_plan)
+        rank_plan = self._rank_plan(step) if step in self.timeline.tuning.events else None
         if rank_plan is not None:
             apply_rank_plan(self.model, rank_plan, self.optimizer)
-        self.importance.reset()
+            self.importance.reset()
         self.outliers.reset()
-        self._verify(step, logits)
+        self._check.compare(step, logits)
         live = block_params(self.model, self.family)
         event = Event(
             step=step,
-            prune=plan,
+            prune=prune_plan,
             rank=rank_plan,
-            target_sparsity=plan.target_sparsity,
+            target_sparsity=self._sparsity_at(step),
             sparsity=1.0 - live / self.total,
             removed=(before - live) / self.total,
             block_params=live,
@@ -241,15 +287,32 @@ class Controller:
         self.events.append(event)
         if "torch._dynamo" in sys.modules:  # shapes are static between events; start the recompile count anew
             torch._dynamo.reset()
-        if not self.active:
+        if prune_plan is not None and not self._prunes_on:
             self._collect(False)
         if self.event_log is not None:
             append_jsonl(self.event_log, event.to_json())
 
-    def _rank_plan(self, step: int) -> RankPlan | None:
+    def _settled_plan(self, step: int) -> PrunePlan:
+        """What the masks keep: they may have been settled some steps ago, with the scores of then."""
+        rested = step > 0 and self.timeline.pruning.windows(self._prune_steps.index(step))[1] < step
+        if not rested or not any(group.gate.masked for group in self.groups):  # or no score came in time to decay
+            settle_masks(self.groups, self._prune_plan().kept)
+        return PrunePlan(
+            step=step,
+            target_sparsity=self._sparsity_at(step),
+            kept=open_units(self.groups),
+            round_to=self.config.pruning.round_to,
+        )
+
+    def _prune(self, plan: PrunePlan) -> None:
+        """Cut, with everything that has an entry a unit."""
+        apply_prune_plan(self.model, plan, self.optimizer)
+        for name, positions in plan.kept.items():
+            self.salience.keep(name, torch.tensor(positions, dtype=torch.long))
+        self._find_groups()
+
+    def _rank_plan(self, step: int) -> RankPlan:
         tuning = self.config.tuning
-        if not tuning.adaptive_rank_update:
-            return None
         sizes = {
             name: AdapterSize(
                 rank=module.rank,
@@ -259,32 +322,8 @@ class Controller:
             for name, module in adapted(self.model)
             if module.rank
         }
-        budget = int(self._start_params * self.schedule.budget_ratio(step, tuning.budget_ratio))
+        budget = int(self._start_params * self.timeline.tuning.budget_ratio(step, tuning.budget_ratio))
         return plan_ranks(sizes, step, budget, tuning.max_rank)
-
-    @torch.no_grad()
-    def _logits(self) -> Tensor | None:
-        if not self.config.verify_events or self._batch is None:
-            return None
-        training = self.model.training
-        self.model.eval()
-        logits = self.model(**self._batch).logits
-        self.model.train(training)
-        assert isinstance(logits, Tensor)
-        return logits
-
-    def _verify(self, step: int, before: Tensor | None) -> None:
-        after = self._logits()
-        if before is None or after is None:
-            return
-        moved = float((after - before).abs().max())
-        allowed = {torch.float64: 1e-9, torch.float32: 1e-4}.get(after.dtype, 5e-2) * max(
-            1.0, float(before.abs().max())
-        )
-        if not moved <= allowed:
-            raise RuntimeError(
-                f"controller: the event of step {step} moved a logit by {moved:.2e} (at most {allowed:.0e})"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside model and optimizer: JSON values and tensors."""
@@ -307,7 +346,7 @@ class Controller:
         self.outliers.reset()
         for group in self.groups:
             group.gate.set_mask(state["masks"][group.name])
-        if not self.active:
+        if self.groups and not self._prunes_on:
             self._collect(False)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from apt.pruner import PruningConfig
-from apt.schedule import SparsityScheduler, to_steps
+from apt.schedule import SparsityScheduler, TuningSchedule, to_steps
 
 # RoBERTa on SST-2 in the original code: 2,105 steps an epoch, 40 epochs (docs/method.md).
 SST2 = {"prune_start": 200, "prune_end": 6315, "sparsity_warmup": 2105, "num_events": 10, "decay": 100, "settle": 100}
@@ -21,7 +21,8 @@ def test_absolute_steps_give_the_events_and_densities_of_sst2() -> None:
 
 
 def test_the_rank_budget_of_sst2() -> None:
-    schedule = SparsityScheduler(40 * 2105, 0.6, **SST2)
+    schedule = TuningSchedule(40 * 2105, 200, 6315, 10)
+    assert schedule.events == SST2_EVENTS
     ratios = [round(schedule.budget_ratio(step, 4.0), 1) for step in schedule.events]
     assert ratios == [1.3, 1.6, 1.9, 2.2, 2.5, 2.8, 3.1, 3.4, 3.7, 4.0]
     assert [schedule.budget_ratio(step, 4.0) for step in (0, 200, 6315, 80_000)] == [1.0, 1.0, 4.0, 4.0]
@@ -121,6 +122,23 @@ def test_bad_values_of_the_scheduler(settings: dict[str, Any], words: str) -> No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        (
+            {"tune_start": 10, "tune_end": 10},
+            "a run of 100 steps is too short for ranks to grow 5 times between step 10",
+        ),
+        ({"tune_end": 101}, "too short for ranks to grow 5 times between step 2 and step 101"),
+        ({"num_events": 39}, "grow 39 times .*; train for more steps or lower num_tuning_events"),
+    ],
+)
+def test_bad_values_of_the_tuning_schedule(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match="tuning: .*" + words) as caught:
+        TuningSchedule(100, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
         ({"target_sparsity": 1.0}, r"target_sparsity must be in \[0, 1\), got 1.0"),
         ({"target_sparsity": -0.5}, r"target_sparsity must be in \[0, 1\), got -0.5"),
         ({"prune_start": 1.5}, r"prune_start must be a fraction in \[0, 1\] or a number of steps, got 1.5"),
@@ -134,6 +152,8 @@ def test_bad_values_of_the_scheduler(settings: dict[str, Any], words: str) -> No
         ({"round_to": 0}, "round_to at least 1"),
         ({"balance": "layer"}, r"balance must be one of \['type', 'none'\], got 'layer'"),
         ({"num_events": 0}, "target_sparsity 0.6 needs num_events of at least 1, got 0"),
+        ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
+        ({"salience": "magnitude", "kurtosis": "paper"}, "takes no statistics, so kurtosis must be 'off', got 'paper'"),
     ],
 )
 def test_bad_values_of_the_settings(settings: dict[str, Any], words: str) -> None:

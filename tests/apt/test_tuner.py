@@ -97,6 +97,9 @@ def test_two_and_a_half_times_by_hand() -> None:
         ({"max_rank": 0}, "budget_ratio and max_rank must be at least 1, got 4.0 and 0"),
         ({"rank_increase_strategy": "all"}, r"rank_increase_strategy must be one of \['top_half'\]"),
         ({"init_std": 0.0}, "init_std must be above 0, got 0.0"),
+        ({"tune_start": -1}, r"tune_start must be a fraction in \[0, 1\] or a number of steps, got -1"),
+        ({"tune_end": 1.5}, "tune_end must be a fraction .* got 1.5"),
+        ({"num_tuning_events": -1}, "num_tuning_events must be at least 0, got -1"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], words: str) -> None:

@@ -60,3 +60,23 @@ def test_a_run_from_a_gguf_file(tmp_path: Path) -> None:
     assert found["model"] == str(path)
     assert found["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-4)
     assert {"model.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "run" / "model").iterdir()}
+
+
+def test_a_run_that_prunes_before_it_tunes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_text_config(tmp_path, pruning={"prune_before_tuning": True, "calibration_batches": 4})
+    assert main(["train", str(config), "num_tuning_events=2", "tune_end=20"]) == 0
+    events = read_jsonl(tmp_path / "run" / "events.jsonl")
+    assert [(event["prune"] is None, event["rank"] is None) for event in events] == [
+        (False, True),
+        (True, False),
+        (True, False),
+    ]
+    assert (events[0]["step"], events[-1]["step"]) == (0, 20)
+    metrics = metrics_of(tmp_path / "run")
+    assert events[0]["sparsity"] == metrics["sparsity"] >= 0.3
+    assert 1.0 < metrics["perplexity"] < 0.5 * len(WORDS)
+    assert metrics["tokens_per_s_before"] is None
+    out = capsys.readouterr().out
+    assert "tokens/s before the first event" in out
+    timings = json.loads((tmp_path / "run" / "event_timing.json").read_text(encoding="utf-8"))
+    assert [row["step"] for row in timings["events"]] == [0]

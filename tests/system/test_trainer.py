@@ -1,6 +1,7 @@
 """APTrainer: a transformers.Trainer that prunes on the way, resumes exactly, and loses nothing to a NaN."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_model
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
 
 import apt
@@ -208,3 +209,69 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").mkdir()
     with pytest.raises(ValueError, match=r"holds no apt_state\.json; it was not written by APTrainer"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+AT_ONCE = {"prune_before_tuning": True, "calibration_batches": 3, "num_events": 3, "prune_end": 24}
+
+
+class Watched(apt.APTrainer):
+    """Keeps the batches that it trains on."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self.__dict__.setdefault("seen", []).append(inputs["input_ids"])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_one_shot_calibrates_on_training_data_and_disturbs_nothing(tmp_path: Path) -> None:
+    ran = trainer(tmp_path / "one", kind=Watched, **AT_ONCE, verify_events=True)
+    ran.train()
+    assert [(event.step, event.prune is None) for event in ran.controller.events] == [
+        (0, False),
+        (8, True),
+        (16, True),
+        (24, True),
+    ]
+    assert apt.summary(ran.model).sparsity >= 0.6
+    speed = ran.throughput()
+    assert speed["tokens_per_s_before"] is None  # there is no step before
+    assert speed["tokens_per_s_after"] > 0
+    plain = trainer(tmp_path / "plain", kind=Watched, num_events=0, target_sparsity=0.0)
+    plain.train()
+    assert len(ran.seen) == len(plain.seen) == STEPS
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(ran.seen, plain.seen, strict=True))
+
+
+def test_one_shot_on_a_stream(tmp_path: Path) -> None:
+    """A data set without a length is read from its start."""
+
+    class Stream(IterableDataset[dict[str, Any]]):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return iter(Rows()[index] for index in range(64))
+
+    ran = trainer(tmp_path, train_dataset=Stream(), **AT_ONCE, max_steps=2, adaptive_rank_update=False)
+    ran.train()
+    assert [event.step for event in ran.controller.events] == [0]
+    assert apt.summary(ran.model).sparsity >= 0.6
+
+
+@pytest.mark.parametrize("at", [4, 20])
+def test_a_resumed_one_shot_run_is_the_uninterrupted_one(at: int, tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", "llama_gqa", save_strategy="steps", save_steps=at, **AT_ONCE)
+    whole.train()
+    again = trainer(tmp_path / "again", "llama_gqa", **AT_ONCE)
+    again._calibration_batches = lambda: pytest.fail("calibrated again")
+    again.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{at}"))
+    ours, theirs = again.model.state_dict(), whole.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert decisions(again) == decisions(whole)
+
+
+def test_one_shot_in_bfloat16(tmp_path: Path) -> None:
+    """Calibration runs in the precision of training: its activations are narrow, its sums are not."""
+    ran = trainer(tmp_path, "llama_gqa", bf16=True, max_steps=2, adaptive_rank_update=False, **AT_ONCE)
+    narrow = []
+    ran.model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: narrow.append(args[0].dtype))
+    ran.train()
+    assert narrow[:3] == [torch.bfloat16] * 3
+    assert apt.summary(ran.model).sparsity >= 0.6

@@ -1,0 +1,47 @@
+"""Which events a run has: at some steps units go, at some ranks grow, at some both."""
+
+from dataclasses import dataclass
+
+from apt.controller.config import APTConfig
+from apt.schedule import SparsityScheduler, TuningSchedule
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The events of a run, from both schedules.
+
+    Args:
+        pruning: sparsity, and the events at which units go.
+        tuning: rank budget, and the events at which ranks grow; they may be the same or others.
+        one_shot: whether all units go before step 1 instead, at an event of step 0.
+    """
+
+    pruning: SparsityScheduler
+    tuning: TuningSchedule
+    one_shot: bool = False
+
+    @classmethod
+    def of(cls, config: APTConfig, total_steps: int) -> "Timeline":
+        """The timeline of a run of so many optimizer steps; a run too short for its events raises ValueError."""
+        pruning, tuning = config.pruning, config.tuning
+        growths = pruning.num_events if tuning.num_tuning_events is None else tuning.num_tuning_events
+        return cls(
+            pruning.schedule(total_steps),
+            TuningSchedule(
+                total_steps,
+                pruning.prune_start if tuning.tune_start is None else tuning.tune_start,
+                pruning.prune_end if tuning.tune_end is None else tuning.tune_end,
+                growths if tuning.adaptive_rank_update else 0,
+            ),
+            pruning.prune_before_tuning and pruning.target_sparsity > 0.0,
+        )
+
+    @property
+    def prune_steps(self) -> list[int]:
+        """The optimizer step after which each event comes at which units go, ascending."""
+        return [0] if self.one_shot else self.pruning.events
+
+    @property
+    def steps(self) -> list[int]:
+        """The same of every event."""
+        return sorted({*self.prune_steps, *self.tuning.events})
