@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import apt_kernels
 from apt.gates import MaskGate
+from apt.linears import is_conv1d, weight_and_bias
 
 
 class APTAdapter(nn.Module):
@@ -23,7 +24,7 @@ class APTAdapter(nn.Module):
     many, and forward computes with that view, so a dense reader of the same weight can live beside it.
 
     Args:
-        base: the layer to adapt, weight ``[O, I]``; its parameters are taken over and frozen.
+        base: the layer to adapt, `nn.Linear` or transformers' ``Conv1D``; its parameters are taken over and frozen.
         rank: initial rank R, at least 0.
         scale: unitless, the constant s (LoRA's alpha / r at the start).
         gate_in: mask gate on the input, for output and down projections.
@@ -41,7 +42,7 @@ class APTAdapter(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Module,
         rank: int = 0,
         scale: float = 2.0,
         gate_in: MaskGate | None = None,
@@ -51,10 +52,9 @@ class APTAdapter(nn.Module):
         if rank < 0:
             raise ValueError(f"APTAdapter: rank must be at least 0, got {rank}")
         self.scale, self.init_std = scale, init_std
-        self.n_out, self.n_in = base.weight.shape
-        base.requires_grad_(False)
-        weight: Any = base.weight  # torch declares it a Tensor
-        self.weight, self.bias = weight, base.bias
+        self.conv1d = is_conv1d(base)  # so that it comes back as one
+        self.weight, self.bias = weight_and_bias(base)
+        self.n_out, self.n_in = self.weight.shape
         self.gate_in = gate_in
         self.shared: SharedInput | None = None
         self.register_buffer("teacher_A", None, persistent=False)

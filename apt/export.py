@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apt import __version__
-from apt.adapters import adapted
 from apt.controller import patch_state
 from apt.distiller import TRANSFORM
 from apt.families import Attention, Family, find_family
+from apt.fused import plain_linear, replace_module, replaced, restore_plain, split_fused
+from apt.linears import features, is_conv1d, make_linear, weight_and_bias
 from apt.patch import summary
 from apt.units import num_units, part_linears
 
@@ -117,25 +118,30 @@ def load_model(folder: str | Path) -> nn.Module:
 
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Stock names to tensors: adapters merged, views cloned, a tied tensor once."""
-    modules = dict(adapted(model))
+    ours, done = dict(replaced(model)), set()
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        module = modules.get(owner)
-        if owner == TRANSFORM:  # it served training alone
+        parent = name.rpartition(".")[0]
+        if parent == TRANSFORM:  # it served training alone
             continue
-        if module is not None:
-            if leaf not in ("weight", "bias"):
-                continue
-            bias = module.view()[1]
-            tensor = module.merged_weight() if leaf == "weight" or bias is None else bias
-        elif tensor.numel():
+        place = parent if parent in ours else parent.rpartition(".")[0]  # a part of a fused projection lies deeper
+        if place in ours:
+            if place not in done:
+                done.add(place)
+                plain = plain_linear(ours[place], merge=True).state_dict()
+                state.update({f"{place}.{leaf}": _copy(value) for leaf, value in plain.items()})
+            continue
+        if tensor.numel():
             if tensor.data_ptr() in seen:
                 continue
             seen.add(tensor.data_ptr())
-        state[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        state[name] = _copy(tensor)
     return state
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
@@ -201,23 +207,25 @@ def _resize(model: nn.Module, family: Family, units: dict[str, int]) -> None:
     parts = {f"{layer.name}.{p.units}": (layer, p) for layer in family.layers(model) for p in layer.stack.parts}
     if units.keys() != parts.keys():
         raise ValueError(f"load_model: {CARD} is corrupt (it lists {len(units)} unit groups); export the model again")
+    split_fused(model, family)
     for name, (layer, part) in parts.items():
-        linears: dict[str, Any] = part_linears(layer, part)
-        before = num_units(layer, part)
+        linears, before = part_linears(layer, part), num_units(layer, part)
         for role in part.producers:
             if role in linears:
-                _set_size(linears[role], out=linears[role].weight.shape[0] // before * units[name])
-        _set_size(linears[part.reader], into=linears[part.reader].weight.shape[1] // before * units[name])
+                _set_size(layer.module, part.linears[role], out=features(linears[role])[0] // before * units[name])
+        into = features(linears[part.reader])[1] // before * units[name]
+        _set_size(layer.module, part.linears[part.reader], into=into)
         if isinstance(part, Attention):
             part.set_heads(layer.module, before, units[name])
             if units[name] == 0:
                 part.remove(layer.module)
+    restore_plain(model, merge=False)
 
 
-def _set_size(linear: nn.Module, *, out: int | None = None, into: int | None = None) -> None:
-    assert isinstance(linear, nn.Linear)
-    linear.out_features = linear.out_features if out is None else out
-    linear.in_features = linear.in_features if into is None else into
-    linear.weight = nn.Parameter(torch.empty(linear.out_features, linear.in_features, device="meta"))
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(torch.empty(linear.out_features, device="meta"))
+def _set_size(layer: nn.Module, name: str, *, out: int | None = None, into: int | None = None) -> None:
+    """Put a linear of that kind, with another number of outputs or inputs and no numbers yet, in the place of one."""
+    linear = layer.get_submodule(name)
+    (weight, bias), conv1d = weight_and_bias(linear), is_conv1d(linear)
+    out, into = weight.shape[0] if out is None else out, weight.shape[1] if into is None else into
+    empty_bias = None if bias is None else bias.new_empty(out, device="meta")
+    replace_module(layer, name, make_linear(weight.new_empty(out, into, device="meta"), empty_bias, conv1d=conv1d))

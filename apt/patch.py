@@ -11,10 +11,13 @@ from apt.adapters import APTAdapter, SharedInput, adapted
 from apt.controller import APTConfig, PatchState, patch_state
 from apt.distiller import TRANSFORM, release
 from apt.families import ROLES, Family, base_model, find_family
+from apt.fused import fused_places, replace_module, restore_plain, split_fused
 from apt.gates import MaskGate, ValidTokens
+from apt.linears import is_linear
 from apt.surgery import free_tails
 from apt.units import block_params, num_units, part_linears, unit_gates
 
+Split = dict[str, tuple[str, ...]]  # full name of a fused projection -> the roles of its parts, in their order
 IGNORED = -100  # the label of a token that no loss counts
 
 
@@ -54,8 +57,9 @@ def patch_model(
     family = find_family(model) if config.method == "apt" else _family_or_none(model)
     if family is not None and not family.layers(model):
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
-    targets, head = _targets(model, config, family), task_head(model)
-    replaced = _prunable(model, family) if config.method == "apt" and family is not None else targets
+    split, head = _to_split(model, config, family), task_head(model)
+    targets = _targets(model, config, family, split)
+    replaced = _prunable(model, family, split) if config.method == "apt" and family is not None else targets
     hf_config = getattr(model, "config", None)
     state = PatchState(
         config=config,
@@ -67,11 +71,12 @@ def patch_model(
         params_before=sum(p.numel() for p in model.parameters()),
     )
     model.requires_grad_(False)
+    if family is not None:
+        split_fused(model, family, split)
     for name in sorted(set(targets) | set(replaced)):
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
         rank = config.rank if name in set(targets) else 0
-        _replace(model, name, APTAdapter(linear, rank, config.scale, init_std=config.tuning.init_std))
+        replace_module(model, name, APTAdapter(linear, rank, config.scale, init_std=config.tuning.init_std))
     if family is not None:
         _share_inputs(model, family)
     if config.method == "apt" and family is not None:
@@ -85,7 +90,7 @@ def patch_model(
 
 
 def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
-    """Put plain ``nn.Linear`` layers back, in place, and restore what was trainable; sizes stay as pruned.
+    """Put plain linear layers back, in place, and restore what was trainable; sizes stay as pruned.
 
     Args:
         model: patched by `patch_model`.
@@ -100,8 +105,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     state = patch_state(model)
     release(model)
     free_tails(model)
-    for name, module in list(adapted(model)):
-        _replace(model, name, plain_linear(module, merge))
+    restore_plain(model, merge=merge)
     for hook in state.hooks:
         hook.remove()
     for name, parameter in model.named_parameters():
@@ -129,17 +133,6 @@ def _fuse_peft(model: nn.Module, config: APTConfig | None, method: str, override
     return model
 
 
-def plain_linear(module: APTAdapter, merge: bool) -> nn.Linear:
-    """The live part of an adapted linear as an ordinary layer, with the adapter added in or left out."""
-    weight, bias = module.view()
-    linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
-    linear.in_features, linear.out_features = module.n_in, module.n_out
-    linear.weight = nn.Parameter(module.merged_weight() if merge else weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear
-
-
 class _ValidTokenHook:
     """Forward pre-hook that keeps the batch's padding masks where the gates of each stack read them."""
 
@@ -164,32 +157,51 @@ def _family_or_none(model: nn.Module) -> Family | None:
         return None
 
 
-def _prunable(model: nn.Module, family: Family) -> list[str]:
+def _to_split(model: nn.Module, config: APTConfig, family: Family | None) -> Split:
+    """The fused projections that must be split.
+
+    To prune, all are; for adapters alone those of which a part is asked for by its role. An adapter on a fused
+    projection that is named as a whole is one adapter.
+    """
+    if family is None:
+        return {}
+    wanted = set(ROLES if config.method == "apt" else config.target_modules or family.default_targets)
+    places = fused_places(model, family)
+    return {name: part.same_input for name, (_, part) in places.items() if wanted.intersection(part.same_input)}
+
+
+def _prunable(model: nn.Module, family: Family, split: Split) -> list[str]:
     """Full names of every linear in the family's table."""
-    names = [name for _, name in _places(model, family)]
+    names = [name for _, name in _places(model, family, split)]
     if not names:
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
     return names
 
 
-def _places(model: nn.Module, family: Family) -> list[tuple[str, str]]:
-    """Role and full name of every linear of the family's table that is there; a layer may be empty."""
+def _places(model: nn.Module, family: Family, split: Split) -> list[tuple[str, str]]:
+    """Role and full name of every linear of the family's table that is there, or will be once `split` is.
+
+    A layer may be empty.
+    """
     paths = {id(module): name for name, module in model.named_modules()}
-    found = [
-        (role, paths[id(linear)])
-        for layer in family.layers(model)
-        for part in layer.stack.parts
-        for role, linear in part_linears(layer, part).items()
-        if isinstance(linear, nn.Linear)
-    ]
+    found: list[tuple[str, str]] = []
+    for layer in family.layers(model):
+        there = dict(layer.module.named_modules())
+        for part in layer.stack.parts:
+            if part.fused_linear in there:
+                name = paths[id(there[part.fused_linear])]
+                found += [(role, f"{name}.{role}") for role in split.get(name, ())]
+            linears = part_linears(layer, part).items()
+            found += [(role, paths[id(linear)]) for role, linear in linears if is_linear(linear)]
     return found
 
 
-def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list[str]:
+def _targets(model: nn.Module, config: APTConfig, family: Family | None, split: Split) -> list[str]:
     """Full names of the linears that get an adapter.
 
-    A target is a role of the family's table, the full name of a module, or an ending of it after a dot. The pooler and
-    what lies outside the base model is trained in full, so it gets no adapter.
+    A target is a role of the family's table, the full name of a module, or an ending of it after a dot; the name of a
+    projection that is split stands for all its parts. The pooler and what lies outside the base model is trained in
+    full, so it gets no adapter.
     """
     if config.target_modules is None and family is None:
         raise ValueError(
@@ -197,13 +209,16 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list
         )
     wanted = config.target_modules or (family.default_targets if family else ())
     head = {id(module) for part in task_head(model) for module in part.modules()}
-    linears = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in head]
+    there = [n for n, module in model.named_modules() if is_linear(module) and id(module) not in head]
+    linears = {part: name for name in there for part in ([f"{name}.{role}" for role in split.get(name, ())] or [name])}
     found: dict[str, None] = {}
     for target in wanted:
         if family is not None and target in ROLES:
-            matches = [name for role, name in _places(model, family) if role == target]
+            matches = [name for role, name in _places(model, family, split) if role == target]
         else:
-            matches = [name for name in linears if name == target or name.endswith("." + target)]
+            matches = [
+                name for name, whole in linears.items() if any(f".{n}".endswith(f".{target}") for n in (name, whole))
+            ]
         readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
         past = [n for n in matches if isinstance(model.get_submodule(n.rpartition(".")[0]), readers)]
         if past:
@@ -211,9 +226,10 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None) -> list
                 f"patch_model: torch reads the weight of {past[0]} without calling it; leave {target!r} out"
             )
         if not matches:
-            some = ", ".join(linears[:6])
+            some = ", ".join(list(linears)[:6])
             raise ValueError(
-                f"patch_model: target_modules entry {target!r} matches no linear layer; there are {some}, ..."
+                f"patch_model: target_modules entry {target!r} matches no linear layer; "
+                + (f"there are {some}, ..." if linears else "this model has none")
             )
         found.update(dict.fromkeys(matches))
     return list(found)
@@ -241,16 +257,14 @@ def _share_inputs(model: nn.Module, family: Family) -> None:
 def task_head(model: nn.Module) -> list[nn.Module]:
     """What trains in full: all outside the base model, and its pooler; but a language-model head is frozen."""
     base = base_model(model)
-    outside = [module for module in model.children() if module is not base] if base is not model else []
-    if base is model or getattr(model, "get_output_embeddings", lambda: None)() is not None:
+    if base is model:
         return []
+    outside = [module for module in model.children() if module is not base]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None:
+        return [module for module in outside if all(part is not output for part in module.modules())]
     pooler = getattr(base, "pooler", None)
     return [*outside, *([pooler] if isinstance(pooler, nn.Module) else [])]
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module.train(model.training))
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ rows of the up (and gate) projection and its column of the down projection. Wher
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from apt.adapters import APTAdapter
 from apt.families import FFN, Attention, Family, Layer
 from apt.gates import MaskGate
+from apt.linears import features
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def part_linears(layer: Layer, part: Attention | FFN) -> dict[str, nn.Module]:
 
 def num_units(layer: Layer, part: Attention | FFN) -> int:
     """Heads (KV groups) or neurons of one part of a layer, from the rows of its linears."""
-    rows: Any = part_linears(layer, part)[part.counted].out_features
-    return int(rows) // (head_size(layer.module.get_submodule(part.module)) if isinstance(part, Attention) else 1)
+    rows, _ = features(part_linears(layer, part)[part.counted])
+    return rows // (head_size(layer.module.get_submodule(part.module)) if isinstance(part, Attention) else 1)
 
 
 def find_units(model: nn.Module, family: Family, *, min_heads: int = 0, min_neurons: int = 0) -> list[UnitGroup]:

@@ -14,7 +14,9 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "schedule",
     "families",
     "gates",
+    "linears",
     "adapters",
+    "fused",
     "units",  # a unit group names the gate and the linears it cuts
     "methods",
     "prompts",

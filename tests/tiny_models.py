@@ -48,6 +48,8 @@ DISTILBERT = {
     "num_labels": 3,
 }
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
+GPT2 = {"n_inner": 40, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
+PHI3 = {**GROUPED, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64}
 OPT = {"ffn_dim": 40, "init_std": 0.2, "dropout": 0.0, "num_labels": 3}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 GEMMA = {
@@ -86,6 +88,10 @@ MODELS = {
     "qwen3": Tiny("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
     "gemma2": Tiny("Gemma2Config", "Gemma2ForCausalLM", {**GEMMA, "attn_logit_softcapping": 2.0}),
     "gemma3": Tiny("Gemma3TextConfig", "Gemma3ForCausalLM", GEMMA),
+    "gpt2": Tiny("GPT2Config", "GPT2LMHeadModel", {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt2_cls": Tiny("GPT2Config", "GPT2ForSequenceClassification", {**GPT2, "num_labels": 3}),
+    "phi3": Tiny("Phi3Config", "Phi3ForCausalLM", PHI3),
+    "phi3_sliding": Tiny("Phi3Config", "Phi3ForCausalLM", {**PHI3, "head_dim": 16, "sliding_window": 4}),
     "opt": Tiny("OPTConfig", "OPTForCausalLM", OPT),
     "opt_350m": Tiny(  # the one that norms after each branch and projects its embeddings
         "OPTConfig", "OPTForSequenceClassification", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}

@@ -8,10 +8,12 @@ from apt.families.deberta import DEBERTA
 from apt.families.distilbert import DISTILBERT
 from apt.families.empty import EmptyAttention
 from apt.families.gemma import GEMMA
+from apt.families.gpt2 import GPT2
 from apt.families.llama import LLAMA
 from apt.families.opt import OPT
+from apt.families.phi3 import PHI3
 
-FAMILIES = (BERT, DEBERTA, DISTILBERT, GEMMA, LLAMA, OPT)
+FAMILIES = (BERT, DEBERTA, DISTILBERT, GEMMA, GPT2, LLAMA, OPT, PHI3)
 
 __all__ = [
     "FAMILIES",
@@ -52,5 +54,5 @@ def find_family(model: nn.Module) -> Family:
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise ValueError(
         f"families: model_type {model_type!r} cannot be pruned; known are {known}; to add one, write its table in "
-        f"apt/families/ and list it in FAMILIES, or use method='lora', which needs no family"
+        f"apt/families/ and list it in FAMILIES, or use method='lora' with target_modules, which needs no family"
     )

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from apt.families.empty import EmptyAttention
+from apt.families.layer_config import own_config
 
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
 
@@ -19,7 +20,10 @@ class Attention:
         module: name in the layer. Its forward returns a tuple whose first entry is the output.
         q, k, v, o: names of the projections in the layer; one that begins with a dot lies inside `module`.
         cross: whether keys and values come from another stack.
-        per_head: attributes of the module that its forward reads and that shrink in step with its heads.
+        fused: name of the one projection that stores the rows of `same_input`, in that order. While the model is
+            patched they are its children, under the names of their roles.
+        per_head: attributes of the module that its forward reads and that shrink in step with its heads; "config.x" is
+            one that it reads from the model's config.
         empty: takes the place of the module when all its heads are gone.
         follow: called with the module and the positions, in their new order, of the heads that its weights still
             store; for what else the module must know of its heads.
@@ -31,6 +35,7 @@ class Attention:
     v: str
     o: str
     cross: bool = False
+    fused: str | None = None
     per_head: tuple[str, ...] = ()
     empty: type[EmptyAttention] = EmptyAttention
     follow: Callable[[nn.Module, Tensor], None] | None = None
@@ -49,7 +54,15 @@ class Attention:
     def linears(self) -> dict[str, str]:
         """Role -> module name in the layer."""
         names = {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
-        return {role: self.module + name if name.startswith(".") else name for role, name in names.items()}
+        return {role: self._in_layer(name) for role, name in names.items()}
+
+    @property
+    def fused_linear(self) -> str | None:
+        """Name of the fused projection in the layer."""
+        return None if self.fused is None else self._in_layer(self.fused)
+
+    def _in_layer(self, name: str) -> str:
+        return self.module + name if name.startswith(".") else name
 
     @property
     def same_input(self) -> tuple[str, ...]:
@@ -67,7 +80,9 @@ class Attention:
         """
         attention = layer.get_submodule(self.module)
         for name in self.per_head:
-            setattr(attention, name, getattr(attention, name) * after // before)
+            owner: Any = own_config(attention) if name.startswith("config.") else attention
+            leaf = name.removeprefix("config.")
+            setattr(owner, leaf, getattr(owner, leaf) * after // before)
         if self.follow is not None and order is not None:
             self.follow(attention, order)
 
@@ -83,11 +98,15 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class FFN:
-    """The feed-forward part of a layer: names of its linears in the layer; `gate` where it is gated."""
+    """The feed-forward part of a layer: names of its linears in the layer; `gate` where it is gated.
+
+    `fused` is the one projection that stores the rows of gate and up, as in `Attention`.
+    """
 
     up: str
     down: str
     gate: str | None = None
+    fused: str | None = None
 
     kind: ClassVar[str] = "neuron"
     producers: ClassVar[tuple[str, ...]] = ("up", "gate")
@@ -100,6 +119,11 @@ class FFN:
     def linears(self) -> dict[str, str]:
         """Role -> module name in the layer."""
         return {"up": self.up, "down": self.down} | ({} if self.gate is None else {"gate": self.gate})
+
+    @property
+    def fused_linear(self) -> str | None:
+        """Name of the fused projection in the layer."""
+        return self.fused
 
 
 @dataclass(frozen=True, kw_only=True)
