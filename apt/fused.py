@@ -29,6 +29,15 @@ class FusedLinears(nn.Module):
         for role, part in parts.items():
             self.add_module(role, part)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Outputs of each part."""
+        return [features(part)[0] for part in self.children()]
+
+    @property
+    def out_features(self) -> int:
+        return sum(self.sizes)
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.children()], dim=-1)
 
@@ -88,6 +97,21 @@ def plain_linear(module: APTAdapter | FusedLinears, merge: bool) -> nn.Module:
     there = [bias.detach() for bias in biases if bias is not None]
     weight = torch.cat([weight.detach() for weight in weights])
     return make_linear(weight, torch.cat(there) if there else None, conv1d=module.conv1d)
+
+
+def scaled_factors(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """A ``[R, I]`` and ``s B`` ``[O, R]`` of what stands for one plain linear, R = 0 where there is no adapter.
+
+    The parts of a fused one have ranks of their own: A lists them one after the other, B is zero outside their rows.
+    """
+    if isinstance(module, APTAdapter):
+        a, b = module.factors()
+        return a, module.scale * b
+    if isinstance(module, FusedLinears):
+        factors = [scaled_factors(part) for part in module.children()]
+        return torch.cat([a for a, _ in factors]), torch.block_diag(*[b for _, b in factors])
+    outputs, inputs = features(module)
+    return torch.zeros(0, inputs), torch.zeros(outputs, 0)
 
 
 def replaced(model: nn.Module) -> Iterator[tuple[str, APTAdapter | FusedLinears]]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from apt.adapters import APTAdapter, adapted, exchange
 from apt.controller import patch_state
+from apt.fused import FusedLinears, replaced, scaled_factors
+from apt.linears import is_linear
 from apt.patch import summary, task_head
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -51,23 +53,23 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         )
     if folder.exists() and not overwrite:
         raise ValueError(f"save_adapter: {folder} exists; give another folder or overwrite=True")
-    modules = {name: module for name, module in adapted(model) if module.rank}
-    if not modules:
+    adapters = {name: factors for name, module in replaced(model) if len((factors := scaled_factors(module))[0])}
+    if not adapters:
         raise ValueError("save_adapter: the model has no adapter")
-    top = max(module.rank for module in modules.values())
+    top = max(len(a) for a, _ in adapters.values())
     rank = top if compact else next((r for r in RANKS if r >= top), top)
     tensors = {}
-    for name, module in modules.items():
-        a, b = (factor.detach().cpu().float() for factor in module.factors())
-        pad = 0 if compact else rank - module.rank
+    for name, factors in adapters.items():
+        a, b = (factor.detach().cpu().float() for factor in factors)
+        pad = 0 if compact else rank - len(a)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, pad))
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(module.scale * b, (0, pad))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, pad))
     names = {id(module): name for name, module in model.named_modules()}
     heads = [names[id(part)] for part in task_head(model) if any(True for _ in part.parameters())]
     for head in heads:
         parts = model.get_submodule(head).state_dict()
         tensors |= {f"{PREFIX}{head}.{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
-    own = {name: module.rank for name, module in modules.items() if compact and module.rank != rank}
+    own = {name: len(a) for name, (a, _) in adapters.items() if compact and len(a) != rank}
     config = {
         "peft_type": "LORA",
         "task_type": next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None),
@@ -76,10 +78,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         "lora_alpha": rank,
         "rank_pattern": own,
         "alpha_pattern": own,
-        "target_modules": _targets(model, set(modules)),
+        "target_modules": _targets(model, set(adapters)),
         "modules_to_save": sorted({head.rpartition(".")[2] for head in heads}) or None,
         "lora_dropout": 0.0,
         "bias": "none",
+        "fan_in_fan_out": all(module.conv1d for name, module in replaced(model) if name in adapters),
         "inference_mode": True,
     }
     partial = folder.with_name(folder.name + ".partial")
@@ -114,6 +117,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             found.setdefault(name, {})[factor] = tensor
         else:
             heads[key.removeprefix(PREFIX)] = tensor
+    for name, factors in found.items():
+        factors["B"] = factors["B"] * _scale(config, name, factors["A"])
+    _split(model, found)
     missing = sorted(set(found) - set(modules))
     if missing:
         raise ValueError(
@@ -129,7 +135,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ValueError(f"load_adapter: {folder} holds {name} {list(tensor.shape)}, which the model does not have")
     for name, factors in found.items():
-        _set(modules[name], factors["A"], factors["B"] * (_scale(config, name, factors["A"]) / modules[name].scale))
+        _set(modules[name], factors["A"], factors["B"] / modules[name].scale)
     for name, tensor in heads.items():
         parameters[name].copy_(tensor)
 
@@ -138,7 +144,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
         raise ValueError(f"load_adapter: {folder} holds no {CONFIG} and {WEIGHTS}")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    more = [name for name in ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora") if config.get(name)]
+    more = [name for name in ("use_dora", "lora_bias", "use_qalora") if config.get(name)]
     if config.get("peft_type") != "LORA" or more or config.get("bias", "none") != "none":
         what = more[0] if more else config.get("peft_type") if config.get("peft_type") != "LORA" else "bias"
         raise ValueError(f"load_adapter: {folder} is more than a plain LoRA ({what}); merge it with PEFT first")
@@ -153,6 +159,22 @@ def _scale(config: dict[str, Any], name: str, a: Tensor) -> float:
     return float(alpha / (a.shape[0] ** 0.5 if config.get("use_rslora") else a.shape[0]))
 
 
+def _split(model: nn.Module, found: dict[str, dict[str, Tensor]]) -> None:
+    """Give an adapter on a fused projection to its parts: to each its own rows of B, and the ranks they use."""
+    for name, module in replaced(model):
+        if not isinstance(module, FusedLinears) or name not in found:
+            continue
+        a, b = (found[name].pop(side) for side in "AB")
+        if b.shape[0] != module.out_features:
+            raise ValueError(f"load_adapter: {name} makes {module.out_features} features, but the adapter {b.shape[0]}")
+        del found[name]
+        for (role, part), rows in zip(module.named_children(), b.split(module.sizes), strict=True):
+            used = (rows != 0).any(0)
+            if used.any() or (isinstance(part, APTAdapter) and part.rank and not (b != 0).any()):
+                keep = used if used.any() else ~used
+                found[f"{name}.{role}"] = {"A": a[keep], "B": rows[:, keep]}
+
+
 def _set(module: APTAdapter, a: Tensor, b: Tensor) -> None:
     """Give an adapter other factors; ranks that are zero on both sides could never learn and are left out."""
     assert module.lora_A is not None
@@ -165,7 +187,8 @@ def _set(module: APTAdapter, a: Tensor, b: Tensor) -> None:
 
 def _targets(model: nn.Module, names: set[str]) -> list[str]:
     """The shortest endings that name these modules and no other linear layer."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | APTAdapter)}
+    linears = {name for name, _ in replaced(model)}
+    linears |= {name for name, module in model.named_modules() if is_linear(module)}
     targets = set()
     for name in names:
         parts = name.split(".")

@@ -15,7 +15,7 @@ import apt
 from apt.records import PrunePlan
 from apt.surgery import apply_prune_plan
 
-KINDS = [name for name in ("bert", "distilbert", "llama_gqa", "qwen3", "opt", "t5") if name in MODELS]
+KINDS = [name for name in ("bert", "distilbert", "llama_gqa", "qwen3", "opt", "t5", "gpt2", "phi3") if name in MODELS]
 
 
 def logits(model: nn.Module, kind: str) -> Tensor:
@@ -52,7 +52,8 @@ def test_peft_reads_what_we_saved(kind: str, method: str, compact: bool, tmp_pat
         for key, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()
         if "lora_A" in key
     }
-    assert shapes == ({3, 5} if compact else {8})
+    joined = kind in ("gpt2", "phi3")  # q and v lie in one projection, with 3 + 3 or 5 + 3 ranks
+    assert shapes == (({3, 6, 8} if joined else {3, 5}) if compact else {8})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,6 +96,23 @@ def test_a_peft_folder_is_the_start_of_a_run(settings: dict[str, Any], tmp_path:
         run.after_step()
         optimizer.zero_grad()
     assert apt.summary(model).sparsity >= 0.3
+
+
+def test_an_adapter_on_a_fused_projection_goes_to_its_parts(tmp_path: Path) -> None:
+    theirs = get_peft_model(tiny_model("gpt2", torch.float32), LoraConfig(r=4, lora_alpha=6, target_modules=["c_attn"]))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for method, targets in (("apt", ("q", "k", "v")), ("lora", ("c_attn",))):
+        model = apt.patch_model(tiny_model("gpt2", torch.float32), method=method, target_modules=targets)
+        apt.load_adapter(model, tmp_path / "theirs")
+        assert torch.allclose(logits(model, "gpt2"), logits(theirs.eval(), "gpt2"), atol=1e-5, rtol=1e-5)
+        assert set(apt.summary(model).ranks.values()) == {4}
+    some = apt.patch_model(tiny_model("gpt2", torch.float32), target_modules=("q", "v"))
+    with pytest.raises(ValueError, match=r"c_attn\.k, where .*; patch it with target_modules=\['k', 'q', 'v'\]"):
+        apt.load_adapter(some, tmp_path / "theirs")
 
 
 def test_target_modules_name_the_adapted_layers_and_no_other(tmp_path: Path) -> None:
