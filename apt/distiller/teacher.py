@@ -47,7 +47,7 @@ class Teacher:
             if parameter.requires_grad and id(parameter) not in inside and not name.startswith(f"{TRANSFORM}.")
         }
         self.counts = {
-            name: {key: getattr(module, key) for key in part.per_head}
+            name: part.head_counts(module)
             for name, _, part, module in self._attentions()
             if not isinstance(module, EmptyAttention)
         }
@@ -77,8 +77,11 @@ class Teacher:
             if isinstance(module, EmptyAttention) and module.dense:
                 parent, _, child = part.module.rpartition(".")
                 _swap(stack, layer.module.get_submodule(parent), child, module.dense[0])
+            dense = layer.module.get_submodule(part.module)
             for key, value in self.counts.get(name, {}).items():
-                _swap(stack, layer.module.get_submodule(part.module), key, value)
+                if (now := part.head_counts(dense)[key]) != value:
+                    stack.callback(part.set_count, dense, key, now)
+                    part.set_count(dense, key, value)
 
     @contextmanager
     def _dense(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """What pruning must know of a Hugging Face family: where its parts are. A family is a table, never a copied forward."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -69,6 +70,15 @@ class Attention:
         """Roles that read the same tensor."""
         return ("k", "v") if self.cross else ("q", "k", "v")
 
+    def head_counts(self, attention: nn.Module) -> dict[str, int]:
+        """What the module's forward reads of its number of heads, by the names in `per_head`."""
+        return {name: operator.attrgetter(name)(attention) for name in self.per_head}
+
+    def set_count(self, attention: nn.Module, name: str, count: int) -> None:
+        """Change one of them for this module alone."""
+        owner = own_config(attention) if name.startswith("config.") else attention
+        setattr(owner, name.removeprefix("config."), count)
+
     def set_heads(self, layer: nn.Module, before: int, after: int, order: Tensor | None = None) -> None:
         """Tell the module of a layer that it has `after` instead of `before` heads (KV groups).
 
@@ -79,10 +89,8 @@ class Attention:
             order: as `follow` gets it; None leaves it out.
         """
         attention = layer.get_submodule(self.module)
-        for name in self.per_head:
-            owner: Any = own_config(attention) if name.startswith("config.") else attention
-            leaf = name.removeprefix("config.")
-            setattr(owner, leaf, getattr(owner, leaf) * after // before)
+        for name, count in self.head_counts(attention).items():
+            self.set_count(attention, name, count * after // before)
         if self.follow is not None and order is not None:
             self.follow(attention, order)
 
