@@ -139,12 +139,11 @@ def activation_forward(
     block_t, block_d, warps = statistics.config(D)
     num_slices, rows_each = statistics.slices(T, D, g_TD.device)
     sums_SD = g_TD.new_empty(num_slices, D, dtype=torch.float32) if collect else None
-    with torch.cuda.device_of(g_TD):
-        activation_forward_kernel[math.ceil(D / block_d), num_slices](
-            g_TD, u_TD, None if mask is None else mask.contiguous(), None if valid_T is None else valid_T.float(),
-            y_TD, sums_SD, T, D // unit, g_TD.stride(0) // unit, u_stride // unit, rows_each,
-            KIND=kind, UNIT=unit, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    activation_forward_kernel[math.ceil(D / block_d), num_slices](
+        g_TD, u_TD, None if mask is None else mask.contiguous(), None if valid_T is None else valid_T.float(),
+        y_TD, sums_SD, T, D // unit, g_TD.stride(0) // unit, u_stride // unit, rows_each,
+        KIND=kind, UNIT=unit, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
+    )  # fmt: skip
     return y_TD, None if sums_SD is None else sums_SD.sum(0)
 
 
@@ -170,13 +169,12 @@ def activation_backward(
     block_t, block_d, warps = statistics.config(D)
     num_slices, rows_each = statistics.slices(T, D, g_TD.device)
     sums_SD = g_TD.new_empty(num_slices, D, dtype=torch.float32) if collect else None
-    with torch.cuda.device_of(g_TD):
-        activation_backward_kernel[math.ceil(D / block_d), num_slices](
-            dy_TD, g_TD, u_TD, None if mask is None else mask.contiguous(),
-            None if valid_T is None else valid_T.float(), dg_TD, du_TD, sums_SD,
-            T, D // unit, dy_TD.stride(0) // unit, g_TD.stride(0) // unit, u_stride // unit, rows_each,
-            KIND=kind, UNIT=unit, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    activation_backward_kernel[math.ceil(D / block_d), num_slices](
+        dy_TD, g_TD, u_TD, None if mask is None else mask.contiguous(),
+        None if valid_T is None else valid_T.float(), dg_TD, du_TD, sums_SD,
+        T, D // unit, dy_TD.stride(0) // unit, g_TD.stride(0) // unit, u_stride // unit, rows_each,
+        KIND=kind, UNIT=unit, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
+    )  # fmt: skip
     return dg_TD, du_TD, None if sums_SD is None else sums_SD.sum(0)
 
 

@@ -155,14 +155,13 @@ def weight_kurtosis(
     unit = _triton.unit(I, weight_OI.stride(0), a_stride)
     columns_S4I = weight_OI.new_empty(math.ceil(O / block_o), 4, I, dtype=torch.float32)
     rows_S4O = weight_OI.new_empty(math.ceil(I / block_i), 4, O, dtype=torch.float32)
-    with torch.cuda.device_of(weight_OI):
-        tile_moments_kernel[len(rows_S4O), len(columns_S4I)](
-            weight_OI, b_OR, a_RI, None if column_scale is None else column_scale.contiguous(), columns_S4I, rows_S4O,
-            O, I // unit, R, weight_OI.stride(0) // unit, a_stride // unit, scale,
-            UNIT=unit, WIDEN=a_RI is not None and _triton.widened(a_RI.dtype), PRECISION=precision,
-            BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=BLOCK_R, num_warps=warps,
-        )  # fmt: skip
-        columns_4I, rows_4O = join(columns_S4I, block_o, O), join(rows_S4O, block_i, I)
+    tile_moments_kernel[len(rows_S4O), len(columns_S4I)](
+        weight_OI, b_OR, a_RI, None if column_scale is None else column_scale.contiguous(), columns_S4I, rows_S4O,
+        O, I // unit, R, weight_OI.stride(0) // unit, a_stride // unit, scale,
+        UNIT=unit, WIDEN=a_RI is not None and _triton.widened(a_RI.dtype), PRECISION=precision,
+        BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=BLOCK_R, num_warps=warps,
+    )  # fmt: skip
+    columns_4I, rows_4O = join(columns_S4I, block_o, O), join(rows_S4O, block_i, I)
     if column_scale is not None:
         powers = torch.arange(1, 5, device=weight_OI.device)[:, None]  # of mean, M2, M3, M4
         columns_4I = columns_4I * column_scale.double() ** powers

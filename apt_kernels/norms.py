@@ -15,6 +15,7 @@ Dimension key: T tokens, D features, S slices of the tokens.
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ from torch import Tensor
 from apt_kernels import _triton, statistics
 
 # Rows, block of features, warps: 16 elements a thread, 32 in the last, so that x, dy, w and m fit into its registers.
-# One case does not: backward over more than 8192 features that are no multiple of 8 keeps 24 bytes on sm_90's stack.
 CONFIGS = ((16, 128, 4), (2, 1024, 4), (1, 2048, 4), (1, 4096, 8), (1, 8192, 16), (1, 16384, 16))
 MAX_FEATURES = CONFIGS[-1][1]
+WIDE, WIDE_BLOCK, WIDE_WARPS = CONFIGS[-2][1], 2048, 8  # above WIDE, backward over unaligned rows goes block by block
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # instead of n where every mask is 0: statistics are 0, not NaN
 
 ROW_SIZES = ["T", "d_units", "x_units"]
@@ -63,12 +64,12 @@ def norm_forward_kernel(
         mean = tl.sum(x * share, 1)
         x -= mean[:, None]
     rstd = 1.0 / tl.sqrt(tl.sum(x * x * share, 1) + eps)
+    tl.store(mean_T + t, mean, mask=t < T)
+    tl.store(rstd_T + t, rstd, mask=t < T)
     y = x * rstd[:, None] * tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     if bias_D is not None:
         y += tl.load(bias_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     tl.store(y_TD + t[:, None] * D + d[None, :], y.to(y_TD.dtype.element_ty), mask=inside)
-    tl.store(mean_T + t, mean, mask=t < T)
-    tl.store(rstd_T + t, rstd, mask=t < T)
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
@@ -94,6 +95,45 @@ def norm_backward_kernel(
     along = xhat * tl.sum(g * xhat, 1)[:, None] + shift
     dx = rstd * (g - share_of(mask_D, d, D)[None, :] * along)
     tl.store(dx_TD + t[:, None] * D + d[None, :], dx.to(dx_TD.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def norm_backward_wide_kernel(
+    dy_TD, x_TD, weight_D, mask_D, mean_T, rstd_T, dx_TD, T, d_units, x_units, dy_units,
+    CENTRED: tl.constexpr, UNIT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The same of one row, block by block and read twice: unaligned, the widest rows do not fit into registers."""
+    D = d_units * UNIT
+    t = tl.program_id(0).to(tl.int64)
+    x_TD += t * (x_units * UNIT)
+    dy_TD += t * (dy_units * UNIT)
+    dx_TD += t * D
+    mean, rstd = tl.load(mean_T + t), tl.load(rstd_T + t)
+    along, total = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    masks = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        g = tl.load(dy_TD + d, mask=d < D, other=0.0).to(tl.float32)
+        g *= tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)
+        along += g * (tl.load(x_TD + d, mask=d < D, other=0.0).to(tl.float32) - mean)
+        total += g
+        if mask_D is not None:
+            masks += tl.load(mask_D + d, mask=d < D, other=0.0).to(tl.float32)
+    slope, shift, num = tl.sum(along, 0) * rstd, 0.0, 1.0 * D
+    if CENTRED:
+        shift = tl.sum(total, 0)
+    if mask_D is not None:
+        num = tl.maximum(tl.sum(masks, 0), TINY)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        g = tl.load(dy_TD + d, mask=d < D, other=0.0).to(tl.float32)
+        g *= tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)
+        xhat = (tl.load(x_TD + d, mask=d < D, other=0.0).to(tl.float32) - mean) * rstd
+        share = 1.0 / num
+        if mask_D is not None:
+            share = tl.load(mask_D + d, mask=d < D, other=0.0).to(tl.float32) / num
+        dx = rstd * (g - share * (xhat * slope + shift))
+        tl.store(dx_TD + d, dx.to(dx_TD.dtype.element_ty), mask=d < D)
 
 
 @triton.jit(do_not_specialize=WEIGHT_SIZES)
@@ -145,13 +185,12 @@ def norm_forward(
         return y_TD, mean_T.zero_(), rstd_T.zero_()
     x_TD = statistics.rows(x_TD)
     unit = _triton.unit(D, x_TD.stride(0))
-    with torch.cuda.device_of(x_TD):
-        norm_forward_kernel[(math.ceil(T / num_rows),)](
-            x_TD, weight.contiguous(), None if bias is None else bias.contiguous(),
-            None if mask is None else mask.contiguous(), y_TD, mean_T, rstd_T,
-            T, D // unit, x_TD.stride(0) // unit, eps,
-            CENTRED=centred, UNIT=unit, ROWS=num_rows, BLOCK_D=block, num_warps=warps,
-        )  # fmt: skip
+    norm_forward_kernel[(math.ceil(T / num_rows),)](
+        x_TD, weight.contiguous(), None if bias is None else bias.contiguous(),
+        None if mask is None else mask.contiguous(), y_TD, mean_T, rstd_T,
+        T, D // unit, x_TD.stride(0) // unit, eps,
+        CENTRED=centred, UNIT=unit, ROWS=num_rows, BLOCK_D=block, num_warps=warps,
+    )  # fmt: skip
     return y_TD, mean_T, rstd_T
 
 
@@ -167,12 +206,16 @@ def norm_backward(
         return dx_TD
     x_TD, dy_TD = statistics.rows(x_TD), statistics.rows(dy_TD)
     unit = _triton.unit(D, x_TD.stride(0), dy_TD.stride(0))
-    with torch.cuda.device_of(x_TD):
+    args = (
+        dy_TD, x_TD, weight.contiguous(), None if mask is None else mask.contiguous(), mean_T, rstd_T, dx_TD,
+        T, D // unit, x_TD.stride(0) // unit, dy_TD.stride(0) // unit,
+    )  # fmt: skip
+    if unit == 1 and D > WIDE:
+        norm_backward_wide_kernel[(T,)](*args, CENTRED=centred, UNIT=1, BLOCK_D=WIDE_BLOCK, num_warps=WIDE_WARPS)
+    else:
         norm_backward_kernel[(math.ceil(T / num_rows),)](
-            dy_TD, x_TD, weight.contiguous(), None if mask is None else mask.contiguous(), mean_T, rstd_T, dx_TD,
-            T, D // unit, x_TD.stride(0) // unit, dy_TD.stride(0) // unit,
-            CENTRED=centred, UNIT=unit, ROWS=num_rows, BLOCK_D=block, num_warps=warps,
-        )  # fmt: skip
+            *args, CENTRED=centred, UNIT=unit, ROWS=num_rows, BLOCK_D=block, num_warps=warps
+        )
     return dx_TD
 
 
@@ -192,33 +235,36 @@ def norm_weight_grads(
     dw_SD, db_SD = (
         x_TD.new_empty(num_slices, D, dtype=torch.float32) if needs else None for needs in (needs_weight, needs_bias)
     )
-    with torch.cuda.device_of(x_TD):
-        norm_weight_kernel[math.ceil(D / block_d), num_slices](
-            dy_TD, x_TD, mean_T, rstd_T, dw_SD, db_SD,
-            T, D // unit, x_TD.stride(0) // unit, dy_TD.stride(0) // unit, rows_each,
-            UNIT=unit, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    norm_weight_kernel[math.ceil(D / block_d), num_slices](
+        dy_TD, x_TD, mean_T, rstd_T, dw_SD, db_SD,
+        T, D // unit, x_TD.stride(0) // unit, dy_TD.stride(0) // unit, rows_each,
+        UNIT=unit, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
+    )  # fmt: skip
     return None if dw_SD is None else dw_SD.sum(0), None if db_SD is None else db_SD.sum(0)
 
 
 def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Name, kernel, signature, constants, warps and stages of every configuration but the one named at CONFIGS."""
+    """Name, kernel, signature, constants, warps and stages of every configuration that can be chosen."""
     vectors = dict.fromkeys(("weight_D", "bias_D", "mask_D", "mean_T", "rstd_T", "dw_SD", "db_SD"), "*fp32")
 
     def case(
-        name: str, kernel: Any, dtype: str, sizes: list[str], constants: dict[str, Any], warps: int
+        kernel: Any, dtype: str, sizes: list[str], constants: dict[str, Any], warps: int
     ) -> tuple[str, Any, dict[str, str], dict[str, Any], int, int]:
         tensors = {**vectors, **dict.fromkeys(("x_TD", "y_TD", "dy_TD", "dx_TD"), dtype), "eps": "fp32"}
         types = tensors | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
+        name = " ".join([kernel.fn.__name__, dtype, *(f"{key}={value}" for key, value in constants.items())])
         return name, kernel, {arg: types[arg] for arg in kernel.arg_names}, constants, warps, 3
 
-    bf16 = [(*config, "*bf16", 8) for config in CONFIGS]
-    for num_rows, block, warps, dtype, unit in [*bf16, (*CONFIGS[-2], "*bf16", 1), (*CONFIGS[-1], "*fp32", 8)]:
-        tiles = {"UNIT": unit, "ROWS": num_rows, "BLOCK_D": block, "CENTRED": True}  # RMSNorm needs less of everything
-        text = f"{num_rows}x{block} {dtype[1:]} unit {unit}"
-        yield case(f"norm forward {text}", norm_forward_kernel, dtype, ROW_SIZES, tiles, warps)
-        yield case(f"norm backward {text}", norm_backward_kernel, dtype, BACKWARD_SIZES, tiles, warps)
-    for block_t, block_d, warps in statistics.CONFIGS:
-        tiles = {"UNIT": 8, "BLOCK_T": block_t, "BLOCK_D": block_d}
-        name = f"norm weight {block_t}x{block_d} bf16 unit 8"
-        yield case(name, norm_weight_kernel, "*bf16", WEIGHT_SIZES, tiles, warps)
+    for dtype, unit, centred in product(("*bf16", "*fp32"), (8, 1), (True, False)):
+        norm = {"UNIT": unit, "CENTRED": centred}
+        for num_rows, block, warps in CONFIGS:
+            tiles = {**norm, "ROWS": num_rows, "BLOCK_D": block}
+            yield case(norm_forward_kernel, dtype, ROW_SIZES, tiles, warps)
+            if unit == 8 or block <= WIDE:
+                yield case(norm_backward_kernel, dtype, BACKWARD_SIZES, tiles, warps)
+        if unit == 1:
+            wide = {**norm, "BLOCK_D": WIDE_BLOCK}
+            yield case(norm_backward_wide_kernel, dtype, BACKWARD_SIZES, wide, WIDE_WARPS)
+    for (block_t, block_d, warps), dtype, unit in product(statistics.CONFIGS, ("*bf16", "*fp32"), (8, 1)):
+        tiles = {"UNIT": unit, "BLOCK_T": block_t, "BLOCK_D": block_d}
+        yield case(norm_weight_kernel, dtype, WEIGHT_SIZES, tiles, warps)

@@ -35,10 +35,8 @@ def forward(
     row, col = tl.arange(0, BM), tl.arange(0, BN)
     left_T, left_O = T - pm * BM, O - pn * BN
     # The tile's corner is a 64-bit offset; inside it 32 bits do. Rows past the end read the first and are not stored.
-    x_TI += (pm * BM).to(tl.int64) * sx
-    h_TP += (pm * BM).to(tl.int64) * (h_units * 16)
-    w_OI += (pn * BN).to(tl.int64) * sw
-    b_OP += (pn * BN).to(tl.int64) * P
+    corner_x, corner_h = (pm * BM).to(tl.int64) * sx, (pm * BM).to(tl.int64) * (h_units * 16)
+    corner_w, corner_b = (pn * BN).to(tl.int64) * sw, (pn * BN).to(tl.int64) * P
     live_T, live_O = tl.where(row < left_T, row, 0), tl.where(col < left_O, col, 0)
     frozen_steps = tl.cdiv(I, BK)
     acc = tl.zeros((BM, BN), tl.float32)
@@ -46,14 +44,11 @@ def forward(
         low = step >= frozen_steps
         k = tl.where(low, step - frozen_steps, step) * BK + tl.arange(0, BK)
         inside = k[None, :] < tl.where(low, P, I)
-        x = tl.load(
-            tl.where(low, h_TP, x_TI) + live_T[:, None] * tl.where(low, h_units * 16, sx) + k[None, :],
-            mask=inside,
-            other=0.0,
-        )
-        w = tl.load(
-            tl.where(low, b_OP, w_OI) + live_O[:, None] * tl.where(low, P, sw) + k[None, :], mask=inside, other=0.0
-        )
+        # Chosen between are the tensors themselves, before any offset: Triton 3.6 fails on what was moved (gfx942).
+        left = tl.where(low, h_TP, x_TI) + tl.where(low, corner_h, corner_x)
+        right = tl.where(low, b_OP, w_OI) + tl.where(low, corner_b, corner_w)
+        x = tl.load(left + live_T[:, None] * tl.where(low, h_units * 16, sx) + k[None, :], mask=inside, other=0.0)
+        w = tl.load(right + live_O[:, None] * tl.where(low, P, sw) + k[None, :], mask=inside, other=0.0)
         if WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)
         if MASK_IN:
@@ -131,8 +126,7 @@ def backward(
     row = tl.arange(0, BM)
     i = pn * BN + tl.arange(0, BN)
     left_T = T - pm * BM
-    dy_TO += (pm * BM).to(tl.int64) * sy
-    ts_TP += (pm * BM).to(tl.int64) * P
+    corner_dy, corner_ts = (pm * BM).to(tl.int64) * sy, (pm * BM).to(tl.int64) * P
     live_T = tl.where(row < left_T, row, 0)
     frozen_steps = tl.cdiv(O, BK)
     acc = tl.zeros((BM, BN), tl.float32)
@@ -140,11 +134,8 @@ def backward(
         low = step >= frozen_steps
         k = tl.where(low, step - frozen_steps, step) * BK + tl.arange(0, BK)
         size = tl.where(low, P, O)
-        dy = tl.load(
-            tl.where(low, ts_TP, dy_TO) + live_T[:, None] * tl.where(low, P, sy) + k[None, :],
-            mask=k[None, :] < size,
-            other=0.0,
-        )
+        left = tl.where(low, ts_TP, dy_TO) + tl.where(low, corner_ts, corner_dy)
+        dy = tl.load(left + live_T[:, None] * tl.where(low, P, sy) + k[None, :], mask=k[None, :] < size, other=0.0)
         # Only rows may be clamped or looked up; the contiguous index i stays plain and masked, or loads turn scalar.
         w = tl.load(
             tl.where(low, a_PI, w_OI) + k[:, None].to(tl.int64) * tl.where(low, a_units * 8, sw) + i[None, :],

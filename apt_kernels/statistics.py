@@ -92,12 +92,11 @@ def gate_pass(
     num_slices, rows_each = slices(T, D, x_TD.device)
     sums_SD = x_TD.new_empty(num_slices, D, dtype=torch.float32) if collect else None
     unit = _triton.unit(D, x_TD.stride(0))
-    with torch.cuda.device_of(x_TD):
-        gate_kernel[math.ceil(D / block_d), num_slices](
-            x_TD, None if mask is None else mask.contiguous(), None if valid_T is None else valid_T.float(),
-            y_TD, sums_SD, T, D // unit, x_TD.stride(0) // unit, rows_each,
-            UNIT=unit, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
-        )  # fmt: skip
+    gate_kernel[math.ceil(D / block_d), num_slices](
+        x_TD, None if mask is None else mask.contiguous(), None if valid_T is None else valid_T.float(),
+        y_TD, sums_SD, T, D // unit, x_TD.stride(0) // unit, rows_each,
+        UNIT=unit, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
+    )  # fmt: skip
     return y_TD, None if sums_SD is None else sums_SD.sum(0)
 
 

@@ -25,7 +25,7 @@ PRODUCT = {  # of forward, one_kernel and backward, from large to small
     "interpreter": (Tiles(32, 32, 32, 4, 1),),
 }
 # Exact float32 runs without tensor cores, and loads of one element a time take many registers: both want small tiles.
-PRODUCT_SMALL = (Tiles(64, 64, 32, 4, 2),)
+PRODUCT_SMALL = (Tiles(64, 64, 32, 4, 3),)
 PRODUCT_TMA = (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3))
 TMA_RANK = 32  # ranks a step of the persistent kernels
 GROUP = 8  # rows of tiles walked together
