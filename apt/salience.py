@@ -72,7 +72,8 @@ class OutlierTerm:
     adapter trains there.
 
     Args:
-        mode: "off" adds nothing; "paper" the term as it is; "normalized" scales it, so that over all units of a kind
+        mode: "off" adds nothing; "paper" the term over the tokens of the step, as salience here is the paper's over
+            that number, so the ranking is the paper's; "normalized" scales it, so that over all units of a kind
             it weighs as much as the salience; "original" is "paper" with the slips of the authors' code (moments of the
             sample, and heads made of entries that lie `num_heads` apart), to compare with it.
     """
@@ -100,6 +101,8 @@ class OutlierTerm:
                 mean, salience = (torch.cat([table[name] for name in names]).mean() for table in (terms, scores))
                 for name in names if mean > 0 else ():
                     terms[name] = terms[name] * (salience / mean)
+        else:
+            terms = {group.name: terms[group.name] / group.gate.count.clamp(min=1.0) for group in groups}
         return {name: scores[name] + term for name, term in terms.items()}
 
     @torch.no_grad()
