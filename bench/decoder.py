@@ -1,0 +1,251 @@
+"""A decoder pruned before it is tuned on text: perplexity and speed of APT, PEFT's LoRA and magnitude pruning.
+
+``python -m bench.decoder [--config examples/smollm2.yaml] [--arms dense lora apt magnitude ...] [--seeds 0] [--speed]``
+
+Every run is a process of its own with the same blocks, steps and seed; one row a run in bench/results/cpu/decoder.csv.
+Rows that are there already are skipped, so a comparison that was stopped goes on. What a run trained stays in
+bench/scratch; ``--speed`` takes training steps and generation of these models in turns, in one process, so that what
+else the machine does touches all alike (decoder_speed.csv). The tables beside the CSV files are drawn from them alone.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+import apt
+from apt.config import RunConfig, load_config
+from apt.data import TextLoader
+from apt.families import find_family
+from apt.language import generation_rates, greedy, perplexity
+from apt.records import Event, append_jsonl, read_jsonl
+from apt.surgery import apply_event
+from apt.tasks import build_model, build_tokenizer, training_arguments
+from bench.arms import peft_lora
+from bench.rows import append_row, append_rows, environment, quantiles, read_rows
+from bench.timing import Clock
+
+ARMS: dict[str, list[str]] = {  # overrides of the config
+    "dense": [],
+    "lora": [],
+    "apt": [],
+    "apt kurtosis=off": ["pruning.kurtosis=off"],
+    "apt kurtosis=paper": ["pruning.kurtosis=paper"],
+    "apt kurtosis=normalized": ["pruning.kurtosis=normalized"],
+    "magnitude": ["pruning.salience=magnitude", "pruning.kurtosis=off"],
+}
+UNPRUNED = ("dense", "lora")
+SCRATCH = Path("bench/scratch/decoder")
+MODEL, EVENTS = "model", "events.jsonl"
+PROMPT, NEW_TOKENS = 32, 32  # tokens read and made, in the timing of generation and in the text that a row shows
+
+
+class Probe(TrainerCallback):
+    """Measures the model just before the first step, where it is pruned and not tuned yet; its own time is kept."""
+
+    def __init__(self, measure: Callable[[], float]) -> None:
+        self.measure, self.value, self.seconds, self.cpu_seconds = measure, math.nan, 0.0, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step:
+            return
+        started, cpu = time.perf_counter(), time.process_time()
+        model.eval()
+        self.value = self.measure()
+        model.train()
+        self.seconds, self.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+
+
+def run(config_path: Path, arm: str, seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
+    """Train one arm and measure it; `folder` gets the events and the small model of a pruned one."""
+    config = load_config(config_path, [*overrides, f"training.seed={seed}", *ARMS[arm]])
+    tokenizer = build_tokenizer(config)
+    data = TextLoader(config.data, tokenizer, seed)
+    torch.manual_seed(seed)  # of the adapters
+    model, batch_size = build_model(config, None, tokenizer), config.evaluation.inference_batch_size
+    total = _block_params(model)
+    row: dict[str, Any] = {"steps": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0}
+    if arm != "dense":
+        model, row = _train(arm, model, config, data, folder)
+    row |= {"params": sum(p.numel() for p in model.parameters()), "sparsity": 1.0 - _block_params(model) / total}
+    row |= perplexity(model.eval(), data.test, batch_size)
+    begin = torch.tensor([data.test[0]["input_ids"][:PROMPT]])
+    row["text"] = tokenizer.decode(greedy(model, begin, NEW_TOKENS)[0, begin.shape[1] :])
+    setting = {"batch": config.training.batch_size, "block_length": config.data.block_length}
+    setting |= {"test_documents": data.test_documents, "overrides": " ".join(overrides)}
+    return {"arm": arm, "seed": seed} | row | setting | environment()
+
+
+def _block_params(model: nn.Module) -> int:
+    """Weights of attention, FFN and norms inside the layers of a plain model."""
+    return sum(p.numel() for layer in find_family(model).layers(model) for p in layer.module.parameters())
+
+
+def _train(arm: str, model: Any, config: RunConfig, data: TextLoader, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The trained model as it would be deployed (adapters merged, shrunk), and what training cost."""
+    probe = Probe(lambda: perplexity(model, data.test, config.evaluation.inference_batch_size)["perplexity"])
+    common: dict[str, Any] = {"args": training_arguments(config, folder / "checkpoints"), "train_dataset": data.train}
+    common |= {"data_collator": data.collator, "callbacks": [probe]}
+    if arm == "lora":
+        model = peft_lora(model, config)
+        trainer: Any = Trainer(model=model, **common)
+    else:
+        model = apt.patch_model(model, config.apt_config())
+        trainer = apt.APTrainer(model=model, **common)
+    started, cpu = time.perf_counter(), time.process_time()
+    trainer.train()
+    row: dict[str, Any] = {"steps": trainer.state.global_step}
+    row["train_seconds"] = round(time.perf_counter() - started - probe.seconds, 2)
+    row["train_cpu_seconds"] = round(time.process_time() - cpu - probe.cpu_seconds, 2)
+    row["perplexity_untuned"] = probe.value
+    row["losses"] = " ".join(f"{entry['loss']:.3f}" for entry in trainer.state.log_history if "loss" in entry)
+    if arm == "lora":
+        return model.merge_and_unload(), row
+    counts = apt.summary(model)
+    row |= {"heads": " ".join(map(str, counts.heads)), "neurons": " ".join(map(str, counts.neurons))}
+    row["ranks"] = sum(counts.ranks.values())
+    for event in trainer.controller.events:
+        append_jsonl(folder / EVENTS, event.to_json())
+    apt.export_model(model, folder / MODEL)
+    return apt.load_model(folder / MODEL), row
+
+
+def speed(config: RunConfig, folders: dict[str, Path], runs: int) -> list[dict[str, Any]]:
+    """Training steps and generation of all arms in turns; ratios are medians of paired ones, over LoRA or dense."""
+    tokenizer = build_tokenizer(config)
+    dense: Any = build_model(config, None, tokenizer)
+    vocabulary = dense.config.vocab_size
+    draw = torch.Generator().manual_seed(0)
+    models = {"dense": dense.eval()} | {arm: apt.load_model(folder / MODEL) for arm, folder in folders.items()}
+    rows = []
+    for batch in (1, 8):
+        prompts = torch.randint(vocabulary, (batch, PROMPT), generator=draw)
+        rates = generation_rates(models, prompts, new_tokens=NEW_TOKENS, repeats=runs)
+        for arm, found in rates.items():
+            rows.append(_rate_row("generation", arm, f"{batch} x {PROMPT} + {NEW_TOKENS}", found, rates["dense"]))
+    steps = {"lora": _training_step(peft_lora(build_model(config, None, tokenizer), config), config, vocabulary)}
+    for arm, folder in folders.items():
+        model = apt.patch_model(build_model(config, None, tokenizer), config.apt_config())
+        for line in read_jsonl(folder / EVENTS):
+            apply_event(model, Event.from_json(line))
+        steps[arm] = _training_step(model, config, vocabulary)
+    clock = Clock(torch.device("cpu"), runs=runs, seconds=math.inf, warmup=1)
+    tokens = config.training.batch_size * config.data.block_length
+    times = clock.interleaved({arm: [step] for arm, step in steps.items()})
+    found = {arm: [1e3 * tokens / ms for ms in each.device_ms] for arm, each in times.items()}
+    shape = f"{config.training.batch_size} x {config.data.block_length}"
+    return rows + [_rate_row("training", arm, shape, each, found["lora"]) for arm, each in found.items()]
+
+
+def _training_step(model: nn.Module, config: RunConfig, vocabulary: int) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-5)
+    shape = config.training.batch_size, config.data.block_length
+    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _rate_row(what: str, arm: str, shape: str, rates: list[float], base: list[float]) -> dict[str, Any]:
+    ratio = quantiles([a / b for a, b in zip(rates, base, strict=True)])[1]
+    p20, p50, p80 = (round(rate, 2) for rate in quantiles(rates))
+    row = {"what": what, "arm": arm, "shape": shape, "tokens_per_s_p20": p20, "tokens_per_s_p50": p50}
+    return row | {"tokens_per_s_p80": p80, "ratio_p50": round(ratio, 4), "runs": len(rates)} | environment()
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """One line an arm and seed; perplexities also over those of magnitude pruning of the same seed."""
+    magnitude = {(row["seed"], row["overrides"]): float(row["perplexity"]) for row in rows if row["arm"] == "magnitude"}
+    lines = [
+        "| arm | seed | parameters | sparsity | perplexity before tuning | after | over magnitude | training, CPU s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        base, after = magnitude.get((row["seed"], row["overrides"])), float(row["perplexity"])
+        before = row.get("perplexity_untuned") or row["perplexity"]
+        lines.append(
+            f"| {row['arm']} {row['overrides']}".rstrip() + f" | {row['seed']} | {int(row['params']):,} "
+            f"| {float(row['sparsity']):.3f} | {float(before):,.1f} | {after:,.2f} "
+            f"| {after / base if base else math.nan:.3f} | {float(row['train_cpu_seconds']):.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def speed_table(rows: list[dict[str, str]]) -> str:
+    """Ratios of the latest measurement of each arm, taken in turns."""
+    latest = {(row["what"], row["shape"], row["arm"]): row for row in rows}
+    lines = ["| what | tokens | arm | over LoRA (training), dense (generation) |", "|---|---|---|---|"]
+    lines += [f"| {what} | {shape} | {arm} | {row['ratio_p50']} |" for (what, shape, arm), row in latest.items()]
+    return "\n".join(lines) + "\n"
+
+
+def run_apart(config: Path, arm: str, seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
+    """`run` in a process of its own; SystemExit where it failed."""
+    command = [sys.executable, "-m", "bench.decoder", "--one", "--config", str(config), "--arms", arm]
+    command += ["--seeds", str(seed), "--scratch", str(folder), "--set", *overrides]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
+    if not found:
+        raise SystemExit(f"{arm}, seed {seed} failed:\n{finished.stderr[-2000:]}")
+    row: dict[str, Any] = json.loads(found[0])
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("examples/smollm2.yaml"))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["dense", "lora", "apt", "magnitude"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/decoder.csv"))
+    parser.add_argument("--scratch", type=Path, default=SCRATCH)
+    parser.add_argument("--set", nargs="*", default=[], help="key=value overrides of the config, for every arm")
+    parser.add_argument("--speed", action="store_true", help="then time training and generation of these arms in turns")
+    parser.add_argument("--runs", type=int, default=5, help="of each arm in the timing")
+    parser.add_argument("--one", action="store_true", help="run one arm and seed here and print its row as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    overrides, out = arguments.set, arguments.out
+    if arguments.one:
+        row = run(arguments.config, arguments.arms[0], arguments.seeds[0], overrides, arguments.scratch)
+        print("ROW " + json.dumps(row), flush=True)
+        return
+    for seed in arguments.seeds:
+        for arm in arguments.arms:
+            done = {(row["arm"], row["seed"], row["overrides"]) for row in read_rows(out)}
+            if (arm, str(seed), " ".join(overrides)) in done:
+                continue
+            folder = arguments.scratch / f"{arm} {seed}"
+            shutil.rmtree(folder, ignore_errors=True)
+            row = run_apart(arguments.config, arm, seed, overrides, folder)
+            append_row(out, row)
+            print(f"{arm} seed {seed}: perplexity {row['perplexity']:.2f}, {row['train_cpu_seconds']} s", flush=True)
+    _write(out.with_suffix(".md"), table(read_rows(out)))
+    if arguments.speed:
+        folders = {arm: arguments.scratch / f"{arm} {arguments.seeds[0]}" for arm in arguments.arms}
+        pruned = {arm: folder for arm, folder in folders.items() if arm not in UNPRUNED}
+        speeds = out.with_name(f"{out.stem}_speed.csv")
+        append_rows(speeds, speed(load_config(arguments.config, overrides), pruned, arguments.runs))
+        _write(speeds.with_suffix(".md"), speed_table(read_rows(speeds)))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
