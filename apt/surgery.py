@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apt.adapters import APTAdapter, adapted, exchange
 from apt.families import Attention, EmptyAttention, find_family
+from apt.moments import check_optimizer, grown, moments, state_of
 from apt.records import Event, PrunePlan, RankPlan
 from apt.units import UnitGroup, find_units
 
@@ -41,6 +42,8 @@ def apply_prune_plan(
     Raises:
         ValueError: the plan names other groups or positions than the model has.
     """
+    if optimizer is not None:
+        check_optimizer(optimizer)
     family = find_family(model)
     groups = {group.name: group for group in find_units(model, family)}
     unknown = sorted(set(plan.kept) - set(groups))
@@ -51,7 +54,7 @@ def apply_prune_plan(
         for member in group.members:
             for parameter in (member.linear.lora_A, member.linear.lora_B):
                 if parameter is not None:
-                    _moments(parameter, optimizer, None, None)  # refuses what could not follow
+                    moments(parameter, optimizer)  # refuses what could not follow
         if positions and (positions != sorted(set(positions)) or positions[-1] >= group.num_units or positions[0] < 0):
             raise ValueError(
                 f"surgery: {name} has {group.num_units} units; kept positions must ascend and lie below that"
@@ -145,6 +148,8 @@ def apply_rank_plan(model: nn.Module, plan: RankPlan, optimizer: torch.optim.Opt
     Raises:
         ValueError: the plan names an adapter that the model does not have, or a rank that is not above the present one.
     """
+    if optimizer is not None:
+        check_optimizer(optimizer)
     adapters = dict(adapted(model))
     for name, rank in plan.ranks.items():
         if name not in adapters:
@@ -152,63 +157,29 @@ def apply_rank_plan(model: nn.Module, plan: RankPlan, optimizer: torch.optim.Opt
                 f"surgery: the plan of step {plan.step} names adapter {name}, which this model does not have"
             )
         adapter = adapters[name]
-        parameters = [(adapter.lora_A, 0), (adapter.lora_B, 1)]
-        grads = [parameter.grad for parameter, _ in parameters if parameter is not None]
-        for parameter, _ in parameters:
-            if parameter is not None:
-                parameter.grad = None
+        sides = [(p, dim) for p, dim in ((adapter.lora_A, 0), (adapter.lora_B, 1)) if p is not None]
+        before = [(parameter.grad, moments(parameter, optimizer)) for parameter, _ in sides]
+        for parameter, _ in sides:
+            parameter.grad = None
         num = rank - adapter.rank
         adapter.increase_rank(rank, "gaussian")
-        for (parameter, dim), grad in zip(parameters, grads, strict=True):
-            assert parameter is not None
-            if grad is not None:
-                parameter.grad = _pad(grad, dim, num)
-            for key, value in _moments(parameter, optimizer, parameter.shape[dim] - num, dim):
-                fill = value.mean(dim, keepdim=True) if key.endswith("_sq") else None
-                _state(optimizer, parameter)[key] = _pad(value, dim, num, fill)
-
-
-def _pad(tensor: Tensor, dim: int, num: int, fill: Tensor | None = None) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = num
-    return torch.cat([tensor, tensor.new_zeros(shape) if fill is None else fill.expand(shape)], dim)
+        for (parameter, dim), (grad, kept) in zip(sides, before, strict=True):
+            parameter.grad = None if grad is None else grown("grad", grad, dim, num)
+            for key, value in kept:
+                state_of(optimizer, parameter)[key] = grown(key, value, dim, num)
 
 
 def _follow(
     parameter: nn.Parameter, transform: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Change a parameter, its gradient and every moment of it in the same way."""
-    moments = list(_moments(parameter, optimizer, None, None))
+    kept = moments(parameter, optimizer)
     grad, parameter.grad = parameter.grad, None
     exchange(parameter, transform(parameter.data))
     if grad is not None:
         parameter.grad = transform(grad)
-    for key, value in moments:
-        _state(optimizer, parameter)[key] = transform(value)
-
-
-def _state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
-    return {} if optimizer is None else optimizer.state.get(parameter, {})
-
-
-def _moments(
-    parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None, size: int | None, dim: int | None
-) -> list[tuple[str, Tensor]]:
-    """State tensors shaped like the parameter (as it was: `size` along `dim`); step counters are passed over."""
-    shape = list(parameter.shape)
-    if dim is not None and size is not None:
-        shape[dim] = size
-    found = []
-    for key, value in _state(optimizer, parameter).items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            continue
-        if list(value.shape) != shape:
-            raise ValueError(
-                f"surgery: {type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for a parameter of "
-                f"shape {shape}, which cannot follow a pruning event; use AdamW, Adam or SGD"
-            )
-        found.append((key, value))
-    return found
+    for key, value in kept:
+        state_of(optimizer, parameter)[key] = transform(value)
 
 
 def _drop_adapter(linear: APTAdapter, optimizer: torch.optim.Optimizer | None) -> None:

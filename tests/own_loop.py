@@ -1,5 +1,6 @@
 """A training loop of one's own around a patched model, as a user without a Trainer writes it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,18 @@ ONCE = {"num_events": 1, "prune_start": 0, "prune_end": 20, "decay": 5, "settle"
 class Loop:
     """A training loop of one's own around a patched model."""
 
-    def __init__(self, name: str, model: Any, total_steps: int = 30, loss_scale: float = 1.0, **settings: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        total_steps: int = 30,
+        loss_scale: float = 1.0,
+        optimizer: Callable[[list[Any]], Any] | None = None,
+        **settings: Any,
+    ) -> None:
         self.name, self.model, self.loss_scale, self.step = name, model, loss_scale, 0
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=3e-3) if optimizer is None else optimizer(parameters)
         self.run: Any = apt.Controller(model, self.optimizer, total_steps, **settings) if total_steps else None
 
     def take(self, steps: int, poison: float | None = None) -> "Loop":

@@ -24,6 +24,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "pruner",
     "tuner",
     "distiller",
+    "moments",
     "surgery",
     "controller",
     "peft_fusion",

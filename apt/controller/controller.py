@@ -18,6 +18,7 @@ from apt.controller.state import patch_state
 from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
 from apt.families import find_family
+from apt.moments import bare_optimizer, check_optimizer
 from apt.pruner import AdaptivePruner
 from apt.records import Event, PrunePlan, RankPlan, append_jsonl
 from apt.salience import MovingAverage, OutlierTerm, adapter_importance, not_finite, unit_scores
@@ -46,7 +47,7 @@ class Controller:
 
     Raises:
         ValueError: an unknown or conflicting setting, a run too short for its schedule, a sparsity that the floors
-            exclude, a model without prunable units, or more than one process.
+            exclude, a model without prunable units, an optimizer whose moments cannot follow, or more than one process.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Controller:
         if distributed and torch.distributed.get_world_size() > 1:
             raise ValueError("controller: this version prunes in one process; train on one device")
         self.model, self.total_steps, self.scaler, self.event_log = model, total_steps, scaler, event_log
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self.optimizer = bare_optimizer(optimizer)
         self.step = 0
         self.events: list[Event] = []
         self.salience = MovingAverage(self.config.momentum_salience)
@@ -91,6 +92,8 @@ class Controller:
         pruning = self.config.pruning
         self.timeline = Timeline.of(self.config, self.total_steps)
         self._steps, self._prune_steps = self.timeline.steps, self.timeline.prune_steps
+        if self._steps:
+            check_optimizer(self.optimizer)
         self.family = find_family(self.model)
         self.total = total
         self.pruner = AdaptivePruner(total, pruning)

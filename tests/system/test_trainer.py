@@ -1,6 +1,7 @@
 """APTrainer: a transformers.Trainer that prunes on the way, resumes exactly, and loses nothing to a NaN."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from tiny_models import VOCABULARY, tiny_model
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import apt
 from apt.records import Event, read_jsonl
@@ -103,6 +104,33 @@ def test_the_best_model_is_one_that_reached_the_target(tmp_path: Path) -> None:
         return
     ran.train()
     assert apt.summary(ran.model).sparsity >= 0.6
+
+
+class Rates(TrainerCallback):
+    """The learning rate of every step, as the optimizer has it."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rates = {group["lr"] for group in kwargs["optimizer"].param_groups}
+        assert len(rates) == 1
+        self.seen.append(rates.pop())
+
+
+FALLS = {"linear": lambda done: 1.0 - done, "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done))}
+
+
+@pytest.mark.parametrize("schedule", FALLS)
+def test_one_learning_rate_schedule_for_the_whole_run(schedule: str, tmp_path: Path) -> None:
+    """Three events, and each step's rate is the closed form's."""
+    rates, warm = Rates(), 6
+    ran = trainer(tmp_path, lr_scheduler_type=schedule, warmup_steps=warm, callbacks=[rates])
+    ran.train()
+    assert [event.step for event in ran.controller.events] == [8, 16, 24]
+    fall = FALLS[schedule]
+    wanted = [3e-3 * (step / warm if step < warm else fall((step - warm) / (STEPS - warm))) for step in range(STEPS)]
+    assert rates.seen == pytest.approx(wanted, rel=1e-12)
 
 
 def test_throughput_without_events(tmp_path: Path) -> None:
