@@ -117,8 +117,8 @@ def load_model(folder: str | Path) -> nn.Module:
 
 
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """Stock names to tensors: adapters merged, views cloned, a tied tensor once."""
-    ours, done = dict(replaced(model)), set()
+    """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned, a tied tensor once."""
+    ours, done, dtypes = dict(replaced(model)), set(), patch_state(model).dtypes
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
@@ -136,7 +136,7 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
             if tensor.data_ptr() in seen:
                 continue
             seen.add(tensor.data_ptr())
-        state[name] = _copy(tensor)
+        state[name] = _copy(tensor.to(dtypes.get(name, tensor.dtype)))
     return state
 
 

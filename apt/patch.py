@@ -10,11 +10,12 @@ from torch import nn
 from apt.adapters import APTAdapter, SharedInput, adapted
 from apt.controller import APTConfig, PatchState, patch_state
 from apt.distiller import TRANSFORM, release
-from apt.families import ROLES, Family, base_model, find_family
+from apt.families import ROLES, Family, find_family
 from apt.fused import fused_places, replace_module, restore_plain, split_fused
 from apt.gates import MaskGate, ValidTokens
 from apt.linears import is_linear
 from apt.surgery import free_tails
+from apt.task_head import narrow, task_head, widen
 from apt.units import block_params, num_units, part_linears, unit_gates
 
 Split = dict[str, tuple[str, ...]]  # full name of a fused projection -> the roles of its parts, in their order
@@ -26,10 +27,10 @@ def patch_model(
 ) -> nn.Module:
     """Freeze a model and put adapters and gates into it, in place.
 
-    Adapters and the task head train; everything else is frozen. With ``method="apt"`` every linear of attention and FFN
-    becomes an `APTAdapter` (rank 0 where nothing trains) and the output and down projections get a gate that costs
-    nothing until a `Controller` opens it. With ``method="lora"`` only the targets are replaced; this works for any
-    ``nn.Module``.
+    Adapters and the task head train, both in at least float32; everything else is frozen. With ``method="apt"`` every
+    linear of attention and FFN becomes an `APTAdapter` (rank 0 where nothing trains) and the output and down
+    projections get a gate that costs nothing until a `Controller` opens it. With ``method="lora"`` only the targets
+    are replaced; this works for any ``nn.Module``.
 
     A model of PEFT with LoRA layers stays PEFT's, in parameters, names and methods; its LoRA linears get the fused op
     in place of their forward. It takes no config.
@@ -85,6 +86,8 @@ def patch_model(
         state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
     for module in head:
         module.requires_grad_(True)
+    state.dtypes, hooks = widen(model, head)
+    state.hooks += hooks
     model._apt = state  # type: ignore[assignment]
     return model
 
@@ -108,6 +111,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     restore_plain(model, merge=merge)
     for hook in state.hooks:
         hook.remove()
+    narrow(model, state.dtypes)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, False))
     del model._apt
@@ -252,19 +256,6 @@ def _share_inputs(model: nn.Module, family: Family) -> None:
             members = [m for role in part.same_input if isinstance(m := found.get(role), APTAdapter)]
             if len(members) > 1:
                 SharedInput(members)
-
-
-def task_head(model: nn.Module) -> list[nn.Module]:
-    """What trains in full: all outside the base model, and its pooler; but a language-model head is frozen."""
-    base = base_model(model)
-    if base is model:
-        return []
-    outside = [module for module in model.children() if module is not base]
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    if output is not None:
-        return [module for module in outside if all(part is not output for part in module.modules())]
-    pooler = getattr(base, "pooler", None)
-    return [*outside, *([pooler] if isinstance(pooler, nn.Module) else [])]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from apt.adapters import APTAdapter, adapted, exchange
 from apt.controller import patch_state
 from apt.fused import FusedLinears, replaced, scaled_factors
 from apt.linears import is_linear
-from apt.patch import summary, task_head
+from apt.patch import summary
+from apt.task_head import task_head
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # servers take an adapter of one of these ranks

@@ -28,6 +28,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "surgery",
     "controller",
     "peft_fusion",
+    "task_head",
     "patch",
     "config",
     "data",

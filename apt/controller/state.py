@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from apt.controller.config import APTConfig
@@ -21,6 +22,7 @@ class PatchState:
     use_cache: bool | None  # of the model's config before the patch
     block_params: int  # of the original model, the denominator of sparsity; 0 without a family
     params_before: int  # of the whole original model
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the task head before the patch, where widened
     hooks: list[Any] = field(default_factory=list)
 
 
