@@ -46,7 +46,9 @@ def _run(argv: list[str] | None) -> None:
 
         print_report(arguments.run)
         return
-    config = load_config(arguments.config, [*arguments.overrides, *rest])
+    ablation = getattr(arguments, "ablation", None)
+    flags = [] if ablation is None else [f"ablation={ablation}"]
+    config = load_config(arguments.config, [*arguments.overrides, *rest, *flags])
     if arguments.command == "config":
         print(config.to_yaml(), end="")
         return
@@ -73,5 +75,8 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key=value", help="settings on top, e.g. target_sparsity=0.8"
         )
     training.add_argument("--overwrite", action="store_true", help="replace a finished run once this one has succeeded")
+    training.add_argument(
+        "--ablation", metavar="NAME", help="leave out a part of the method: w/o_Ap, w/o_AT, w/o_Ds, ..."
+    )
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an unfinished run")
     return parser

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from apt.controller import METHODS, APTConfig
+from apt.controller import METHODS, APTConfig, changes_of
 from apt.distiller import DistillationConfig
 from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
@@ -154,6 +154,7 @@ class RunConfig:
     """All settings of a run; the YAML has one section a field."""
 
     output_dir: str  # made by the run; it holds the model, the metrics and the events
+    ablation: str = "full"  # a part of the method left out, as `ABLATIONS` says; its settings show below
     model: ModelConfig
     data: DataConfig
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -162,6 +163,10 @@ class RunConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def __post_init__(self) -> None:
+        for section, leaves in changes_of(self.ablation, self.pruning, self.tuning).items():
+            object.__setattr__(self, section, dataclasses.replace(getattr(self, section), **leaves))
 
     def apt_config(self) -> APTConfig:
         """The settings of the method alone, for `patch_model` and the controller."""
@@ -172,6 +177,7 @@ class RunConfig:
             scale=self.training.scaling_factor,
             target_modules=None if targets is None else tuple(targets),
             momentum_salience=self.training.momentum_salience,
+            ablation=self.ablation,
             pruning=self.pruning,
             tuning=self.tuning,
             distillation=self.distillation,
@@ -185,7 +191,8 @@ class RunConfig:
 SECTIONS: dict[str, Any] = {  # section -> its dataclass
     entry.name: entry.type for entry in fields(RunConfig) if dataclasses.is_dataclass(entry.type)
 }
-KEYS = ["output_dir"] + [f"{section}.{leaf.name}" for section, room in SECTIONS.items() for leaf in fields(room)]
+TOP = [entry.name for entry in fields(RunConfig) if entry.name not in SECTIONS]
+KEYS = TOP + [f"{section}.{leaf.name}" for section, room in SECTIONS.items() for leaf in fields(room)]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -226,7 +233,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, content in document.items():
         if name not in SECTIONS:
-            values[_known(str(name), ["output_dir", *SECTIONS])] = content
+            values[_known(str(name), [*TOP, *SECTIONS])] = content
             continue
         if not isinstance(content, dict | None):
             raise ValueError(f"config: section {name} must hold keys and values, got {content!r:.60}")
@@ -310,7 +317,7 @@ def _build(values: dict[str, Any]) -> RunConfig:
         name: room(**{key.partition(".")[2]: value for key, value in values.items() if key.startswith(name + ".")})
         for name, room in SECTIONS.items()
     }
-    return RunConfig(output_dir=values["output_dir"], **sections)
+    return RunConfig(**{key: values[key] for key in TOP if key in values}, **sections)
 
 
 def _is_required(key: str) -> bool:

@@ -60,6 +60,8 @@ def _results(metrics: dict[str, Any], folder: Path) -> Table:
             table.add_row(f"{name} on {metrics.get('test_size', 0):,} sentences", f"{metrics[name]:.4f}")
     if "perplexity" in metrics:
         table.add_row(f"perplexity on {metrics['test_tokens']:,} tokens", f"{metrics['perplexity']:.3f}")
+    if metrics.get("ablation", "full") != "full":
+        table.add_row("ablation", metrics["ablation"])
     table.add_row("sparsity asked", f"{metrics['target_sparsity']:.1%}")
     table.add_row("sparsity reached", f"{metrics['sparsity']:.1%}")
     table.add_row("parameters before", f"{metrics['params_before']:,}")

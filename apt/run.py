@@ -191,6 +191,7 @@ def _measure(
         write_json(partial / TIMINGS, _event_timing(config, tokenizer, data, trainer, dense))
     return {
         "method": config.model.method,
+        "ablation": config.ablation,
         "model": config.model.name,
         "data": config.data.datasets,
         **scores,

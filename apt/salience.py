@@ -8,6 +8,7 @@ from apt.adapters import APTAdapter
 from apt.units import UnitGroup
 
 SALIENCES = ("product_of_sums", "sum_of_products", "gate_taylor", "magnitude")
+IMPORTANCES = ("signed", "elementwise")
 KURTOSES = ("off", "paper", "normalized", "original")
 
 
@@ -132,12 +133,17 @@ class OutlierTerm:
 
 
 @torch.no_grad()
-def adapter_importance(adapter: APTAdapter, grad_scale: float = 1.0) -> Tensor:
-    """``sum_k |sum_i B_ik dL/dB_ik|``: signed inside a rank, summed over ranks (method.md 5.1); a scalar tensor."""
+def adapter_importance(adapter: APTAdapter, grad_scale: float = 1.0, kind: str = "signed") -> Tensor:
+    """How much an adapter's B matters to the loss (method.md 5.1), a scalar tensor; 0 without a gradient.
+
+    ``"signed"`` is ``sum_k |sum_i B_ik dL/dB_ik|``, signed inside a rank and the same from A;
+    ``"elementwise"`` is ``sum_ik |B_ik dL/dB_ik|`` (APT, arXiv 2401.12200, eq. 7).
+    """
     assert adapter.lora_B is not None
     if adapter.lora_B.grad is None:
         return adapter.lora_B.new_zeros(())
-    return (adapter.lora_B * adapter.lora_B.grad).sum(0).abs().sum() / grad_scale
+    products_OR = adapter.lora_B * adapter.lora_B.grad
+    return (products_OR.sum(0) if kind == "signed" else products_OR).abs().sum() / grad_scale
 
 
 class MovingAverage:

@@ -1,11 +1,18 @@
 """Importance and a budget -> the rank of each adapter. Decides only; `apt.surgery` acts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
+from apt.adapters import APTAdapter, adapted
 from apt.records import RankPlan
+from apt.salience import IMPORTANCES, adapter_importance
 from apt.schedule import Point
 
-STRATEGIES = ("top_half",)
+STRATEGIES = ("top_half", "uniform")
+RULES = ("top_half", "paper")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +22,12 @@ class TuningConfig:
     adaptive_rank_update: bool = True  # False: ranks stay
     budget_ratio: float = 4.0  # adapter parameters at prune_end over those at the start, at least 1
     max_rank: int = 64  # of one adapter
-    rank_increase_strategy: str = "top_half"  # the more important half of all adapters grows
+    max_tuning_params_ratio: float | None = None  # adapter parameters over all of the original model, at most; (0, 1]
+    rank_increase_strategy: str = "top_half"  # which adapters grow: the more important half, or "uniform": all alike
+    rule: str = (
+        "top_half"  # how far: the whole budget goes to them; "paper": to floor(rank * budget / now), which is less
+    )
+    importance: str = "signed"  # sum over ranks of |sum of B dB|; "elementwise": sum of |B dB| (paper)
     init_std: float | None = None  # of new rows of A; None is 1 / sqrt(3 * inputs)
     tune_start: Point | None = None  # float: fraction of the run; int: optimizer step; null: prune_start
     tune_end: Point | None = None  # the last growth, where the budget is full; null: prune_end
@@ -26,8 +38,14 @@ class TuningConfig:
             raise ValueError(
                 f"tuning: budget_ratio and max_rank must be at least 1, got {self.budget_ratio} and {self.max_rank}"
             )
-        if self.rank_increase_strategy not in STRATEGIES:
-            raise ValueError(f"tuning: rank_increase_strategy must be one of {list(STRATEGIES)}")
+        choices = {"rank_increase_strategy": STRATEGIES, "rule": RULES, "importance": IMPORTANCES}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"tuning: {name} must be one of {list(known)}, got {getattr(self, name)!r}")
+        if self.max_tuning_params_ratio is not None and not 0.0 < self.max_tuning_params_ratio <= 1.0:
+            raise ValueError(
+                f"tuning: max_tuning_params_ratio must be above 0 and at most 1, got {self.max_tuning_params_ratio}"
+            )
         for name in ("tune_start", "tune_end"):
             point = getattr(self, name)
             if point is not None and (point < 0 or (isinstance(point, float) and point > 1.0)):
@@ -47,34 +65,145 @@ class AdapterSize:
     importance: float
 
 
-def plan_ranks(adapters: dict[str, AdapterSize], step: int, budget: int, max_rank: int) -> RankPlan:
-    """Grow the more important half of the adapters until the budget is spent (method.md 5.2).
+def adapter_sizes(model: nn.Module, importance: dict[str, float]) -> dict[str, AdapterSize]:
+    """The adapters of a model as the search sees them; one without an importance has 0."""
+    return {
+        name: AdapterSize(rank=module.rank, width=module.n_in + module.n_out, importance=importance.get(name, 0.0))
+        for name, module in adapted(model)
+        if module.rank
+    }
+
+
+def total_params(sizes: dict[str, AdapterSize]) -> int:
+    """Parameters of all adapters."""
+    return sum(size.rank * size.width for size in sizes.values())
+
+
+def plan_ranks(
+    adapters: dict[str, AdapterSize],
+    step: int,
+    budget: int,
+    max_rank: int,
+    *,
+    strategy: str = "top_half",
+    rule: str = "top_half",
+) -> RankPlan:
+    """Grow the more important half of the adapters until the budget is spent (method.md 5.2). No rank falls.
 
     With ``rate = (budget - now) / sum_top(width * rank) + 1`` each of the top half goes to ``int(rank * rate)``, at
-    most `max_rank`; what rounding left over is spent rank by rank in order of importance. No rank falls.
+    most `max_rank`; what rounding left over is spent rank by rank in order of importance. The rule "paper" instead
+    takes each of them to ``floor(rank * budget / now)`` (APT, arXiv 2401.12200, §4.3), which leaves about half of the
+    growth unspent.
 
     Args:
         adapters: by name.
         step: optimizer steps done.
         budget: adapter parameters that may exist afterwards.
         max_rank: cap of one rank.
+        strategy: "top_half", or "uniform": all adapters grow by the same factor, whatever their importance.
+        rule: "top_half", or "paper".
     """
-    spare = budget - sum(size.rank * size.width for size in adapters.values())
-    open_names = [name for name, size in adapters.items() if size.rank < max_rank]
-    top = sorted(open_names, key=lambda name: -adapters[name].importance)[: len(adapters) // 2]
-    ranks = {name: adapters[name].rank for name in top}
-    if spare > 0 and top:
-        rate = spare / sum(adapters[name].width * adapters[name].rank for name in top) + 1.0
-        for name in top:
-            ranks[name] = min(max_rank, int(adapters[name].rank * rate))
-            spare -= (ranks[name] - adapters[name].rank) * adapters[name].width
-        growing = True
-        while growing:
-            growing = False
-            for name in top:
-                if ranks[name] < max_rank and adapters[name].width <= spare:
-                    ranks[name] += 1
-                    spare -= adapters[name].width
-                    growing = True
+    now = total_params(adapters)
+    names = [name for name, size in adapters.items() if size.rank < max_rank]
+    if strategy == "top_half":
+        names = sorted(names, key=lambda name: -adapters[name].importance)[: len(adapters) // 2]
+    ranks = {}
+    if budget > now and names:
+        widths = {name: adapters[name].width for name in names}
+        present = {name: adapters[name].rank for name in names}
+        if rule == "paper":
+            ranks = {name: min(max_rank, rank * budget // now) for name, rank in present.items()}
+        else:
+            ranks = _spend(present, widths, budget - now, max_rank)
     grown = {name: rank for name, rank in ranks.items() if rank > adapters[name].rank}
     return RankPlan(step=step, budget=budget, ranks=grown)
+
+
+def _spend(present: dict[str, int], widths: dict[str, int], spare: int, max_rank: int) -> dict[str, int]:
+    """Raise ranks by one factor, and then one by one in the given order, until no further rank fits."""
+    rate = spare / sum(widths[name] * rank for name, rank in present.items()) + 1.0
+    ranks = {name: min(max_rank, int(rank * rate)) for name, rank in present.items()}
+    spare -= sum((ranks[name] - rank) * widths[name] for name, rank in present.items())
+    growing = True
+    while growing:
+        growing = False
+        for name in present:
+            if ranks[name] < max_rank and widths[name] <= spare:
+                ranks[name] += 1
+                spare -= widths[name]
+                growing = True
+    return ranks
+
+
+class AdaptiveTuner:
+    """Grows the ranks of a patched model's adapters in a loop of your own, without a `Controller`.
+
+    After ``loss.backward()``: ``tuner.adjust_ranks(tuner.compute_adapter_salience(model.named_parameters()), target)``.
+
+    Args:
+        model: with adapters, from `apt.patch_model`.
+        max_params: adapter parameters that may ever exist.
+        config: rule, strategy, cap and importance; None is the default with the paper's importance.
+        optimizer: its moments follow; without one, make the optimizer after the last growth.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_params: int,
+        *,
+        config: TuningConfig | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        if max_params < 1:
+            raise ValueError(f"tuner: max_params must be at least 1, got {max_params}")
+        if not any(module.rank for _, module in adapted(model)):
+            raise ValueError("tuner: the model has no adapters; call apt.patch_model(model) first")
+        self.model, self.max_params, self.optimizer = model, max_params, optimizer
+        self.config = config or TuningConfig(importance="elementwise")
+
+    @property
+    def current_params(self) -> int:
+        """Adapter parameters now."""
+        return total_params(adapter_sizes(self.model, {}))
+
+    def compute_adapter_salience(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
+        """Importance of every adapter whose B is among the parameters, from its gradient (paper, eq. 7).
+
+        Args:
+            named_parameters: of the model, after a backward pass.
+
+        Raises:
+            ValueError: none of them is an adapter's B with a gradient.
+        """
+        modules: dict[str, APTAdapter] = dict(adapted(self.model))
+        found = {name.removesuffix(".lora_B"): p for name, p in named_parameters if name.endswith(".lora_B")}
+        salience = {
+            name: float(adapter_importance(modules[name], kind=self.config.importance))
+            for name, parameter in found.items()
+            if name in modules and parameter.grad is not None
+        }
+        if not salience:
+            raise ValueError("tuner: no adapter has a gradient; call compute_adapter_salience after loss.backward()")
+        return salience
+
+    def adjust_ranks(self, salience_dict: dict[str, float], target_params: int) -> int:
+        """Let the more important adapters grow, and return how many adapter parameters there are then.
+
+        Args:
+            salience_dict: from `compute_adapter_salience`.
+            target_params: adapter parameters that may exist afterwards; never more than `max_params`.
+
+        Raises:
+            ValueError: a name is none of an adapter.
+        """
+        from apt.surgery import apply_rank_plan
+
+        sizes, config = adapter_sizes(self.model, salience_dict), self.config
+        unknown = sorted(set(salience_dict) - set(sizes))
+        if unknown:
+            raise ValueError(f"tuner: salience_dict names {unknown[0]!r}, which is no adapter of this model")
+        budget = min(target_params, self.max_params)
+        plan = plan_ranks(sizes, 0, budget, config.max_rank, strategy=config.rank_increase_strategy, rule=config.rule)
+        apply_rank_plan(self.model, plan, self.optimizer)
+        return self.current_params

@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from apt.controller.ablations import changes_of
 from apt.distiller import DistillationConfig
 from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
@@ -22,6 +23,7 @@ class APTConfig:
         None  # names, endings of names, or roles (q, v, up, ...); None: the family's
     )
     momentum_salience: float = 0.85  # of the moving averages of salience and importance, [0, 1)
+    ablation: str = "full"  # a part of the method left out, whatever its own settings say: "w/o_Ap", "w/o_AT", ...
     verify_events: bool = False  # check after each event that the logits on the latest batch did not move
     pruning: PruningConfig = field(default_factory=PruningConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
@@ -38,6 +40,8 @@ class APTConfig:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
             if not self.target_modules:
                 raise ValueError("config: target_modules is empty; name linear layers, or leave it out")
+        for section, leaves in changes_of(self.ablation, self.pruning, self.tuning).items():
+            object.__setattr__(self, section, replace(getattr(self, section), **leaves))
 
     def with_overrides(self, **overrides: Any) -> "APTConfig":
         """A copy with leaves replaced by name.
@@ -46,6 +50,11 @@ class APTConfig:
             ValueError: no leaf has that name (the nearest ones are given), or a value is out of range.
         """
         changes: dict[str, dict[str, Any]] = {}
+        if overrides.get("ablation", self.ablation) != self.ablation != "full":
+            raise ValueError(
+                f"config: ablation {self.ablation!r} has replaced settings already, so it cannot become "
+                f"{overrides['ablation']!r}; begin with a config that has none"
+            )
         for name, value in overrides.items():
             section = _section_of(self, name)
             changes.setdefault(section, {})[name] = value

@@ -23,7 +23,7 @@ from apt.pruner import AdaptivePruner
 from apt.records import Event, PrunePlan, RankPlan, append_jsonl
 from apt.salience import MovingAverage, OutlierTerm, adapter_importance, not_finite, unit_scores
 from apt.surgery import apply_prune_plan, apply_rank_plan
-from apt.tuner import AdapterSize, plan_ranks
+from apt.tuner import adapter_sizes, plan_ranks, total_params
 from apt.units import UnitGroup, block_params, find_units
 
 BUILT_IN = ("method", "rank", "scale", "target_modules")  # patch_model has built these; a controller cannot change them
@@ -83,7 +83,7 @@ class Controller:
         self._steps: list[int] = []  # of all events; 0 for the cut before step 1
         self._prune_steps: list[int] = []  # of those at which units go
         self._check = LogitCheck(model, self.config.verify_events)
-        self._start_params = _adapter_params(model)
+        self._start_params = total_params(adapter_sizes(model, {}))
         if self.config.method == "apt":
             self._plan_run(state.block_params)
 
@@ -158,7 +158,9 @@ class Controller:
             self.salience.values = static_scores(self.model, taken, self._take_scores, compute_loss, scale)
         self._event()
         self.salience.reset()
-        self._start_params = _adapter_params(self.model)  # the budget grows from what tuning starts with
+        self._start_params = total_params(
+            adapter_sizes(self.model, {})
+        )  # the budget grows from what tuning starts with
 
     def _take_scores(self, scale: float) -> dict[str, Tensor]:
         """The scores of the units from what the gates hold, which are empty then."""
@@ -219,7 +221,8 @@ class Controller:
                 self.salience.update(scores)
         if finite and self.config.tuning.adaptive_rank_update:
             adapters = [(name, module) for name, module in adapted(self.model) if module.rank]
-            self.importance.update({name: adapter_importance(module, scale) for name, module in adapters})
+            kind = self.config.tuning.importance
+            self.importance.update({name: adapter_importance(module, scale, kind) for name, module in adapters})
 
     def after_step(self) -> None:
         """Move the masks, carry out the event that is due: call after ``optimizer.step()``, before ``zero_grad``."""
@@ -316,17 +319,12 @@ class Controller:
 
     def _rank_plan(self, step: int) -> RankPlan:
         tuning = self.config.tuning
-        sizes = {
-            name: AdapterSize(
-                rank=module.rank,
-                width=module.n_in + module.n_out,
-                importance=float(self.importance.values.get(name, torch.zeros(()))),
-            )
-            for name, module in adapted(self.model)
-            if module.rank
-        }
+        sizes = adapter_sizes(self.model, {name: float(value) for name, value in self.importance.values.items()})
         budget = int(self._start_params * self.timeline.tuning.budget_ratio(step, tuning.budget_ratio))
-        return plan_ranks(sizes, step, budget, tuning.max_rank)
+        if tuning.max_tuning_params_ratio is not None:
+            budget = min(budget, int(tuning.max_tuning_params_ratio * patch_state(self.model).params_before))
+        strategy, rule = tuning.rank_increase_strategy, tuning.rule
+        return plan_ranks(sizes, step, budget, tuning.max_rank, strategy=strategy, rule=rule)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside model and optimizer: JSON values and tensors."""
@@ -351,8 +349,3 @@ class Controller:
             group.gate.set_mask(state["masks"][group.name])
         if self.groups and not self._prunes_on:
             self._collect(False)
-
-
-def _adapter_params(model: nn.Module) -> int:
-    modules = [module for _, module in adapted(model) if module.rank]
-    return sum(module.rank * (module.n_in + module.n_out) for module in modules)

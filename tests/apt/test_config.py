@@ -38,7 +38,7 @@ def test_every_setting_survives_yaml(minimal: Path, tmp_path: Path) -> None:
     copied.write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(copied) == config
     sections = yaml.safe_load(config.to_yaml())
-    assert {f"{name}.{key}" for name in SECTIONS for key in sections[name]} | {"output_dir"} == set(KEYS)
+    assert {f"{name}.{key}" for name in SECTIONS for key in sections[name]} | {"output_dir", "ablation"} == set(KEYS)
 
 
 def test_demo_is_what_the_issue_asks_for() -> None:
@@ -91,7 +91,7 @@ def test_numbers_that_yaml_reads_as_text(minimal: Path) -> None:
         ("pruning.target_sparcity=0.5", "unknown key 'pruning.target_sparcity'.*did you mean pruning.target_sparsity"),
         ("learning_rat=1", "did you mean training.learning_rate"),
         ("seed", "key=value, got 'seed'"),
-        ("zzzzzz=1", "unknown key 'zzzzzz'; there are output_dir, model.name"),
+        ("zzzzzz=1", "unknown key 'zzzzzz'; there are output_dir, ablation, model.name"),
         ("batch_size=many", "training.batch_size must be a whole number, got 'many'"),
         ("batch_size=1.5", "training.batch_size must be a whole number, got 1.5"),
         ("batch_size=true", "training.batch_size must be a whole number, got True"),

@@ -17,6 +17,7 @@ from apt.salience import SALIENCES, MovingAverage, adapter_importance, unit_scor
 from apt.units import UnitGroup, find_units
 
 WIDE = torch.float64
+COLLECTED = [name for name in SALIENCES if name != "magnitude"]  # from activations and gradients
 
 
 def collecting(name: str, salience: str = "product_of_sums") -> tuple[Any, list[UnitGroup]]:
@@ -64,7 +65,7 @@ def brute_force(
     return scores
 
 
-@pytest.mark.parametrize("salience", SALIENCES)
+@pytest.mark.parametrize("salience", COLLECTED)
 @pytest.mark.parametrize("masked", [False, True], ids=["open", "masks on their way"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "llama"])
 def test_unit_scores_equal_brute_force_without_padding(name: str, masked: bool, salience: str) -> None:
@@ -102,7 +103,7 @@ def test_gate_taylor_is_the_slope_of_the_loss_in_the_mask(name: str, masked: boo
 def test_each_salience_bounds_the_next() -> None:
     """|sum h g| <= sum |h g| <= sum |h| sum |g|."""
     found = []
-    for salience in reversed(SALIENCES):
+    for salience in reversed(COLLECTED):
         model, groups = collecting("bert", salience)
         model(**tiny_batch("bert")).loss.backward()
         scale = 1.0 if groups[0].gate.products else 1.0 / groups[0].gate.count.item()  # a mean stands in the last one
@@ -112,7 +113,7 @@ def test_each_salience_bounds_the_next() -> None:
         assert (lower < 0.9 * upper).any()
 
 
-@pytest.mark.parametrize("salience", SALIENCES)
+@pytest.mark.parametrize("salience", COLLECTED)
 @pytest.mark.parametrize("name", ["bert", "llama_gqa"])
 def test_units_before_the_first_adapter_are_scored_alike(name: str, salience: str) -> None:
     """Nothing that trains stands before the first gate; embeddings that ask for a gradient say what it should find."""
@@ -158,7 +159,7 @@ def test_the_padding_mask_may_come_by_position() -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("salience", SALIENCES)
+@pytest.mark.parametrize("salience", COLLECTED)
 def test_recomputed_layers_count_once(salience: str) -> None:
     found = []
     for recompute in (False, True):
@@ -175,7 +176,7 @@ def pieces(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, len(batch["labels"]), size)]
 
 
-@pytest.mark.parametrize("salience", SALIENCES)
+@pytest.mark.parametrize("salience", COLLECTED)
 @pytest.mark.parametrize("size", [1, 2], ids=["4 x 1", "2 x 2"])
 def test_scores_do_not_depend_on_micro_batching(size: int, salience: str) -> None:
     """Loss over k, one backward each, scores once at the end: as one batch. (The product is not additive.)"""
@@ -191,7 +192,7 @@ def test_scores_do_not_depend_on_micro_batching(size: int, salience: str) -> Non
         close(group.name, unit_scores(group, salience=salience), whole[group.name])
 
 
-@pytest.mark.parametrize("salience", SALIENCES)
+@pytest.mark.parametrize("salience", COLLECTED)
 def test_scores_do_not_depend_on_the_batch_size(salience: str) -> None:
     """Of a mean loss: each sentence twice is the same evidence."""
     batch = tiny_batch("bert")
@@ -204,7 +205,7 @@ def test_scores_do_not_depend_on_the_batch_size(salience: str) -> None:
     close("twice", found[1], found[0])
 
 
-@pytest.mark.parametrize("salience", SALIENCES)
+@pytest.mark.parametrize("salience", COLLECTED)
 def test_scores_are_divided_by_the_loss_scale(salience: str) -> None:
     batch = tiny_batch("bert")
     model, groups = collecting("bert", salience)
@@ -230,6 +231,8 @@ def test_adapter_importance_by_hand() -> None:
     by_rank = [1 * 2 + 3 * -1 + 0, -2 * 1 + 0.5 * 2 + 4 * -0.5]  # -1 and -3: signed inside a rank
     assert adapter_importance(adapter) == abs(by_rank[0]) + abs(by_rank[1])
     assert adapter_importance(adapter, 4.0) == 1.0
+    assert adapter_importance(adapter, kind="elementwise") == 2 + 3 + 0 + 2 + 1 + 2
+    assert adapter_importance(adapter, 4.0, "elementwise") == 2.5
 
 
 def test_importance_of_a_and_of_b_is_one_number() -> None:

@@ -1,5 +1,6 @@
 """Rank growth: the budget is spent to the last whole rank, on the more important half, and no rank falls."""
 
+import math
 import random
 from typing import Any
 
@@ -11,7 +12,7 @@ from apt.tuner import AdapterSize, TuningConfig, plan_ranks
 def sizes_of(*, count: int = 10, seed: int = 0, ranks: tuple[int, int] = (8, 8)) -> dict[str, AdapterSize]:
     draw = random.Random(seed)
     return {
-        f"a{i}": AdapterSize(rank=draw.randint(*ranks), width=draw.choice([64, 96, 150]), importance=draw.random())
+        f"a{i}": AdapterSize(rank=draw.randint(*ranks), width=draw.randint(10, 5000), importance=draw.random())
         for i in range(count)
     }
 
@@ -37,6 +38,40 @@ def test_budget_is_met_within_the_cheapest_rank(ratio: float, ranks: tuple[int, 
     assert set(plan.ranks) <= set(top_half(sizes, 10**6))
     assert all(rank > sizes[name].rank for name, rank in plan.ranks.items())
     assert (plan.step, plan.budget) == (3, budget)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("ratio", [1.0, 1.01, 1.75, 4.0])
+def test_uniform_growth_spends_the_same_budget_on_all(ratio: float, seed: int) -> None:
+    sizes = sizes_of(seed=seed)
+    budget = int(spent(sizes, {}) * ratio)
+    plan = plan_ranks(sizes, step=3, budget=budget, max_rank=10**6, strategy="uniform")
+    assert budget - min(size.width for size in sizes.values()) < spent(sizes, plan.ranks) <= budget
+    ranks = [plan.ranks.get(name, 8) for name in sizes]
+    assert min(ranks) == int(8 * budget / spent(sizes, {}))
+    without = {name: AdapterSize(rank=size.rank, width=size.width, importance=0.0) for name, size in sizes.items()}
+    assert plan_ranks(without, step=3, budget=budget, max_rank=10**6, strategy="uniform") == plan
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("ratio", [1.0, 1.1, 1.75, 4.0])
+def test_the_rule_of_the_paper(ratio: float, seed: int) -> None:
+    sizes = sizes_of(seed=seed, ranks=(1, 12))
+    now = spent(sizes, {})
+    plan = plan_ranks(sizes, step=3, budget=int(now * ratio), max_rank=30, rule="paper")
+    for name, size in sizes.items():
+        grown = min(30, math.floor(size.rank * int(now * ratio) / now))
+        wanted = grown if name in top_half(sizes, 30) else size.rank
+        assert plan.ranks.get(name, size.rank) == max(size.rank, wanted), name
+    assert spent(sizes, plan.ranks) <= now * ratio
+
+
+def test_the_rule_of_the_paper_underspends() -> None:
+    """36 equal adapters at rank 8 and 1.75 times the budget: 18 of them go to 14, and (1 + 1.75) / 2 of it is spent."""
+    sizes = {f"a{i:02}": AdapterSize(rank=8, width=96, importance=float(i % 18)) for i in range(36)}
+    plan = plan_ranks(sizes, step=1, budget=int(1.75 * spent(sizes, {})), max_rank=64, rule="paper")
+    assert set(plan.ranks.values()) == {14}
+    assert spent(sizes, plan.ranks) == 1.375 * spent(sizes, {})
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -95,7 +130,13 @@ def test_two_and_a_half_times_by_hand() -> None:
     [
         ({"budget_ratio": 0.9}, "budget_ratio and max_rank must be at least 1, got 0.9 and 64"),
         ({"max_rank": 0}, "budget_ratio and max_rank must be at least 1, got 4.0 and 0"),
-        ({"rank_increase_strategy": "all"}, r"rank_increase_strategy must be one of \['top_half'\]"),
+        (
+            {"rank_increase_strategy": "all"},
+            r"rank_increase_strategy must be one of \['top_half', 'uniform'\], got 'all'",
+        ),
+        ({"rule": "half"}, r"rule must be one of \['top_half', 'paper'\], got 'half'"),
+        ({"importance": "abs"}, r"importance must be one of \['signed', 'elementwise'\], got 'abs'"),
+        ({"max_tuning_params_ratio": 0.0}, "max_tuning_params_ratio must be above 0 and at most 1, got 0.0"),
         ({"init_std": 0.0}, "init_std must be above 0, got 0.0"),
         ({"tune_start": -1}, r"tune_start must be a fraction in \[0, 1\] or a number of steps, got -1"),
         ({"tune_end": 1.5}, "tune_end must be a fraction .* got 1.5"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from own_loop import Loop, equal_bits, patched
+from tiny_models import fill_adapters, tiny_batch
 
 import apt
 from apt.adapters import adapted
@@ -90,3 +91,38 @@ def test_growth_follows_pruning_unless_told_otherwise() -> None:
     assert steps_of(plain.run) == ([6, 12, 18], [6, 12, 18])
     none = Loop("bert", patched("bert"), 30, target_sparsity=0.5, num_events=3, prune_end=0.6, num_tuning_events=0)
     assert steps_of(none.take(20).run) == ([6, 12, 18], [])
+
+
+def test_the_share_of_the_model_is_a_cap() -> None:
+    model = patched("bert")
+    before = apt.summary(model).params_before
+    cap = int(1.5 * adapter_params(model))
+    Loop("bert", model, 30, max_rank=1000, max_tuning_params_ratio=cap / before, **ALONE).take(30)
+    assert cap - max(m.n_in + m.n_out for _, m in adapted(model)) <= adapter_params(model) <= cap
+
+
+def test_rule_and_importance_reach_the_plans() -> None:
+    plans = {}
+    for settings in ({}, {"rule": "paper"}, {"importance": "elementwise"}):
+        run = Loop("bert", patched("bert"), 30, max_rank=1000, **ALONE, **settings).take(8).run
+        plans[str(settings)] = run.events[0].rank
+    own, paper, elementwise = plans.values()
+    assert set(paper.ranks.values()) == {2 * 3}  # floor(3 * budget / now), at twice the budget
+    assert min(own.ranks.values()) > 2 * 3
+    assert len(elementwise.ranks) == len(own.ranks)
+
+
+def test_elementwise_importance_is_averaged_over_steps() -> None:
+    loop = Loop("bert", fill_adapters(patched("bert")), 30, importance="elementwise", **ALONE)
+    wanted: dict[str, float] = {}
+    for _ in range(3):
+        batch = tiny_batch("bert", seed=loop.step + 1)
+        loop.model(**batch).loss.backward()
+        for name, module in adapted(loop.model):
+            if module.rank:
+                now = (module.lora_B * module.lora_B.grad).abs().sum().item()
+                wanted[name] = 0.85 * wanted.get(name, 0.0) + 0.15 * now
+        loop.model.zero_grad()
+        loop.take(1)
+    assert loop.run.importance.values.keys() == wanted.keys()
+    assert all(abs(float(value) - wanted[name]) < 1e-9 for name, value in loop.run.importance.values.items())
