@@ -99,7 +99,7 @@ MODELS = {
 }
 NAMES = list(MODELS)
 CLASSIFIERS = [name for name in NAMES if MODELS[name].model.endswith("SequenceClassification")]
-GENERATORS = [name for name in NAMES if MODELS[name].model.endswith("CausalLM")]
+GENERATORS = [name for name in NAMES if MODELS[name].model.endswith(("CausalLM", "LMHeadModel"))]
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:

@@ -25,6 +25,8 @@ class Attention:
             patched they are its children, under the names of their roles.
         per_head: attributes of the module that its forward reads and that shrink in step with its heads; "config.x" is
             one that it reads from the model's config.
+        settings: of the stock config, that say how many heads there are, KV heads last; none where the size of a head
+            is derived from their number.
         empty: takes the place of the module when all its heads are gone.
         follow: called with the module and the positions, in their new order, of the heads that its weights still
             store; for what else the module must know of its heads.
@@ -38,6 +40,7 @@ class Attention:
     cross: bool = False
     fused: str | None = None
     per_head: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     empty: type[EmptyAttention] = EmptyAttention
     follow: Callable[[nn.Module, Tensor], None] | None = None
 
@@ -108,13 +111,15 @@ class Attention:
 class FFN:
     """The feed-forward part of a layer: names of its linears in the layer; `gate` where it is gated.
 
-    `fused` is the one projection that stores the rows of gate and up, as in `Attention`.
+    `fused` is the one projection that stores the rows of gate and up, as in `Attention`; `setting` is that of the stock
+    config which says how many neurons there are.
     """
 
     up: str
     down: str
     gate: str | None = None
     fused: str | None = None
+    setting: str = "intermediate_size"
 
     kind: ClassVar[str] = "neuron"
     producers: ClassVar[tuple[str, ...]] = ("up", "gate")
