@@ -77,6 +77,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         "stock": reason is None,
         "why_not_stock": reason,
         "units": counts.units,
+        "head_order": _head_order(model, counts.units),
         "sparsity": counts.sparsity,
         "params_before": counts.params_before,
         "params_after": counts.params_after,
@@ -117,7 +118,7 @@ def load_model(folder: str | Path) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         model = _model_class(card["class"])(config)
         if card["units"]:
-            _resize(model, find_family(model), card["units"])
+            _resize(model, find_family(model), card["units"], card.get("head_order", {}))
     try:
         unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
@@ -219,7 +220,19 @@ def _model_class(name: str) -> Any:
     return found
 
 
-def _resize(model: nn.Module, family: Family, units: dict[str, int]) -> None:
+def _head_order(model: nn.Module, units: dict[str, int]) -> dict[str, list[int]]:
+    """Which heads of the model as it came are left, by unit group, where the family's attentions must know."""
+    family, orders = patch_state(model).family, {}
+    for layer in [] if family is None else family.layers(model):
+        for part in layer.stack.parts:
+            order = part.head_order(layer.module) if isinstance(part, Attention) else None
+            if order is not None:
+                name = f"{layer.name}.{part.units}"
+                orders[name] = order[: units[name]].tolist()
+    return orders
+
+
+def _resize(model: nn.Module, family: Family, units: dict[str, int], orders: dict[str, list[int]]) -> None:
     """Give the linears of an empty model the sizes of an export; the weights follow."""
     parts = {f"{layer.name}.{p.units}": (layer, p) for layer in family.layers(model) for p in layer.stack.parts}
     if units.keys() != parts.keys():
@@ -233,7 +246,11 @@ def _resize(model: nn.Module, family: Family, units: dict[str, int]) -> None:
         into = features(linears[part.reader])[1] // before * units[name]
         _set_size(layer.module, part.linears[part.reader], into=into)
         if isinstance(part, Attention):
-            part.set_heads(layer.module, before, units[name])
+            order = torch.tensor(orders[name]) if name in orders else None
+            lacks = order is None and part.follow is not None and 0 < units[name] < before
+            if lacks or (order is not None and order.shape != (units[name],)):
+                raise ValueError(f"load_model: {CARD} is corrupt (head_order of {name} is off); export the model again")
+            part.set_heads(layer.module, before, units[name], order)
             if units[name] == 0:
                 part.remove(layer.module)
     restore_plain(model, merge=False)

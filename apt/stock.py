@@ -57,6 +57,8 @@ def _set_counts(config: Any, model: nn.Module, family: Family, units: dict[str, 
             continue
         if count == 0:
             return f"{name} describes no layer without {title}"
+        if isinstance(part, Attention) and part.follow is not None:
+            return f"{name} cannot say which {count} of {before} {title} a layer has"
         if not isinstance(part, Attention):
             setattr(config, part.setting, count)
         elif part.settings:

@@ -11,8 +11,8 @@ from apt.families import base_model
 def task_head(model: nn.Module) -> list[nn.Module]:
     """What trains in full: all outside the base model, and its pooler; but a language-model head is frozen."""
     base = base_model(model)
-    if base is model:
-        return []
+    if base is model:  # T5 for questions has its head beside its stacks
+        return [module for name, module in model.named_children() if name == "qa_outputs"]
     outside = [module for module in model.children() if module is not base]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
