@@ -53,15 +53,20 @@ class EmptyT5Attention(EmptyAttention):
 
     def __init__(self, attention: nn.Module, out: nn.Module | None = None) -> None:
         super().__init__(attention, out)
-        if hasattr(attention, "relative_attention_bias"):
-            self.relative_attention_bias = attention.relative_attention_bias
-            self._maker = (attention,)  # in a tuple: no child of this module
+        table = getattr(attention, "relative_attention_bias", None)
+        if table is not None:
+            self.relative_attention_bias = table
+            maker: Any = type(attention).__new__(type(attention))  # without the weights, which may go
+            nn.Module.__init__(maker)
+            for name in ("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance"):
+                setattr(maker, name, getattr(attention, name))
+            maker.relative_attention_bias = table
+            self._maker = (maker,)  # in a tuple it is no part of the model
 
     def forward(self, hidden_states: Tensor, *args: Any, position_bias: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         if position_bias is None and hasattr(self, "_maker"):
-            maker: Any = self._maker[0]
             length = hidden_states.shape[1]  # of an encoder, which has no cache
-            position_bias = type(maker).compute_bias(maker, length, length, device=hidden_states.device)
+            position_bias = self._maker[0].compute_bias(length, length, device=hidden_states.device)
         return self.output(hidden_states), position_bias, None
 
 
