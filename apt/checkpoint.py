@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from apt.controller import Controller
+from apt.controller import Controller, patch_state
+from apt.distiller import DistillationConfig, place_transform, release
 from apt.records import Event, write_json
 from apt.surgery import apply_event
 
 STATE, TENSORS = "apt_state.json", "apt_state.safetensors"
-TABLES = ("salience", "importance", "masks")  # of the controller's state: name -> tensor
+TABLES = ("salience", "importance", "masks", "teacher")  # of the controller's state: name -> tensor
 
 
 def save_controller(controller: Controller, folder: Path) -> None:
@@ -28,15 +29,25 @@ def save_controller(controller: Controller, folder: Path) -> None:
 def restore_shapes(model: nn.Module, folder: Path) -> None:
     """Replay the events of a checkpoint onto a freshly patched model, so that its weights and optimizer state fit.
 
-    The random state is left as it was.
+    Where a teacher was there, the events since it was taken leave the dense weights behind the student's. The random
+    state is left as it was.
 
     Raises:
         ValueError: the folder holds no state of a controller, or another model's.
     """
     devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
+    state = _read(folder)
+    distillation = state["distillation"]
+    taught = distillation is not None and not distillation["over"]
     with torch.random.fork_rng(devices=devices):
-        for row in _read(folder)["events"]:
-            apply_event(model, Event.from_json(row))
+        for number, row in enumerate(state["events"]):
+            keep_tail = taught and distillation["since_event"] is not None and number >= distillation["since_event"]
+            apply_event(model, Event.from_json(row), keep_tail=keep_tail)
+    if taught:
+        place_transform(model, DistillationConfig(transform_rank=distillation["transform_rank"]))
+    else:
+        release(model)
+    patch_state(model).distilled = distillation is not None and distillation["over"]
 
 
 def load_controller(controller: Controller, folder: Path) -> None:

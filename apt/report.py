@@ -66,6 +66,12 @@ def _results(metrics: dict[str, Any], folder: Path) -> Table:
     table.add_row("sparsity reached", f"{metrics['sparsity']:.1%}")
     table.add_row("parameters before", f"{metrics['params_before']:,}")
     table.add_row("parameters after", f"{metrics['params_after']:,}")
+    if metrics.get("self_distillation"):
+        taught = metrics["self_distillation"]
+        taken = ", ".join(map(str, taught["teacher_of_steps"]))
+        table.add_row(
+            "self-distillation, steps", f"{taught['first_step']} to {taught['last_step']}, teacher of {taken}"
+        )
     since = metrics.get("resumed_from_step")
     table.add_row("training, s" + (f" (from step {since} on)" if since else ""), f"{metrics['train_seconds']:.1f}")
     table.add_row("tokens/s before the first event", _number(metrics["tokens_per_s_before"], ",.0f"))

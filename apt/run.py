@@ -130,7 +130,8 @@ class _Bar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+            shown = ("loss", "task_loss", "distill_loss", "mu")
+            self.training_bar.set_postfix({name: f"{float(logs[name]):.3f}" for name in shown if name in logs})
 
     def close(self) -> None:
         """End its line, also where training failed: what is printed next starts on a line of its own."""
@@ -177,7 +178,7 @@ def _measure(
     evaluator = Evaluator(tokenizer, settings.inference_batch_size, config.model.task)
     model = trainer.model
     assert model is not None
-    counts = summary(model)
+    counts, distillation = summary(model), trainer.controller.distillation
     trained = evaluator.evaluate(model, data.test)[metric]
     export_model(model, partial / MODEL, overwrite=True)
     tokenizer.save_pretrained(partial / MODEL)
@@ -204,6 +205,7 @@ def _measure(
         "steps": trainer.state.global_step,
         **latency,
         **trainer.throughput(),
+        "self_distillation": None if distillation is None else distillation.account(),
         "train_size": len(data.train),
         "test_size": len(data.test),
         "seed": config.training.seed,

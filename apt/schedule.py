@@ -17,6 +17,12 @@ def event_steps(start: int, end: int, num_events: int) -> list[int]:
     return [int(step) for step in np.linspace(start, end, num_events + 1)[1:]]
 
 
+def loss_weight(step: int, begins: int, ends: int, first: float, last: float) -> float:
+    """mu of the distillation loss at a step: linear from `first` at `begins` to `last` at `ends`, constant outside."""
+    progress = (step - begins) / (ends - begins) if ends > begins else 1.0
+    return first + (last - first) * min(1.0, max(0.0, progress))
+
+
 @dataclass(frozen=True)
 class SparsityScheduler:
     """Cubic sparsity over a window of the run, reached in a few events (APT, `param_control.py`; method.md 4.1).

@@ -2,16 +2,18 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback
 
 from apt.checkpoint import load_controller, restore_shapes, save_controller
-from apt.controller import APTConfig, Controller, patch_state
+from apt.controller import APTConfig, Controller, adopt, patch_state
+from apt.distiller import TRANSFORM, LayerTransform, place_transform
 
 
 class APTrainer(Trainer):
@@ -21,6 +23,8 @@ class APTrainer(Trainer):
         model: patched by `apt.patch_model`.
         config: None means the one `patch_model` stored.
         event_log: a JSON-lines file that gets each event.
+        train_dataset: with `teacher_refresh` a share of it, `held_out_share`, drawn with the seed of the arguments, is
+            not trained on: there it is seen whether a student beats its teacher.
         overrides: leaves of the config by name, e.g. ``target_sparsity=0.6``.
 
     Raises:
@@ -49,7 +53,13 @@ class APTrainer(Trainer):
                 "trainer: load_best_model_at_end would put weights of other shapes into a model that has shrunk since; "
                 "set it to False"
             )
+        self._held_out: Any = None
+        if self.apt_config.distillation.teacher_refresh:
+            share, seed = self.apt_config.distillation.held_out_share, getattr(args, "seed", 0)
+            kwargs["train_dataset"], self._held_out = _hold_out(kwargs.get("train_dataset"), share, seed)
         super().__init__(model=model, args=args, **kwargs)
+        if self.apt_config.distillation.use_self_distillation:  # before the optimizer, which is to have it
+            place_transform(model, self.apt_config.distillation, torch.initial_seed())
         # The controller adds per-batch means to the loss, so accumulation divides the whole of it alike.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_Drive(self))
@@ -64,6 +74,7 @@ class APTrainer(Trainer):
             self.apt_config,
             scaler=getattr(self.accelerator, "scaler", None),
             event_log=self.event_log,
+            held_out=self._batches_of(self._held_out) if self._held_out is not None else None,
         )
         if self._resume_from is not None:
             load_controller(self.controller, self._resume_from)
@@ -71,6 +82,22 @@ class APTrainer(Trainer):
             self.controller.prune_before_tuning(
                 self._calibration_batches(), lambda model, batch: self.compute_loss(model, dict(batch))
             )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As ever; Tr, where there is one, stands where the controller puts it, before a saved state is loaded."""
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        transform = getattr(self._module(), TRANSFORM, None)
+        if isinstance(transform, LayerTransform):
+            adopt(transform, self._module(), getattr(optimizer, "optimizer", optimizer))
+        return optimizer
+
+    def _batches_of(self, dataset: Any) -> list[dict[str, Any]]:
+        """A held-out data set in batches; no random state moves."""
+        collate = self._get_collator_with_removed_columns(self.data_collator, "held out")
+        size = self.args.per_device_eval_batch_size
+        with torch.random.fork_rng(devices=[]):
+            chunks = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+            return [dict(self._prepare_inputs(collate([dataset[i] for i in chunk]))) for chunk in chunks]
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Batches of the training data, drawn with the run's seed; its own loader and random state stay as they are."""
@@ -106,9 +133,11 @@ class APTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        batch = dict(inputs)  # label smoothing takes the labels out
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and not self.controller.awaits_calibration:
-            loss = self.controller.loss(loss, inputs)
+            named = {**outputs, "loss": loss} if isinstance(outputs, Mapping) else loss
+            loss = self.controller.loss(named, batch)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -118,6 +147,13 @@ class APTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self.controller.after_backward()
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As ever; where there is a teacher, with task_loss, distill_loss and mu beside the loss."""
+        distillation = self.controller.distillation if hasattr(self, "controller") else None
+        if distillation is not None and "loss" in logs:
+            logs = {**logs, **distillation.report()}
+        super().log(logs, *args, **kwargs)
 
     def throughput(self) -> dict[str, float | None]:
         """Tokens per second, padding included, before units first go and after they last do; the same where none go.
@@ -181,6 +217,19 @@ class _StepClock:
         """Tokens per second over the steps after `first` up to `last`; None where this process did none of them."""
         rows = [row for step, row in self._rows.items() if first < step <= last]
         return sum(tokens for tokens, _ in rows) / sum(seconds for _, seconds in rows) if rows else None
+
+
+def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """What is left of a data set, and a random share of it, at least one row."""
+    if not isinstance(dataset, Sized) or len(dataset) < 2:
+        raise ValueError("trainer: teacher_refresh holds out part of train_dataset, which must have a length above 1")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    num = max(1, int(share * len(dataset)))
+    parts = sorted(order[num:]), sorted(order[:num])
+    if hasattr(dataset, "select"):  # a data set of Hugging Face keeps its columns and lengths
+        return dataset.select(parts[0]), dataset.select(parts[1])
+    rows: Any = dataset
+    return Subset(rows, parts[0]), Subset(rows, parts[1])
 
 
 def _trainer_arguments() -> set[str]:

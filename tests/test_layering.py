@@ -37,7 +37,6 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "evaluate",
     "checkpoint",
     "trainer",
-    "stock",
     "export",
     "peft_files",
     "report",

@@ -3,6 +3,7 @@
 from apt.controller.ablations import ABLATIONS, changes_of
 from apt.controller.config import METHODS, APTConfig
 from apt.controller.controller import Controller
+from apt.controller.distillation import adopt
 from apt.controller.state import PatchState, patch_state
 
-__all__ = ["ABLATIONS", "METHODS", "APTConfig", "Controller", "PatchState", "changes_of", "patch_state"]
+__all__ = ["ABLATIONS", "METHODS", "APTConfig", "Controller", "PatchState", "adopt", "changes_of", "patch_state"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apt.adapters import adapted
 from apt.controller.calibration import Loss, model_loss, static_scores
 from apt.controller.config import APTConfig
+from apt.controller.distillation import Distillation, HeldOut
 from apt.controller.masks import move_masks, open_units, settle_masks
 from apt.controller.state import patch_state
 from apt.controller.timeline import Timeline
@@ -43,11 +44,14 @@ class Controller:
         config: None means the one `patch_model` stored.
         scaler: the gradient scaler of fp16 training, if any.
         event_log: a JSON-lines file that gets each event.
+        held_out: with `teacher_refresh`, batches of training data that the student does not learn from, or a function
+            from the model to a number that is lower the better it is.
         overrides: leaves of the config by name; what `patch_model` has built already cannot differ.
 
     Raises:
         ValueError: an unknown or conflicting setting, a run too short for its schedule, a sparsity that the floors
-            exclude, a model without prunable units, an optimizer whose moments cannot follow, or more than one process.
+            exclude, a model without prunable units, an optimizer whose moments cannot follow, a distillation that never
+            starts, or more than one process.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Controller:
         *,
         scaler: Any = None,
         event_log: Path | None = None,
+        held_out: HeldOut | None = None,
         **overrides: Any,
     ) -> None:
         state = patch_state(model)
@@ -84,8 +89,19 @@ class Controller:
         self._prune_steps: list[int] = []  # of those at which units go
         self._check = LogitCheck(model, self.config.verify_events)
         self._start_params = total_params(adapter_sizes(model, {}))
+        self.distillation: Distillation | None = None
         if self.config.method == "apt":
             self._plan_run(state.block_params)
+        if self.config.distillation.use_self_distillation:
+            if not self._prune_steps or self.timeline.one_shot:
+                raise ValueError(
+                    "controller: distillation starts at the first event that prunes while the model trains, and this "
+                    "run has none; set use_self_distillation to false"
+                )
+            settings = self.config.distillation
+            schedule, over = self.timeline.pruning, state.distilled
+            self.distillation = Distillation(model, self.optimizer, settings, schedule, held_out, over=over)
+            state.distilled = False
 
     def _plan_run(self, total: int) -> None:
         """Check that the schedule and the target can be met, and open the gates' statistics."""
@@ -123,9 +139,14 @@ class Controller:
         return len(self.events) < len(self._steps)
 
     @property
+    def _num_pruned(self) -> int:
+        """Events done at which units went."""
+        return sum(event.prune is not None for event in self.events)
+
+    @property
     def _prunes_on(self) -> bool:
         """Whether units are still to go."""
-        return sum(event.prune is not None for event in self.events) < len(self._prune_steps)
+        return self._num_pruned < len(self._prune_steps)
 
     @property
     def awaits_calibration(self) -> bool:
@@ -174,11 +195,13 @@ class Controller:
         """The loss to differentiate: the task's, and what the method adds to it.
 
         Args:
-            output: what the model returned: an output with ``.loss``, a mapping with ``"loss"``, or the loss itself.
-            batch: the inputs, kept when `verify_events` is on.
+            output: what the model returned: an output with ``.loss``, a mapping with ``"loss"``, or the loss itself;
+                with distillation it must hold the predictions too.
+            batch: the inputs, for the teacher, and kept when `verify_events` is on.
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; the parameters are still those of the step before.
+            ValueError: a teacher is there, and the batch or the predictions are not.
         """
         loss = output if isinstance(output, Tensor) else output["loss"] if isinstance(output, Mapping) else output.loss
         if not torch.isfinite(loss.detach()).all():
@@ -188,7 +211,7 @@ class Controller:
             )
         if batch is not None:
             self._check.keep(batch)
-        return loss
+        return loss if self.distillation is None else self.distillation.loss(loss, output, batch, self.step)
 
     def after_backward(self) -> None:
         """Take in the statistics of one optimizer step: call after its last micro-batch, before unscaling or clipping.
@@ -227,8 +250,15 @@ class Controller:
     def after_step(self) -> None:
         """Move the masks, carry out the event that is due: call after ``optimizer.step()``, before ``zero_grad``."""
         self.step += 1
-        if not self.active:
-            return
+        if self.distillation is not None:
+            self.distillation.prepare(self.step, self._num_pruned, len(self.events))
+        if self.active:
+            self._towards_event()
+        if self.distillation is not None:
+            self.distillation.after_step(self.step)
+
+    def _towards_event(self) -> None:
+        """Move the masks, and carry out the event where it is due."""
         if self._prunes_on and self._scored:
             self._drive_masks()
         step = self._steps[len(self.events)]
@@ -243,7 +273,7 @@ class Controller:
 
     def _drive_masks(self) -> None:
         """Let the masks fall towards the next event that prunes, and hold them from where they are settled."""
-        index = sum(event.prune is not None for event in self.events)
+        index = self._num_pruned
         begins, settled = self.timeline.pruning.windows(index)
         if begins < self.step < settled:
             move_masks(self.groups, self._prune_plan().kept, 1.0 / (settled - begins))
@@ -252,7 +282,7 @@ class Controller:
 
     def _prune_plan(self) -> PrunePlan:
         """What stays at the next event that prunes, from the present scores."""
-        step = self._prune_steps[sum(event.prune is not None for event in self.events)]
+        step = self._prune_steps[self._num_pruned]
         if self.config.pruning.salience == "magnitude":
             scores = {group.name: unit_scores(group, salience="magnitude") for group in self.groups}
         else:
@@ -312,7 +342,10 @@ class Controller:
 
     def _prune(self, plan: PrunePlan) -> None:
         """Cut, with everything that has an entry a unit."""
-        apply_prune_plan(self.model, plan, self.optimizer)
+        keep_tail = self.distillation is not None and self.distillation.keeps_tail
+        apply_prune_plan(self.model, plan, self.optimizer, keep_tail=keep_tail)
+        if self.distillation is not None:
+            self.distillation.follow()
         for name, positions in plan.kept.items():
             self.salience.keep(name, torch.tensor(positions, dtype=torch.long))
         self._find_groups()
@@ -328,6 +361,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside model and optimizer: JSON values and tensors."""
+        distillation, teacher = (None, {}) if self.distillation is None else self.distillation.state_dict()
         return {
             "step": self.step,
             "events": [event.to_json() for event in self.events],
@@ -335,6 +369,8 @@ class Controller:
             "salience": dict(self.salience.values),
             "importance": dict(self.importance.values),
             "masks": {group.name: group.gate.mask.clone() for group in self.groups},
+            "distillation": distillation,
+            "teacher": teacher,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -349,3 +385,5 @@ class Controller:
             group.gate.set_mask(state["masks"][group.name])
         if self.groups and not self._prunes_on:
             self._collect(False)
+        if self.distillation is not None:
+            self.distillation.load_state_dict(state["distillation"], state["teacher"], self.step)

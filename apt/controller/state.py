@@ -24,6 +24,7 @@ class PatchState:
     params_before: int  # of the whole original model
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the task head before the patch, where widened
     hooks: list[Any] = field(default_factory=list)
+    distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again
 
 
 def patch_state(model: nn.Module) -> PatchState:

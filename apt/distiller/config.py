@@ -19,7 +19,7 @@ class DistillationConfig:
     distill_loss_weight_start: float = 0.0  # mu where its ramp begins, [0, 1]; the task's loss weighs 1 - mu
     distill_loss_weight_end: float = 1.0  # mu where it ends and from there on, [0, 1]
     mu_ramp: str = "window"  # over the pruning window, or "distill": from the first event that prunes to its end
-    distill_end: Point = 0.7  # float: fraction of the run; int: optimizer step; from there on the task's loss alone
+    distill_end: Point = 0.5  # float: fraction of the run; int: optimizer step; from there on the task's loss alone
     w_pred: float | None = None  # weight of the predictions, at least 0; null: 1 in classifiers, 0.1 for tokens, spans
     w_layer: float = 0.9  # weight of the layers, at least 0
     tau: float = 2.0 / 3.0  # temperature of the predictions, unitless, above 0
@@ -31,8 +31,6 @@ class DistillationConfig:
     held_out_share: float = 0.02  # of the training data, in (0, 0.5]; APTrainer holds it out where that is asked for
 
     def __post_init__(self) -> None:
-        if self.use_self_distillation:
-            raise ValueError("distillation: this version has no teacher; set use_self_distillation to false")
         choices = {
             "teacher_layer_mapping": MAPPINGS,
             "mu_ramp": RAMPS,

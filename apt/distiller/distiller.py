@@ -227,10 +227,13 @@ class SelfDistiller:
         self.listen(False)
         release(self.model)
 
+    def draw_state(self) -> dict[str, Tensor]:
+        """The sampled layers, and the generator that draws the next ones."""
+        return {"draw/sampled": torch.tensor(self.sampled), "draw/generator": self.generator.get_state()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Snapshot, sampled layers and generator, as tensors; Tr is in the model's own state."""
-        rest = {"sampled": torch.tensor(self.sampled), "generator": self.generator.get_state()}
-        return self.teacher.state_dict() | {f"draw/{name}": tensor for name, tensor in rest.items()}
+        return self.teacher.state_dict() | self.draw_state()
 
     def load_state_dict(self, state: Mapping[str, Tensor], counts: dict[str, dict[str, int]] | None) -> None:
         """Take up where `state_dict` was made.

@@ -11,14 +11,7 @@ LLAMA = Family(
         Stack(
             layers="layers",
             parts=(
-                Attention(
-                    "self_attn",
-                    q=".q_proj",
-                    k=".k_proj",
-                    v=".v_proj",
-                    o=".o_proj",
-                    settings=("num_attention_heads", "num_key_value_heads"),
-                ),
+                Attention("self_attn", q=".q_proj", k=".k_proj", v=".v_proj", o=".o_proj"),
                 FFN(up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj"),
             ),
             decoder=True,

@@ -112,7 +112,9 @@ def test_numbers_that_yaml_reads_as_text(minimal: Path) -> None:
         ("epochs=0", "training.epochs must be above 0"),
         ("max_steps=0", "training.max_steps at least 1 or -1"),
         ("momentum_salience=1.0", r"must be in \[0, 1\)"),
-        ("use_self_distillation=true", "no teacher"),
+        ("tau=0", "w_pred and w_layer must be at least 0 and tau above 0, got None, 0.9 and 0.0"),
+        ("distillation.distill_end=1.5", r"distill_end must be a fraction in \[0, 1\] or a number of steps, got 1.5"),
+        ("held_out_share=0", r"held_out_share must be in \(0, 0.5\], got 0.0"),
     ],
 )
 def test_wrong_overrides(minimal: Path, override: str, words: str) -> None:

@@ -104,8 +104,8 @@ def test_importance_starts_anew_after_an_event_and_salience_goes_on() -> None:
 
 
 def test_an_event_that_moves_the_logits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(model: Any, plan: Any, optimizer: Any) -> None:
-        apply_prune_plan(model, plan, optimizer)
+    def careless(model: Any, plan: Any, optimizer: Any, **settings: Any) -> None:
+        apply_prune_plan(model, plan, optimizer, **settings)
         model.classifier.bias.data[0] += 1e-6
 
     monkeypatch.setattr("apt.controller.controller.apply_prune_plan", careless)

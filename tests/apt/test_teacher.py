@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from check import close
+from safetensors.torch import load_file
 from tiny_models import NAMES, fill_adapters, free_heads, random_plan, set_masks, tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -250,6 +251,9 @@ def test_nothing_of_it_is_exported_counted_or_left_by_unpatch(tmp_path: Path) ->
     layer = type(twin.bert.encoder.layer[0])
     distiller = SelfDistiller(model)
     distiller.snapshot()
+    files = [apt.save_adapter(each, tmp_path / name) for each, name in ((model, "a"), (twin, "b"))]
+    adapters = [load_file(file / "adapter_model.safetensors") for file in files]
+    assert adapters[0].keys() == adapters[1].keys()
     plan = random_plan(model, empty=["layers.1.heads"], seed=1)
     apply_prune_plan(model, plan, keep_tail=True)
     apply_prune_plan(twin, plan)
