@@ -140,12 +140,18 @@ class APTAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is not None and self.shared.adapted:
             return self.shared.output(self, x)
+        mask_in = None
         if self.gate_in is not None:
-            x = self.gate_in(x)
+            if self.lora_A is not None and self.gate_in.only_masks:
+                mask_in = self.gate_in.feature_mask()  # the op multiplies: a kernel needs no pass of its own for it
+            else:
+                x = self.gate_in(x)
         weight, bias = self.view()
         if self.lora_A is None or self.lora_B is None:
             return F.linear(x, weight, bias)
-        return apt_kernels.masked_lora_linear(x, weight, self.lora_A, self.lora_B, scale=self.scale, bias=bias)
+        return apt_kernels.masked_lora_linear(
+            x, weight, self.lora_A, self.lora_B, scale=self.scale, bias=bias, mask_in=mask_in
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.n_in}, out_features={self.n_out}, rank={self.rank}, scale={self.scale}"

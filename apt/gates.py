@@ -125,15 +125,28 @@ class MaskGate(nn.Module):
         self.count.zero_()
         self.masked = False
 
+    @property
+    def collects(self) -> bool:
+        """Whether a pass at this moment leaves statistics."""
+        return self.collecting and torch.is_grad_enabled() and self.num_units > 0
+
+    @property
+    def only_masks(self) -> bool:
+        """Whether all it does at this moment is to multiply by `feature_mask`."""
+        return self.masked and self.num_units > 0 and not self.collects
+
+    def feature_mask(self) -> Tensor:
+        """The mask of each feature, ``[D]``."""
+        return self.mask.repeat_interleave(self.unit_size)
+
     def forward(self, h: Tensor) -> Tensor:
-        collecting = self.collecting and torch.is_grad_enabled()
-        if not (self.masked or collecting) or self.num_units == 0:
+        if self.only_masks:
+            return apt_kernels.gate(h, self.feature_mask())
+        if not self.collects:
             return h
-        if collecting and not h.requires_grad:  # the units count as much where no adapter stands before them
+        mask = self.feature_mask() if self.masked else None
+        if not h.requires_grad:  # the units count as much where no adapter stands before them
             h = _start(h, self._starter)
-        mask = self.mask.repeat_interleave(self.unit_size) if self.masked else None
-        if not collecting:
-            return apt_kernels.gate(h, mask)
         valid = self.valid.mask
         if valid is not None:
             valid = valid.reshape(h.shape[:-1])  # some layers flatten batch and sequence (OPT's FFN)
