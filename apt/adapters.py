@@ -56,6 +56,7 @@ class APTAdapter(nn.Module):
         self.weight, self.bias = weight_and_bias(base)
         self.n_out, self.n_in = self.weight.shape
         self.gate_in = gate_in
+        self.past_gate: Tensor | None = None  # an input that has passed `gate_in` already, in the op that made it
         self.shared: SharedInput | None = None
         self.register_buffer("teacher_A", None, persistent=False)
         self.register_buffer("teacher_B", None, persistent=False)
@@ -140,8 +141,11 @@ class APTAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is not None and self.shared.adapted:
             return self.shared.output(self, x)
-        mask_in = None
-        if self.gate_in is not None:
+        mask_in, past_gate = None, self.past_gate
+        self.past_gate = None
+        if past_gate is not None and x is not past_gate:
+            raise RuntimeError("APTAdapter: the mask was applied to another tensor than the one that arrived here")
+        if self.gate_in is not None and past_gate is None:
             if self.lora_A is not None and self.gate_in.only_masks:
                 mask_in = self.gate_in.feature_mask()  # the op multiplies: a kernel needs no pass of its own for it
             else:

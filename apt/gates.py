@@ -131,6 +131,11 @@ class MaskGate(nn.Module):
         return self.collecting and torch.is_grad_enabled() and self.num_units > 0
 
     @property
+    def collects_sums(self) -> bool:
+        """Whether it leaves `sums` and no other statistics: those that `apt_kernels.gate` collects."""
+        return self.collects and not (self.products or self.totals)
+
+    @property
     def only_masks(self) -> bool:
         """Whether all it does at this moment is to multiply by `feature_mask`."""
         return self.masked and self.num_units > 0 and not self.collects
@@ -138,6 +143,10 @@ class MaskGate(nn.Module):
     def feature_mask(self) -> Tensor:
         """The mask of each feature, ``[D]``."""
         return self.mask.repeat_interleave(self.unit_size)
+
+    def valid_tokens(self, lead: torch.Size) -> Tensor | None:
+        """1 where a token is real, in the leading shape of h: some layers flatten batch and sequence (OPT's FFN)."""
+        return None if self.valid.mask is None else self.valid.mask.reshape(lead)
 
     def forward(self, h: Tensor) -> Tensor:
         if self.only_masks:
@@ -147,9 +156,7 @@ class MaskGate(nn.Module):
         mask = self.feature_mask() if self.masked else None
         if not h.requires_grad:  # the units count as much where no adapter stands before them
             h = _start(h, self._starter)
-        valid = self.valid.mask
-        if valid is not None:
-            valid = valid.reshape(h.shape[:-1])  # some layers flatten batch and sequence (OPT's FFN)
+        valid = self.valid_tokens(h.shape[:-1])
         if self.products:
             y = h if mask is None else apt_kernels.gate(h, mask)
             y = _products(y, h.detach(), self.sums, self.count, valid)

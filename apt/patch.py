@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apt.activations import put_activations, restore_activations
 from apt.adapters import APTAdapter, SharedInput, adapted
 from apt.controller import APTConfig, PatchState, patch_state
 from apt.distiller import TRANSFORM, release
@@ -82,6 +83,7 @@ def patch_model(
         _share_inputs(model, family)
     if config.method == "apt" and family is not None:
         _put_gates(model, family, state.valid)
+        put_activations(model, family)
         hook = _ValidTokenHook(model, family, state.valid)
         state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
     for module in head:
@@ -108,6 +110,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     state = patch_state(model)
     release(model)
     free_tails(model)
+    restore_activations(model)
     restore_plain(model, merge=merge)
     for hook in state.hooks:
         hook.remove()

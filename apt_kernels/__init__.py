@@ -9,10 +9,11 @@ from apt_kernels.ops import (
     masked_norm,
     weight_kurtosis,
 )
-from apt_kernels.selection import calls, reset_calls
+from apt_kernels.selection import calls, chosen, reset_calls
 
 __all__ = [
     "calls",
+    "chosen",
     "column_sums",
     "gate",
     "gated_activation",

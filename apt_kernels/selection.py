@@ -62,19 +62,40 @@ def by_kernels(op: str, x: Tensor, backend: str | None) -> bool:
     Raises:
         ValueError: a forced implementation does not exist or cannot take this tensor.
     """
-    forced = backend or os.environ.get("APT_BACKEND")
+    kernels = _registered(op, x, backend)
+    if not kernels and not torch.compiler.is_compiling():  # a counter that changes would be a guard that fails
+        count(op, "torch")
+    return kernels
+
+
+def chosen(op: str, x: Tensor, sizes: tuple[int, ...]) -> str:
+    """The implementation that a call on x would run, "torch" among them; `sizes` as for `choose`. Counts nothing."""
+    return choose(op, x, None, sizes) if _registered(op, x, None) else "torch"
+
+
+def _registered(op: str, x: Tensor, backend: str | None) -> bool:
+    forced = _forced(op, backend)
     if forced == "torch" or (forced is None and not (x.is_cuda and has_table(x.device))):
-        if not torch.compiler.is_compiling():  # a counter that changes would be a guard that fails
-            count(op, "torch")
         return False
-    if forced is None:
-        return _triton.why_unusable(x) is None
-    known = KERNELS.get(op, ())
-    if forced not in ("triton", *known) or not known:
-        raise ValueError(f"{op}: backend {forced!r} is not available; choose one of {['torch', 'triton', *known]}")
-    if reason := _triton.why_unusable(x):
+    reason = _triton.why_unusable(x)
+    if forced is not None and reason:
         raise ValueError(f"{op}: backend {forced!r} is not available: {reason}")
-    return True
+    return reason is None
+
+
+def _forced(op: str, backend: str | None) -> str | None:
+    """The implementation that is forced on this op. APT_BACKEND may name one that only other ops have: then "triton".
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    asked = os.environ.get("APT_BACKEND")
+    forced, known = backend or asked, KERNELS[op]
+    if forced in (None, "torch", "triton", *known):
+        return forced
+    if forced == asked and any(forced in names for names in KERNELS.values()):
+        return "triton"
+    raise ValueError(f"{op}: backend {forced!r} is not available; choose one of {['torch', 'triton', *known]}")
 
 
 def choose(op: str, x: Tensor, backend: str | None, sizes: tuple[int, ...]) -> str:
@@ -86,7 +107,7 @@ def choose(op: str, x: Tensor, backend: str | None, sizes: tuple[int, ...]) -> s
         backend: forces one; None asks APT_BACKEND, then the table.
         sizes: what the table is looked up by, tokens first.
     """
-    forced = backend or os.environ.get("APT_BACKEND")
+    forced = _forced(op, backend)
     if forced is None:
         return measured(x.device).get(key(op, x.dtype, sizes), "torch")
     if forced != "triton":

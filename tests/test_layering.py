@@ -17,6 +17,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "linears",
     "adapters",
     "fused",
+    "activations",
     "units",  # a unit group names the gate and the linears it cuts
     "methods",
     "prompts",

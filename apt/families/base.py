@@ -108,12 +108,14 @@ class Attention:
 class FFN:
     """The feed-forward part of a layer: names of its linears in the layer; `gate` where it is gated.
 
-    `fused` is the one projection that stores the rows of gate and up, as in `Attention`.
+    `act` is the activation of a block that hands ``act(gate) * up`` to `down` with nothing between. `fused` is the one
+    projection that stores the rows of gate and up, as in `Attention`.
     """
 
     up: str
     down: str
     gate: str | None = None
+    act: str | None = None
     fused: str | None = None
 
     kind: ClassVar[str] = "neuron"

@@ -12,7 +12,7 @@ LLAMA = Family(
             layers="layers",
             parts=(
                 Attention("self_attn", q=".q_proj", k=".k_proj", v=".v_proj", o=".o_proj"),
-                FFN(up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj"),
+                FFN(up="mlp.up_proj", gate="mlp.gate_proj", act="mlp.act_fn", down="mlp.down_proj"),
             ),
             decoder=True,
         ),

@@ -23,6 +23,7 @@ PHI3 = Family(
                 FFN(
                     gate="mlp.gate_up_proj.gate",
                     up="mlp.gate_up_proj.up",
+                    act="mlp.activation_fn",
                     down="mlp.down_proj",
                     fused="mlp.gate_up_proj",
                 ),

@@ -86,8 +86,8 @@ def one_by_one(inputs: GroupInputs, op: Any, **named: Any) -> tuple[Forward, lis
 
 def together(inputs: GroupInputs, backend: str) -> tuple[Forward, list[Tensor]]:
     x, a, b = leaf(inputs.x), [leaf(t) for t in inputs.a], [leaf(t) for t in inputs.b]
-    op: Any = apt_kernels.masked_lora_linears
-    return (lambda: list(op(x, inputs.weights, a, b, scale=SCALE, backend=backend))), [x, *a, *b]
+    named: dict[str, Any] = {"scale": SCALE, "backend": backend}
+    return (lambda: apt_kernels.masked_lora_linears(x, inputs.weights, a, b, **named)), [x, *a, *b]
 
 
 def results(built: tuple[Forward, list[Tensor]], inputs: GroupInputs) -> dict[str, Tensor]:
@@ -141,10 +141,6 @@ def call_of(built: tuple[Forward, list[Tensor]], inputs: GroupInputs) -> Call:
 
 def measure_group(case: GroupCase, session: Session) -> None:
     """Forward with backward of the group, beside the frozen layers and our layers one by one."""
-    if not hasattr(apt_kernels, OP):
-        note = f"apt_kernels has no {OP}"
-        session.write([case.columns() | {"implementation": "", "status": "unavailable", "note": note}])
-        return
     right = judge_group(case, session)
     builds: dict[str, Callable[..., Any]] = {name: build for name, (build, _) in right.items()}
     single = [

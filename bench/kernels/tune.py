@@ -55,12 +55,11 @@ def cases(sizes: Sizes) -> list[LinearCase | PassCase | GroupCase]:
             made += [
                 LinearCase(layer=n, tokens=T, d_in=i, d_out=o, rank=rank, masks="plain") for n, (i, o) in layers.items()
             ]
-        if hasattr(apt_kernels, GROUP):
-            made += [
-                GroupCase(tokens=T, d_in=layers[n][0], d_out=layers[n][1], rank=rank, layers=count)
-                for n, count in GROUPS.items()
-                for rank in ranks
-            ]
+        made += [
+            GroupCase(tokens=T, d_in=layers[n][0], d_out=layers[n][1], rank=rank, layers=count)
+            for n, count in GROUPS.items()
+            for rank in ranks
+        ]
         widths = sorted({width for pair in layers.values() for width in pair}, reverse=True)
         made += [PassCase(kind=kind, rows=T, width=width) for width in widths for kind in TUNED[:-1]]
     shapes = sorted({(o, i) for i, o in layers.values()}, reverse=True)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from check import close
 
-import apt_kernels
 from apt_kernels import _triton, reference, selection
 from bench.baselines import BASELINES, MASKED, Inputs
 from bench.kernels import __main__ as command
@@ -30,17 +29,17 @@ def eager_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "interpreted", lambda: False)
 
 
-def make_session(folder: Path) -> sessions.Session:
-    cpu = torch.device("cpu")
-    facts = {"run": "now", "device": "cpu", "torch": "", "triton": "", "commit": ""}
-    return sessions.Session(cpu, Clock(cpu, runs=2, warmup=1), folder / "kernels.csv", facts, float("inf"))
+def make_session(folder: Path, device: str = "cpu") -> sessions.Session:
+    clock = Clock(torch.device(device), runs=2, warmup=1)
+    facts = {"run": "now", "device": device, "torch": "", "triton": "", "commit": ""}
+    return sessions.Session(torch.device(device), clock, folder / "kernels.csv", facts, float("inf"))
 
 
-@pytest.mark.parametrize("masks", MASKS)
-@pytest.mark.parametrize("name", BASELINES)
+PAIRS = [(name, masks) for name in BASELINES for masks in MASKS if masks == "plain" or name in MASKED]
+
+
+@pytest.mark.parametrize(("name", "masks"), PAIRS)
 def test_every_baseline_computes_the_op(name: str, masks: str, tmp_path: Path) -> None:
-    if masks != "plain" and name not in MASKED:
-        pytest.skip("takes no masks")
     case = LinearCase(layer="square", tokens=24, d_in=16, d_out=20, rank=4, masks=masks)
     inputs: Inputs = make_inputs(case, make_session(tmp_path), 0)
     truth = gradients(referenced(make_frozen(inputs) if name == "frozen" else inputs), inputs.dy)
@@ -98,22 +97,14 @@ def test_an_implementation_that_raises_is_reported(tmp_path: Path, monkeypatch: 
     assert any(row["implementation"] == "torch" and row["median_ms"] for row in rows)
 
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
-
-
-@interpreted
-def test_every_implementation_that_selection_lists_takes_part(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
-    usable = judge(CASE, session)
+def test_every_implementation_that_selection_lists_takes_part(tmp_path: Path, device: str) -> None:
+    usable = judge(CASE, make_session(tmp_path, device))
     assert set(usable) == {*BASELINES, "torch", *selection.KERNELS["masked_lora_linear"]}
 
 
-@interpreted
-def test_every_implementation_of_a_group_takes_part(tmp_path: Path) -> None:
-    if not hasattr(apt_kernels, GROUP):
-        pytest.skip("no public op of a group")
+def test_every_implementation_of_a_group_takes_part(tmp_path: Path, device: str) -> None:
     case = GroupCase(tokens=24, d_in=16, d_out=20, rank=4, layers=3)
-    assert set(judge_group(case, make_session(tmp_path))) == {"torch", *selection.KERNELS[GROUP]}
+    assert set(judge_group(case, make_session(tmp_path, device))) == {"torch", *selection.KERNELS[GROUP]}
 
 
 def test_rows_hold_what_they_depend_on(tmp_path: Path, eager_only: None) -> None:

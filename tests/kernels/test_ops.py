@@ -54,3 +54,31 @@ def test_calls_are_counted_and_a_forced_backend_never_falls_back(monkeypatch: py
     with pytest.raises(ValueError, match="backend 'triton' is not available: the tensor is on cpu"):
         masked_lora_linear(*inputs, scale=1.0)
     assert apt_kernels.calls() == counted
+
+
+def test_a_name_of_one_op_forces_the_kernels_of_the_others(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    x = torch.zeros(6, 6, device=device)
+    monkeypatch.setenv("APT_BACKEND", "one_kernel")
+    apt_kernels.reset_calls()
+    masked_lora_linear(x, torch.zeros_like(x), x[:2], x[:, :2], scale=1.0)
+    apt_kernels.gate(x, x[0])
+    assert apt_kernels.calls() == {"masked_lora_linear": {"one_kernel": 1}, "gate": {"triton": 1}}
+    with pytest.raises(ValueError, match="gate: backend 'split_cublas' is not available; choose one of"):
+        apt_kernels.gate(x, x[0], backend="split_cublas")
+    monkeypatch.setenv("APT_BACKEND", "two_kernels")
+    with pytest.raises(ValueError, match="gate: backend 'two_kernels' is not available; choose one of"):
+        apt_kernels.gate(x, x[0])
+
+
+@pytest.mark.parametrize("forced", [None, "torch", "triton", "split_triton"])
+def test_chosen_tells_what_would_run(forced: str | None, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    if forced is not None:
+        monkeypatch.setenv("APT_BACKEND", forced)
+    x = torch.zeros(6, 6, device=device)
+    apt_kernels.reset_calls()
+    sizes = {"gate": (6, 6), "masked_lora_linear": (6, 6, 6, 2)}
+    named = {op: apt_kernels.chosen(op, x, of_op) for op, of_op in sizes.items()}
+    assert apt_kernels.calls() == {}
+    apt_kernels.gate(x, x[0])
+    masked_lora_linear(x, torch.zeros_like(x), x[:2], x[:, :2], scale=1.0)
+    assert apt_kernels.calls() == {op: {name: 1} for op, name in named.items()}
