@@ -1,9 +1,15 @@
 """Save and resume the controller of a run, beside what the training loop saves of model and optimizer."""
 
 import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,11 +32,16 @@ def save_controller(controller: Controller, folder: Path) -> None:
     write_json(folder / STATE, state)
 
 
-def restore_shapes(model: nn.Module, folder: Path) -> None:
+def restore_shapes(model: nn.Module, folder: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Replay the events of a checkpoint onto a freshly patched model, so that its weights and optimizer state fit.
 
     Where a teacher was there, the events since it was taken leave the dense weights behind the student's. The random
     state is left as it was.
+
+    Args:
+        model: patched as the run's was.
+        folder: the checkpoint.
+        optimizer: where it exists already: it loses the parameters that the events took away.
 
     Raises:
         ValueError: the folder holds no state of a controller, or another model's.
@@ -42,7 +53,7 @@ def restore_shapes(model: nn.Module, folder: Path) -> None:
     with torch.random.fork_rng(devices=devices):
         for number, row in enumerate(state["events"]):
             keep_tail = taught and distillation["since_event"] is not None and number >= distillation["since_event"]
-            apply_event(model, Event.from_json(row), keep_tail=keep_tail)
+            apply_event(model, Event.from_json(row), optimizer, keep_tail=keep_tail)
     if taught:
         place_transform(model, DistillationConfig(transform_rank=distillation["transform_rank"]))
     else:
@@ -59,6 +70,43 @@ def load_controller(controller: Controller, folder: Path) -> None:
         table, _, name = key.partition("/")
         tables[table][name] = tensor.to(device)
     controller.load_state_dict({**state, **tables})
+
+
+def publish(written: Path, folder: Path) -> None:
+    """Give a folder that is complete its name, in one step where no other has it: a kill leaves the old or the new."""
+    if folder.exists():
+        replaced = written.with_name(written.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(folder, replaced)
+        os.rename(written, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.rename(written, folder)
+
+
+class RandomState:
+    """The random state of Python, NumPy and torch (CPU and the current GPU) at the moment it was made."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.random.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What runs inside leaves the random state as it found it."""
+    state = RandomState()
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 def _read(folder: Path) -> dict[str, Any]:

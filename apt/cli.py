@@ -78,5 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--ablation", metavar="NAME", help="leave out a part of the method: w/o_Ap, w/o_AT, w/o_Ds, ..."
     )
-    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an unfinished run")
+    training.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if any; a finished run stays"
+    )
     return parser

@@ -1,9 +1,7 @@
 """A whole run: from a config to a folder that holds the small model, its metrics and its events."""
 
 import copy
-import os
 import platform
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,14 +14,15 @@ from torch import nn
 from transformers import AutoTokenizer, ProgressCallback
 
 from apt import __version__
-from apt.config import RunConfig, load_config
+from apt.config import RunConfig
 from apt.data import DatasetLoader, TextLoader
 from apt.evaluate import Evaluator, latency_ms, time_events
 from apt.export import export_model, load_model
 from apt.language import generation_metrics
 from apt.patch import patch_model, summary
-from apt.records import append_jsonl, write_json
+from apt.records import write_json
 from apt.report import print_report
+from apt.run_folder import CHECKPOINTS, METRICS, begin, find_checkpoint, give_name, is_done, is_whole, partial_of
 from apt.tasks import (
     METRIC_OF,
     build_model,
@@ -35,33 +34,33 @@ from apt.tasks import (
 )
 from apt.trainer import APTrainer
 
-CONFIG, METRICS, EVENTS, TIMINGS = "config.yaml", "metrics.json", "events.jsonl", "event_timing.json"
-CHECKPOINTS, MODEL = "checkpoints", "model"
-FREE_ON_RESUME = ("save_steps", "logging_steps")  # of the training section; all else shapes the run
+EVENTS, TIMINGS, MODEL = "events.jsonl", "event_timing.json", "model"
 
 
 def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> Path:
     """A whole run: train, export, load the export again, measure it, report. Returns the run's folder.
 
     Everything is written to ``<output_dir>.partial``, which gets its name only at the end: a finished run of that name
-    stays until a new one has succeeded.
+    stays until a new one has succeeded. With `resume` a finished run is left as it is, and an unfinished one goes on
+    from its last checkpoint, or from the start where it has none.
 
     Raises:
         ValueError: the output folder holds something, or a setting, the data or the model is not what it must be.
         FloatingPointError: the loss became NaN or infinite; the last good state is saved as a checkpoint.
     """
     output = Path(config.output_dir).expanduser()
-    partial = output.with_name(output.name + ".partial") if output.name else output
-    _check_output(output, overwrite)
-    checkpoint = _unfinished(partial, config, overwrite, resume)
+    partial = partial_of(output)
+    if is_done(output, config, overwrite=overwrite, resume=resume):
+        return output
+    if is_whole(partial, config, resume=resume):
+        return _name_and_report(partial, output)
+    checkpoint = find_checkpoint(partial, config, overwrite=overwrite, resume=resume)
     _start(config)
     tokenizer = build_tokenizer(config)
     data = load_data(config, tokenizer)
     print(f"{len(data.train):,} {data.unit} to train on, {len(data.test):,} to test on", file=sys.stderr)
     if checkpoint is None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    (partial / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        begin(partial, config)
     trainer, seconds = _fit(config, tokenizer, data, partial, checkpoint)
     metrics = _measure(config, tokenizer, data, partial, trainer)
     if checkpoint is not None:
@@ -69,47 +68,13 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         step = int(Path(checkpoint).name.rpartition("-")[2])
         metrics |= {"resumed_from_step": step, "tokens_per_s_before": None, "tokens_per_s_after": None}
     write_json(partial / METRICS, metrics | {"train_seconds": seconds})
-    shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    _give_name(partial, output)
+    return _name_and_report(partial, output)
 
+
+def _name_and_report(partial: Path, output: Path) -> Path:
+    give_name(partial, output)
     print_report(output)
     return output
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if not output.name:
-        raise ValueError(f"train: output_dir must name a folder, got {str(output)!r}")
-    if (output / METRICS).exists() and not overwrite:
-        raise ValueError(f"train: {output} holds a finished run; give --overwrite to replace it, or another output_dir")
-    if output.exists() and not (output / METRICS).exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"train: {output} exists and is no run; it stays as it is, give another output_dir")
-
-
-def _unfinished(partial: Path, config: RunConfig, overwrite: bool, resume: bool) -> str | None:
-    """The checkpoint to go on from, None for a fresh start; ValueError where that would cost a checkpoint unasked."""
-    found = sorted(partial.glob(f"{CHECKPOINTS}/checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    if found and resume:
-        _check_same_run(partial / CONFIG, config)
-        return str(found[-1])
-    if found and not overwrite:
-        raise ValueError(
-            f"train: {partial} holds {found[-1].name} of an unfinished run; give --resume to go on, or --overwrite to "
-            f"start anew"
-        )
-    return None
-
-
-def _check_same_run(path: Path, config: RunConfig) -> None:
-    """A checkpoint goes on with the settings it was made with: optimizer and schedule come from it anyway."""
-    before = load_config(path)
-    for section in ("model", "data", "training", "pruning", "tuning", "distillation"):
-        ours, theirs = vars(getattr(config, section)), vars(getattr(before, section))
-        for key in ours:
-            if ours[key] != theirs[key] and not (section == "training" and key in FREE_ON_RESUME):
-                raise ValueError(
-                    f"train: {section}.{key} is {ours[key]!r}, but the unfinished run has {theirs[key]!r}; --resume "
-                    f"with the same settings, or --overwrite to start anew"
-                )
 
 
 def _start(config: RunConfig) -> None:
@@ -162,10 +127,6 @@ def _fit(
     finally:
         bar.close()
     seconds = time.perf_counter() - started
-    # A run that went on from a checkpoint has logged again what came after it.
-    (partial / EVENTS).unlink(missing_ok=True)
-    for event in trainer.controller.events:
-        append_jsonl(partial / EVENTS, event.to_json())
     return trainer, seconds
 
 
@@ -276,16 +237,6 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _give_name(partial: Path, output: Path) -> None:
-    """Rename a complete run; an older one of the name is moved aside first and removed last."""
-    replaced = output.with_name(output.name + ".replaced")
-    if (output / METRICS).exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(output, replaced)
-    os.rename(partial, output)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:

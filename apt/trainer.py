@@ -1,6 +1,7 @@
 """APTrainer: a `transformers.Trainer` that drives the controller. It takes no decision of its own."""
 
 import itertools
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
@@ -10,10 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import rotate_checkpoints
 
-from apt.checkpoint import load_controller, restore_shapes, save_controller
+from apt.batches import EpochOrder, micro_batch_weights
+from apt.checkpoint import (
+    RandomState,
+    load_controller,
+    publish,
+    random_state_kept,
+    restore_shapes,
+    save_controller,
+)
 from apt.controller import APTConfig, Controller, adopt, patch_state
 from apt.distiller import TRANSFORM, LayerTransform, place_transform
+from apt.moments import bare_optimizer
+from apt.records import write_jsonl
+
+PARTIAL = "checkpoint.partial"  # where a checkpoint is written before it gets its name
 
 
 class APTrainer(Trainer):
@@ -47,12 +62,10 @@ class APTrainer(Trainer):
         self.apt_config = (config or patch_state(model).config).with_overrides(**overrides)
         self.event_log = event_log
         self._resume_from: Path | None = None
+        self._staging: Path | None = None  # stands in for the output folder while a checkpoint is written
+        self._random = RandomState()  # at the end of the latest step, where a checkpoint would save it
+        self._weights: list[float] = []  # of the micro-batches of this step that are still to come
         self._clock = _StepClock()
-        if getattr(args, "load_best_model_at_end", False):
-            raise ValueError(
-                "trainer: load_best_model_at_end would put weights of other shapes into a model that has shrunk since; "
-                "set it to False"
-            )
         self._held_out: Any = None
         if self.apt_config.distillation.teacher_refresh:
             share, seed = self.apt_config.distillation.held_out_share, getattr(args, "seed", 0)
@@ -60,7 +73,7 @@ class APTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if self.apt_config.distillation.use_self_distillation:  # before the optimizer, which is to have it
             place_transform(model, self.apt_config.distillation, torch.initial_seed())
-        # The controller adds per-batch means to the loss, so accumulation divides the whole of it alike.
+        # The controller adds per-batch means to the loss, so accumulation weighs the whole of it alike.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_Drive(self))
 
@@ -78,6 +91,8 @@ class APTrainer(Trainer):
         )
         if self._resume_from is not None:
             load_controller(self.controller, self._resume_from)
+            if self.event_log is not None:  # what came after the checkpoint will come again
+                write_jsonl(self.event_log, [event.to_json() for event in self.controller.events])
         if self.controller.awaits_calibration:
             self.controller.prune_before_tuning(
                 self._calibration_batches(), lambda model, batch: self.compute_loss(model, dict(batch))
@@ -118,10 +133,12 @@ class APTrainer(Trainer):
         Raises:
             FloatingPointError: names the step and the checkpoint.
         """
+        self._resume_from = None
         try:
             return super().train(*args, **kwargs)
         except FloatingPointError as error:
             self._module().zero_grad(set_to_none=True)
+            self._random.restore()  # the forward pass that failed has drawn from it
             self._save_checkpoint(self._module(), trial=None)
             saved = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
             raise FloatingPointError(f"{error}; saved as {saved}") from None
@@ -138,6 +155,8 @@ class APTrainer(Trainer):
         if model.training and not self.controller.awaits_calibration:
             named = {**outputs, "loss": loss} if isinstance(outputs, Mapping) else loss
             loss = self.controller.loss(named, batch)
+            if self._weights:
+                loss = loss * self._weights.pop(0)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -155,6 +174,25 @@ class APTrainer(Trainer):
             logs = {**logs, **distillation.report()}
         super().log(logs, *args, **kwargs)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # A loss function of the user's own is given the number of items, and divides by it.
+        own = self.compute_loss_func is not None
+        self._weights = [] if own else micro_batch_weights(batches, self._loss_shifts_labels)
+        return batches, num_items
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):  # accelerate seeds the random one by epoch
+            return sampler
+        return EpochOrder(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's; a run that is evaluated on its way is the run that is not."""
+        with random_state_kept():
+            scores: dict[str, float] = super().evaluate(*args, **kwargs)
+        return scores
+
     def throughput(self) -> dict[str, float | None]:
         """Tokens per second, padding included, before units first go and after they last do; the same where none go.
 
@@ -167,6 +205,45 @@ class APTrainer(Trainer):
             "tokens_per_s_after": self._clock.rate(last, self._clock.last),
         }
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Only a model of the final size may be the best: before the last event there is none."""
+        return not self.controller.active and super()._determine_best_metric(metrics, trial)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._random = RandomState()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint under a temporary name, then rename it: a kill meanwhile loses none that is there."""
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        self._staging = folder / PARTIAL
+        shutil.rmtree(self._staging, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)
+            written, best = self._staging / name, self.state.best_model_checkpoint
+            if best is not None and Path(best) == written:  # also in the state that is saved
+                self.state.best_model_checkpoint = str(folder / name)
+                self.state.save_to_json(str(written / "trainer_state.json"))
+        finally:
+            self._staging = None
+        publish(written, folder / name)
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+        rotate_checkpoints(
+            output_dir=str(folder),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else its name is still to come
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if hasattr(self, "controller"):
@@ -174,8 +251,13 @@ class APTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resume_from = Path(resume_from_checkpoint)
-        restore_shapes(self._module(), self._resume_from)
+        optimizer = self.optimizer  # where the user gave one, it has the parameters of the model as it came
+        restore_shapes(self._module(), self._resume_from, None if optimizer is None else bare_optimizer(optimizer))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._random = RandomState()
 
 
 class _Drive(TrainerCallback):
@@ -186,6 +268,7 @@ class _Drive(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.start_controller(state.max_steps)
+        self.trainer._random = RandomState()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._clock.begin()

@@ -175,6 +175,37 @@ def test_resume_without_a_checkpoint_starts_fresh(tmp_path: Path) -> None:
     assert "resumed_from_step" not in metrics_of(tmp_path / "run")
 
 
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of every file below a folder, and the times of the folders."""
+    files = {path: path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+    return {str(path): (data, path.stat().st_mtime_ns) for path, data in files.items()}
+
+
+def test_resume_on_a_finished_run_says_so_and_changes_nothing(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(finished)
+    for overrides, words in (([], ""), (["seed=9"], "training.seed is 9, but the finished run has 0")):
+        assert main(["train", str(finished / "config.yaml"), "--resume", *overrides]) == 0
+        said = capsys.readouterr().err
+        assert "holds a finished run; there is nothing to resume" in said
+        assert words in said
+        assert ("other settings" in said) == bool(words)
+        assert contents(finished) == before
+
+
+def test_a_run_that_only_waits_for_its_name_gets_it(finished: Path, tmp_path: Path) -> None:
+    """Stopped between its last file and its name, with the run it replaces moved aside already."""
+    shutil.copytree(finished / "run", tmp_path / "run.partial")
+    shutil.copytree(finished / "run", tmp_path / "run.replaced")
+    (tmp_path / "run.partial/checkpoints").mkdir()
+    command = ["train", str(finished / "config.yaml"), f"output_dir={tmp_path / 'run'}", "--resume"]
+    assert main(command) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    assert metrics_of(tmp_path / "run") == metrics_of(finished / "run")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
 def test_lora_prunes_nothing(tmp_path: Path) -> None:
     config = write_config(tmp_path, training={"max_steps": 20})
     assert main(["train", str(config), "--overwrite", "method=lora"]) == 0

@@ -1,0 +1,61 @@
+"""Which rows make a batch, and what each micro-batch weighs in its step."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+IGNORED = -100  # a label that counts for nothing
+
+
+class EpochOrder(Sampler[int]):
+    """The order that a sampler draws, made a function of seed and epoch alone.
+
+    A sampler that draws from the global random state (by length, say) gives a resumed run another order from its second
+    epoch on: what was drawn in the epochs before is not drawn again.
+
+    Args:
+        sampler: draws from torch's global random state, which stays as it was.
+        seed: of the data's order.
+    """
+
+    def __init__(self, sampler: Sampler[int], seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The Trainer calls it before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed + self.epoch)
+            order = list(self.sampler)
+        return iter(order)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+
+def micro_batch_weights(batches: Sequence[Mapping[str, Any]], shifted: bool) -> list[float]:
+    """What to multiply each micro-batch's mean loss by, so that their mean is the mean over all labels of the step.
+
+    All are 1 where the micro-batches have as many labels each, or no labels.
+
+    Args:
+        batches: the micro-batches of one optimizer step.
+        shifted: whether the loss drops the first label of each row, as a decoder's does.
+    """
+    if len(batches) < 2 or not all(isinstance(_labels(batch, shifted), torch.Tensor) for batch in batches):
+        return [1.0] * len(batches)
+    counts = [int(_labels(batch, shifted).ne(IGNORED).sum()) for batch in batches]
+    total = sum(counts)
+    return [count * len(counts) / total for count in counts] if total else [1.0] * len(counts)
+
+
+def _labels(batch: Mapping[str, Any], shifted: bool) -> Any:
+    """The labels that the loss of a batch is the mean over, None where it has none."""
+    if "shift_labels" in batch:
+        return batch["shift_labels"]
+    labels = batch.get("labels")
+    return labels[..., 1:] if shifted and isinstance(labels, torch.Tensor) else labels

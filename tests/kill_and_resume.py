@@ -1,0 +1,157 @@
+"""Kills runs with SIGKILL and resumes them: ``python tests/kill_and_resume.py FOLDER --kills 20 [--seed 0]``.
+
+Each trial draws a step and a place in it: the forward pass, the backward pass, the event or the masks, halfway through
+a file of a checkpoint, before or after its renaming, or the time after the last step. Half of the trials are killed a
+second time. One line of JSON a trial; the exit code is 1 where weights or decisions differ from those of a run that was
+left alone. Runs are forked from one process that has imported everything and computed nothing.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch
+from tiny_run import write_config
+
+from apt import cli, run, trainer
+from apt.controller import Controller
+from apt.records import read_jsonl
+
+STEPS, SAVE_EVERY = 48, 7  # 24 steps an epoch
+PLACES = ("forward", "backward", "event", "file", "before the name", "after the name", "measuring", "naming")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "training": {"max_steps": STEPS, "save_steps": SAVE_EVERY, "logging_steps": 50},
+    "pruning": {"num_events": 3, "prune_end": 0.8},  # after 13, 25 and 38 steps; masks fall in between
+    "evaluation": {"event_timing_steps": 0, "inference_repeats": 1},
+}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, due: Callable[..., bool]) -> None:
+    """Die in front of a call for which `due` says so."""
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if due(*args, **kwargs):
+            die()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def set_trap(place: str, step: int, draw: random.Random) -> None:
+    """Arm this process."""
+    if place == "forward":
+        before(Controller, "loss", lambda controller, *_: controller.step + 1 == step)
+    elif place == "backward":
+        before(Controller, "after_backward", lambda controller: controller.step + 1 == step)
+    elif place == "event":
+        before(Controller, "after_step", lambda controller: controller.step + 1 == step)
+    elif place == "file":
+        half_a_file(step, draw.randrange(4))
+    elif place == "before the name":
+        before(trainer, "publish", lambda _, folder: int(folder.name.rpartition("-")[2]) >= step)
+    elif place == "after the name":
+        before(trainer, "rotate_checkpoints", lambda output_dir, **_: bool(newest(output_dir) >= step))
+    elif place == "measuring":
+        before(run, "export_model", lambda *_, **__: True)
+    elif place == "naming":
+        before(run, "give_name", lambda *_: True)
+
+
+def newest(folder: str) -> int:
+    return max(int(path.name.rpartition("-")[2]) for path in Path(folder).glob("checkpoint-*"))
+
+
+def half_a_file(step: int, number: int) -> None:
+    """Of the first checkpoint from a step on, cut the file of that number: optimizer, schedule, random state, ..."""
+    original, written = torch.save, {"files": 0, "step": 0}
+    before(Controller, "after_step", lambda controller: bool(written.update(step=controller.step + 1)))
+
+    def save(value: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+        original(value, target, *args, **kwargs)
+        if written["step"] >= step:
+            written["files"] += 1
+            if written["files"] > number:
+                os.truncate(target, os.path.getsize(target) // 2)
+                die()
+
+    torch.save = save
+
+
+def forked(arguments: list[str], log: Path, arm: Callable[[], None] | None = None) -> int:
+    """Run the command in a process of its own; its exit code, or minus the signal that ended it."""
+    pid = os.fork()
+    if not pid:
+        code = 70
+        try:
+            with log.open("a", encoding="utf-8") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            if arm is not None:
+                arm()
+            code = cli.main(arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def outcome(folder: Path) -> tuple[bytes, list[Any]]:
+    """The weights of the export, and what the events decided."""
+    events = [(row["step"], row["prune"], row["rank"]) for row in read_jsonl(folder / "events.jsonl")]
+    return (folder / "model" / "model.safetensors").read_bytes(), events
+
+
+def trial(folder: Path, config: Path, number: int, seed: int) -> dict[str, Any]:
+    draw = random.Random(1000 * seed + number)
+    output, log = folder / f"killed{number}", folder / f"killed{number}.log"
+    command, kills = ["train", str(config), f"output_dir={output}"], []
+    for again in range(1 + number % 2):
+        place, step = PLACES[(number + 5 * again + 3) % len(PLACES)], draw.randint(1, STEPS - SAVE_EVERY)
+        resume = ["--resume"] if again else []
+        code = forked([*command, *resume], log, lambda place=place, step=step: set_trap(place, step, draw))
+        kills.append({"place": place, "step": step, "killed": code == -signal.SIGKILL})
+        if code == 0:  # the second trap lay before the checkpoint that the run went on from
+            break
+    code = forked([*command, "--resume"], log)
+    ours, theirs = (outcome(each) if code == 0 else (b"", []) for each in (output, folder / "whole"))
+    row = {"trial": number, "kills": kills, "exit": code, "weights_equal": ours[0] == theirs[0]}
+    return row | {"events_equal": ours[1] == theirs[1], "ok": code == 0 and ours == theirs and kills[0]["killed"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    config = write_config(arguments.folder, **SETTINGS)
+    code = forked(["train", str(config), f"output_dir={arguments.folder / 'whole'}"], arguments.folder / "whole.log")
+    assert code == 0, (arguments.folder / "whole.log").read_text(encoding="utf-8")
+    assert len(outcome(arguments.folder / "whole")[1]) == 3
+    rows = []
+    for number in range(arguments.first, arguments.first + arguments.kills):
+        rows.append(trial(arguments.folder, config, number, arguments.seed))
+        print(json.dumps(rows[-1]), flush=True)
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
