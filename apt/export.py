@@ -1,9 +1,11 @@
 """A finished model to a folder that others load, and back: merged, shrunk, safetensors and JSON only."""
 
+import copy
 import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from apt.distiller import TRANSFORM
 from apt.families import Attention, Family, find_family
 from apt.fused import plain_linear, replace_module, replaced, restore_plain, split_fused
 from apt.linears import features, is_conv1d, make_linear, weight_and_bias
-from apt.patch import summary
+from apt.patch import Summary, summary
+from apt.stock import stock_config
 from apt.units import num_units, part_linears
 
 FORMAT = 1  # of apt_export.json; a reader refuses what is newer than itself
@@ -29,7 +32,8 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     """Save a patched model as an ordinary smaller one: adapters merged in float32, pruned units gone.
 
     The folder holds ``config.json``, ``model.safetensors`` under the stock parameter names, and ``apt_export.json``
-    with the size of every layer. `load_model` reads it; a model that lost no unit loads by ``AutoModel`` too. The
+    with the size of every layer. `load_model` reads it. Where a stock configuration describes the result ("stock" in
+    that file), as with ``layout="uniform"``, it is the one that is saved, and ``AutoModel`` loads the folder too. The
     model in memory is not changed.
 
     Args:
@@ -50,24 +54,30 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    config: Any = model.config
-    trained_use_cache = getattr(config, "use_cache", None)
+    tensors = _merged_state(model)
+    config, reason = _config(model, counts, tensors)
+    if reason is not None and state.config.pruning.layout == "uniform":
+        warnings.warn(
+            f"export: no stock configuration describes this model, so AutoModel cannot load it: {reason}; "
+            "apt.load_model can",
+            stacklevel=2,
+        )
     if state.use_cache is not None:
         config.use_cache = state.use_cache
-    architectures, config.architectures = config.architectures, [type(model).__name__]
+    config.architectures = [type(model).__name__]
     config.save_pretrained(partial)
-    config.architectures = architectures
-    if state.use_cache is not None:
-        config.use_cache = trained_use_cache
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(partial)
-    save_file(_merged_state(model), partial / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
     card = {
         "format": FORMAT,
         "apt_version": __version__,
         "class": type(model).__name__,
+        "stock": reason is None,
+        "why_not_stock": reason,
         "units": counts.units,
+        "head_order": _head_order(model, counts.units),
         "sparsity": counts.sparsity,
         "params_before": counts.params_before,
         "params_after": counts.params_after,
@@ -79,6 +89,14 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         shutil.rmtree(folder)
     os.rename(partial, folder)
     return folder
+
+
+def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tuple[Any, str | None]:
+    """A copy of the config that describes the model, or of its own and what that cannot say."""
+    state = patch_state(model)
+    if state.family is None or not counts.units:
+        return copy.deepcopy(model.config), None
+    return stock_config(model, state.family, counts.units, {name: tensor.shape for name, tensor in tensors.items()})
 
 
 def load_model(folder: str | Path) -> nn.Module:
@@ -100,7 +118,7 @@ def load_model(folder: str | Path) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         model = _model_class(card["class"])(config)
         if card["units"]:
-            _resize(model, find_family(model), card["units"])
+            _resize(model, find_family(model), card["units"], card.get("head_order", {}))
     try:
         unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
@@ -202,7 +220,19 @@ def _model_class(name: str) -> Any:
     return found
 
 
-def _resize(model: nn.Module, family: Family, units: dict[str, int]) -> None:
+def _head_order(model: nn.Module, units: dict[str, int]) -> dict[str, list[int]]:
+    """Which heads of the model as it came are left, by unit group, where the family's attentions must know."""
+    family, orders = patch_state(model).family, {}
+    for layer in [] if family is None else family.layers(model):
+        for part in layer.stack.parts:
+            order = part.head_order(layer.module) if isinstance(part, Attention) else None
+            if order is not None:
+                name = f"{layer.name}.{part.units}"
+                orders[name] = order[: units[name]].tolist()
+    return orders
+
+
+def _resize(model: nn.Module, family: Family, units: dict[str, int], orders: dict[str, list[int]]) -> None:
     """Give the linears of an empty model the sizes of an export; the weights follow."""
     parts = {f"{layer.name}.{p.units}": (layer, p) for layer in family.layers(model) for p in layer.stack.parts}
     if units.keys() != parts.keys():
@@ -216,7 +246,11 @@ def _resize(model: nn.Module, family: Family, units: dict[str, int]) -> None:
         into = features(linears[part.reader])[1] // before * units[name]
         _set_size(layer.module, part.linears[part.reader], into=into)
         if isinstance(part, Attention):
-            part.set_heads(layer.module, before, units[name])
+            order = torch.tensor(orders[name]) if name in orders else None
+            lacks = order is None and part.follow is not None and 0 < units[name] < before
+            if lacks or (order is not None and order.shape != (units[name],)):
+                raise ValueError(f"load_model: {CARD} is corrupt (head_order of {name} is off); export the model again")
+            part.set_heads(layer.module, before, units[name], order)
             if units[name] == 0:
                 part.remove(layer.module)
     restore_plain(model, merge=False)

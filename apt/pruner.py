@@ -105,8 +105,10 @@ class AdaptivePruner:
         if not groups:
             raise ValueError("pruner: the model has no prunable units; every head and neuron is gone or none was found")
         lanes = self._lanes(groups)
+        layers = {tuple(group.name.split(".")[:2]) for group in groups}
         for lane in lanes:
-            if len({(group.num_units, group.cost()) for group in lane}) > 1 or len(lane) < max(map(len, lanes)):
+            uneven = len({(group.num_units, group.cost()) for group in lane}) > 1
+            if uneven or (self.config.layout == "uniform" and len(lane) < _places(lane, layers)):
                 raise ValueError(
                     f"pruner: layout 'uniform' needs layers of equal size, but the {lane[0].kind}s of the layers are "
                     f"{[group.num_units for group in lane]}; set layout to 'free'"
@@ -188,6 +190,12 @@ class AdaptivePruner:
                 g.name: np.sort(orders[g.name][:n]).tolist() for lane, n in zip(lanes, kept, strict=True) for g in lane
             },
         )
+
+
+def _places(lane: list[UnitGroup], layers: set[tuple[str, ...]]) -> int:
+    """Groups that such a lane would have if no layer had lost all its units of that kind."""
+    parts = {(group.name.split(".")[0], group.name.split(".")[-1]) for group in lane}
+    return sum(stack == other for stack, _ in parts for other, _ in layers)
 
 
 def _bundles(

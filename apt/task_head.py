@@ -15,8 +15,8 @@ def task_head(model: nn.Module) -> list[nn.Module]:
     Tr of self-distillation is no part of the task.
     """
     base = base_model(model)
-    if base is model:
-        return []
+    if base is model:  # T5 for questions has its head beside its stacks
+        return [module for name, module in model.named_children() if name == "qa_outputs"]
     outside = [m for m in model.children() if m is not base and not isinstance(m, LayerTransform)]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:

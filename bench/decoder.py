@@ -38,7 +38,7 @@ from bench.timing import Clock
 ARMS: dict[str, list[str]] = {  # overrides of the config
     "dense": [],
     "lora": [],
-    "apt": [],
+    "apt": [],  # as the config is
     "apt kurtosis=off": ["pruning.kurtosis=off"],
     "apt kurtosis=paper": ["pruning.kurtosis=paper"],
     "apt kurtosis=normalized": ["pruning.kurtosis=normalized"],
@@ -208,7 +208,7 @@ def run_apart(config: Path, arm: str, seed: int, overrides: list[str], folder: P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("examples/smollm2.yaml"))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["dense", "lora", "apt", "magnitude"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/decoder.csv"))
     parser.add_argument("--scratch", type=Path, default=SCRATCH)

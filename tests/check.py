@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -36,9 +37,13 @@ def close(name: str, got: Tensor, wanted: Tensor) -> None:
 
 
 class Unrounded(TorchFunctionMode):
-    """Inside, ``.float()`` leaves float64 activations alone: Gemma's norms round to float32 whatever the model is."""
+    """Inside, casts to float32 leave float64 activations alone: norms and softmax round whatever the model is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float and args[0].dtype == torch.float64 and args[0].requires_grad:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64 and args[0].requires_grad:
+            if func is Tensor.float or (func is Tensor.to and args[1:] == (torch.float32,)):
+                return args[0]
+            if func is F.softmax and kwargs.get("dtype") == torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)

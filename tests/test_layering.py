@@ -39,6 +39,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "checkpoint",
     "batches",
     "trainer",
+    "stock",
     "export",
     "peft_files",
     "report",

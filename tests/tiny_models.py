@@ -60,6 +60,17 @@ GEMMA = {
     "sliding_window": 4,
     "layer_types": MIXED[:3],
 }
+T5 = {
+    "d_kv": 6,
+    "d_ff": 40,
+    "num_decoder_layers": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "initializer_factor": 0.5,
+}
+T5_GATED = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 class Tiny(NamedTuple):
@@ -96,10 +107,14 @@ MODELS = {
     "opt_350m": Tiny(  # the one that norms after each branch and projects its embeddings
         "OPTConfig", "OPTForSequenceClassification", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}
     ),
+    "t5": Tiny("T5Config", "T5ForConditionalGeneration", T5),
+    "t5_gated": Tiny("T5Config", "T5ForConditionalGeneration", T5_GATED),
+    "mt5": Tiny("MT5Config", "MT5ForConditionalGeneration", T5_GATED),
 }
 NAMES = list(MODELS)
 CLASSIFIERS = [name for name in NAMES if MODELS[name].model.endswith("SequenceClassification")]
-GENERATORS = [name for name in NAMES if MODELS[name].model.endswith("CausalLM")]
+SEQ2SEQ = [name for name in NAMES if MODELS[name].model.endswith("ConditionalGeneration")]
+GENERATORS = [name for name in NAMES if MODELS[name].model.endswith(("CausalLM", "LMHeadModel"))] + SEQ2SEQ
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
@@ -111,20 +126,26 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -
     config = getattr(transformers, spec.config)(**{**SIZES, **spec.settings, **settings})
     model = getattr(transformers, spec.model)(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             if parameter.dim() == 1:  # biases start at 0, norms at 1, Gemma's norms at 0
                 parameter.normal_(parameter[0].item(), 0.2)
+            if "relative_attention_bias" in key:
+                parameter.normal_()
     return model.to(dtype).eval()
 
 
 def tiny_batch(name: str, size: int = 4, length: int = 9, seed: int = 2) -> dict[str, Tensor]:
-    """Token ids, labels and a padding mask with rows of different lengths."""
+    """Token ids, labels and a padding mask with rows of different lengths; labels of a decoder have others again."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCABULARY, (size, length), generator=draw)
     mask = torch.ones_like(ids)
     for row in range(size):
         mask[row, length - row % 4 :] = 0  # 0 to 3 tokens of padding
     labels = torch.randint(0, 3, (size,), generator=draw) if name in CLASSIFIERS else ids.clone()
+    if name in SEQ2SEQ:
+        labels = torch.randint(1, VOCABULARY, (size, length - 2), generator=draw)
+        for row in range(size):
+            labels[row, length - 2 - (row + 1) % 3 :] = -100
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
 
 

@@ -12,8 +12,9 @@ from apt.families.gpt2 import GPT2
 from apt.families.llama import LLAMA
 from apt.families.opt import OPT
 from apt.families.phi3 import PHI3
+from apt.families.t5 import T5, T5_GATED
 
-FAMILIES = (BERT, DEBERTA, DISTILBERT, GEMMA, GPT2, LLAMA, OPT, PHI3)
+FAMILIES = (BERT, DEBERTA, DISTILBERT, GEMMA, GPT2, LLAMA, OPT, PHI3, T5, T5_GATED)
 
 __all__ = [
     "FAMILIES",

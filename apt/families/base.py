@@ -25,9 +25,11 @@ class Attention:
             patched they are its children, under the names of their roles.
         per_head: attributes of the module that its forward reads and that shrink in step with its heads; "config.x" is
             one that it reads from the model's config.
+        settings: of the stock config, that say how many heads there are, KV heads last; none where the size of a head
+            is derived from their number.
         empty: takes the place of the module when all its heads are gone.
-        follow: called with the module and the positions, in their new order, of the heads that its weights still
-            store; for what else the module must know of its heads.
+        follow: called with the module before it first loses heads, where it must know which ones it has. Its buffer
+            `head_order` then holds their places in the model as it came, in the order of its weights.
     """
 
     module: str
@@ -38,8 +40,9 @@ class Attention:
     cross: bool = False
     fused: str | None = None
     per_head: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     empty: type[EmptyAttention] = EmptyAttention
-    follow: Callable[[nn.Module, Tensor], None] | None = None
+    follow: Callable[[nn.Module], object] | None = None
 
     kind: ClassVar[str] = "head"
     producers: ClassVar[tuple[str, ...]] = ("q", "k", "v")  # roles whose rows a unit owns
@@ -86,13 +89,20 @@ class Attention:
             layer: that holds it.
             before: live heads until now.
             after: live heads from here on.
-            order: as `follow` gets it; None leaves it out.
+            order: positions until now of the heads that its weights still store; None where the family needs none.
         """
         attention = layer.get_submodule(self.module)
         for name, count in self.head_counts(attention).items():
             self.set_count(attention, name, count * after // before)
         if self.follow is not None and order is not None:
-            self.follow(attention, order)
+            old = self.head_order(layer)
+            if old is None:
+                self.follow(attention)
+            attention.register_buffer("head_order", order if old is None else old[order], persistent=False)
+
+    def head_order(self, layer: nn.Module) -> Tensor | None:
+        """Places in the model as it came of the heads that the weights store; None where nothing asks for them."""
+        return getattr(layer.get_submodule(self.module), "head_order", None)
 
     def remove(self, layer: nn.Module) -> EmptyAttention:
         """Put an `EmptyAttention` in the place of the module, which has no heads left."""
@@ -109,7 +119,8 @@ class FFN:
     """The feed-forward part of a layer: names of its linears in the layer; `gate` where it is gated.
 
     `act` is the activation of a block that hands ``act(gate) * up`` to `down` with nothing between. `fused` is the one
-    projection that stores the rows of gate and up, as in `Attention`.
+    projection that stores the rows of gate and up, as in `Attention`; `setting` is that of the stock config which says
+    how many neurons there are.
     """
 
     up: str
@@ -117,6 +128,7 @@ class FFN:
     gate: str | None = None
     act: str | None = None
     fused: str | None = None
+    setting: str = "intermediate_size"
 
     kind: ClassVar[str] = "neuron"
     producers: ClassVar[tuple[str, ...]] = ("up", "gate")

@@ -9,7 +9,7 @@ DISTILBERT = Family(
             layers="transformer.layer",
             parts=(
                 Attention("attention", q=".q_lin", k=".k_lin", v=".v_lin", o=".out_lin"),
-                FFN(up="ffn.lin1", down="ffn.lin2"),
+                FFN(up="ffn.lin1", down="ffn.lin2", setting="hidden_dim"),
             ),
         ),
     ),

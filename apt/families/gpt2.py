@@ -39,7 +39,7 @@ GPT2 = Family(
                     per_head=("num_heads", "split_size"),
                     empty=EmptyGPT2Attention,
                 ),
-                FFN(up="mlp.c_fc", down="mlp.c_proj"),
+                FFN(up="mlp.c_fc", down="mlp.c_proj", setting="n_inner"),
             ),
             decoder=True,
         ),

@@ -11,7 +11,14 @@ LLAMA = Family(
         Stack(
             layers="layers",
             parts=(
-                Attention("self_attn", q=".q_proj", k=".k_proj", v=".v_proj", o=".o_proj"),
+                Attention(
+                    "self_attn",
+                    q=".q_proj",
+                    k=".k_proj",
+                    v=".v_proj",
+                    o=".o_proj",
+                    settings=("num_attention_heads", "num_key_value_heads"),
+                ),
                 FFN(up="mlp.up_proj", gate="mlp.gate_proj", act="mlp.act_fn", down="mlp.down_proj"),
             ),
             decoder=True,

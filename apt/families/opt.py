@@ -12,7 +12,7 @@ OPT = Family(
             layers="decoder.layers",
             parts=(
                 Attention("self_attn", q=".q_proj", k=".k_proj", v=".v_proj", o=".out_proj", per_head=("num_heads",)),
-                FFN(up="fc1", down="fc2"),
+                FFN(up="fc1", down="fc2", setting="ffn_dim"),
             ),
             decoder=True,
         ),

@@ -19,6 +19,7 @@ PHI3 = Family(
                     o=".o_proj",
                     fused=".qkv_proj",
                     per_head=("config.num_attention_heads", "num_key_value_heads"),
+                    settings=("num_attention_heads", "num_key_value_heads"),
                 ),
                 FFN(
                     gate="mlp.gate_up_proj.gate",

@@ -11,20 +11,21 @@ import apt
 from apt.checkpoint import load_controller, restore_shapes, save_controller
 
 
-def test_state_dict_round_trip_in_the_middle_of_a_decay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bert", "gpt2", "phi3"])
+def test_state_dict_round_trip_in_the_middle_of_a_decay(name: str, tmp_path: Path) -> None:
     """Through files, onto a model patched anew: both go on alike, bit for bit."""
     settings = {"target_sparsity": 0.6, "num_events": 3, "prune_end": 24, "round_to": 4}
-    first = Loop("bert", patched("bert"), 30, **settings).take(12)
+    first = Loop(name, patched(name), 30, **settings).take(12)
     assert len(first.run.events) == 1
     assert apt.summary(first.model).masked > 0
     save_controller(first.run, tmp_path)
 
-    model = patched("bert")
+    model = patched(name)
     random_state = torch.get_rng_state()
     restore_shapes(model, tmp_path)
     assert torch.equal(torch.get_rng_state(), random_state)
     model.load_state_dict(first.model.state_dict())
-    second = Loop("bert", model, 30, **settings)
+    second = Loop(name, model, 30, **settings)
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
     load_controller(second.run, tmp_path)
     second.step = first.step

@@ -99,7 +99,7 @@ def test_what_is_loaded_is_small_and_stock(name: str, exports: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "apt"])
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_a_loaded_model_is_patched_again(name: str, method: str, exports: Path) -> None:
     model = apt.load_model(exports / name)
     wanted = readings(model, name)
@@ -109,13 +109,14 @@ def test_a_loaded_model_is_patched_again(name: str, method: str, exports: Path) 
 
 
 @pytest.mark.parametrize("method", ["lora", "apt"])
-@pytest.mark.parametrize("name", ["bert", "llama_gqa"])
+@pytest.mark.parametrize("name", ["bert", "llama_gqa", "t5", "t5_gated"])
 def test_an_export_that_lost_no_unit_loads_by_auto_model(name: str, method: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     model = fill_adapters(apt.patch_model(tiny_model(name, torch.float32), method=method))
     apt.export_model(model, tmp_path / "export")
-    auto = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
+    autos = {"bert": AutoModelForSequenceClassification, "llama_gqa": AutoModelForCausalLM}
+    auto: Any = autos.get(name, AutoModelForSeq2SeqLM)
     stock, report = auto.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     wanted = readings(model, name)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from check import close
-from tiny_models import CLASSIFIERS, MODELS, NAMES, fill_adapters, random_plan, tiny_batch, tiny_model
+from tiny_models import CLASSIFIERS, MODELS, NAMES, fill_adapters, free_heads, random_plan, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
@@ -16,6 +16,7 @@ from apt.families import FAMILIES
 from apt.surgery import apply_prune_plan
 
 ENCODER = ("query", "value", "intermediate.dense")
+T5_GATED = ("Attention.q", "Attention.v", "wi_0")
 PLACES = {  # where adapters go by default; decoders: q_proj, v_proj
     "bert": ENCODER,
     "roberta": ENCODER,
@@ -25,7 +26,11 @@ PLACES = {  # where adapters go by default; decoders: q_proj, v_proj
     "gpt2_cls": ("c_attn.q", "c_attn.v"),
     "phi3": ("qkv_proj.q", "qkv_proj.v"),
     "phi3_sliding": ("qkv_proj.q", "qkv_proj.v"),
+    "t5": ("Attention.q", "Attention.v", "wi"),
+    "t5_gated": T5_GATED,
+    "mt5": T5_GATED,
 }
+T5_CALLS = {"t5": (7, 7), "t5_gated": (12, 2), "mt5": (12, 2)}  # adapted linears computed together, and alone
 
 
 def logits(model: Any, name: str) -> Tensor:
@@ -65,7 +70,8 @@ def test_what_trains(name: str) -> None:
     model = apt.patch_model(tiny_model(name))
     places = PLACES.get(name.removesuffix("_mlm"), ("q_proj", "v_proj"))
     assert all(adapter.endswith(places) for adapter in ranked(model))
-    assert len(ranked(model)) == len(places) * MODELS[name].settings.get("num_hidden_layers", 3)
+    in_t5 = 7 * 2 + 5 if name in T5_CALLS else 0  # 7 attentions, 5 FFNs
+    assert len(ranked(model)) == (in_t5 or len(places) * MODELS[name].settings.get("num_hidden_layers", 3))
     factors = {f"{adapter}.{factor}" for adapter in ranked(model) for factor in ("lora_A", "lora_B")}
     heads = trainable(model) - factors
     assert trainable(model) > heads
@@ -84,7 +90,11 @@ def test_what_trains(name: str) -> None:
     layers = len(ranked(model)) // len(places)
     alone = {"masked_lora_linear": {"torch": layers}} if len(places) == 3 else {}  # up; q, k and v go together
     inputs = 2 if name == "deberta" else 1  # q and k read the relative positions too
-    assert apt_kernels.calls() == {"masked_lora_linears": {"torch": inputs * layers}, **alone}  # and no gate
+    calls = {"masked_lora_linears": {"torch": inputs * layers}, **alone}
+    if name in T5_CALLS:  # q of a cross-attention reads another tensor than k and v
+        together, one = T5_CALLS[name]
+        calls = {"masked_lora_linears": {"torch": together}, "masked_lora_linear": {"torch": one}}
+    assert apt_kernels.calls() == calls  # and no gate
     assert {key for key, p in model.named_parameters() if p.grad is not None} == trainable(model)
 
 
@@ -272,7 +282,8 @@ def test_unpatching_restores_everything(name: str, method: str) -> None:
 def test_unpatching_with_the_adapters_merged_keeps_the_outputs(name: str, shrunk: bool) -> None:
     model = fill_adapters(apt.patch_model(tiny_model(name), rank=3))
     if shrunk:
-        apply_prune_plan(model, random_plan(model, empty=["layers.2.heads", "layers.0.neurons"], seed=1))
+        neurons = next(group for group in apt.summary(model).units if group.endswith("neurons"))
+        apply_prune_plan(model, random_plan(model, empty=[free_heads(model)[-1], neurons], seed=1))
     before = logits(model, name)
     apt.unpatch_model(model, merge=True)
     assert not any(isinstance(module, APTAdapter) for module in model.modules())

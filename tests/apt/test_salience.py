@@ -56,7 +56,10 @@ def brute_force(
     scores = {}
     for group in groups:
         h, y = seen[group.gate]
-        valid = batch["attention_mask"].bool().reshape(h.shape[:-1])  # OPT's FFN sees [B * S, D]
+        valid = batch["attention_mask"].bool()
+        if group.name.startswith("decoder."):
+            valid = batch.get("decoder_attention_mask", batch["labels"] != -100).bool()
+        valid = valid.reshape(h.shape[:-1])  # OPT's FFN sees [B * S, D]
         units = []
         for unit in range(group.num_units):
             features = slice(unit * group.gate.unit_size, (unit + 1) * group.gate.unit_size)

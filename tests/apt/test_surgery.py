@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from check import Unrounded, close
-from tiny_models import GENERATORS, NAMES, fill_adapters, free_heads, random_plan, set_masks, tiny_batch, tiny_model
+from tiny_models import (
+    GENERATORS,
+    NAMES,
+    SEQ2SEQ,
+    fill_adapters,
+    free_heads,
+    random_plan,
+    set_masks,
+    tiny_batch,
+    tiny_model,
+)
 from torch import Tensor, nn
 
 import apt
@@ -28,13 +38,17 @@ def patched(name: str, **settings: Any) -> Any:
 
 def responses(model: Any, name: str) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient of a random upstream at the input embeddings."""
-    batch = tiny_batch(name)
-    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    batch, embed = tiny_batch(name), model.get_input_embeddings()
+    inputs = {"inputs_embeds": embed(batch["input_ids"]), "attention_mask": batch["attention_mask"]}
+    if name in SEQ2SEQ:
+        inputs["decoder_inputs_embeds"] = embed(model.prepare_decoder_input_ids_from_labels(batch["labels"]))
+        inputs["decoder_attention_mask"] = (batch["labels"] != -100).long()
+    leaves = [tensor.detach_().requires_grad_() for key, tensor in inputs.items() if key.endswith("embeds")]
     with Unrounded():
-        logits = model(inputs_embeds=embedded, attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     upstream = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(7))
-    (gradient,) = torch.autograd.grad(logits, embedded, upstream)
-    return logits.detach(), gradient
+    gradients = torch.autograd.grad(logits, leaves, upstream)
+    return logits.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def same(what: str, got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
@@ -128,10 +142,31 @@ def test_cached_generation_with_empty_attention(name: str, every: int) -> None:
     cached, plain = (
         model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=use, **settings) for use in (True, False)
     )
-    assert cached.sequences.shape[1] == 14  # far past a sliding window of 4
+    assert cached.sequences.shape[1] == 8 + (1 if name in SEQ2SEQ else 6)  # far past a sliding window of 4
     assert torch.equal(cached.sequences, plain.sequences)
     for ours, theirs in zip(cached.logits, plain.logits, strict=True):
         close("logits of a step", ours, theirs)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_step_with_a_cache_is_a_step_without(name: str) -> None:
+    """By hand, several tokens at a time, with every attention empty that may be."""
+    model = patched(name)
+    apply_prune_plan(model, random_plan(model, empty=free_heads(model), seed=1))
+    ids, source = tiny_batch(name, seed=4)["input_ids"][::4], tiny_batch(name)["input_ids"][::4]  # without padding
+    fixed: dict[str, Any] = {}
+    if name in SEQ2SEQ:
+        fixed = {"encoder_outputs": model.get_encoder()(source), "attention_mask": torch.ones_like(source)}
+    key = "decoder_input_ids" if fixed else "input_ids"
+    with Unrounded():
+        whole = model(**fixed, **{key: ids}, use_cache=False).logits
+        cache, parts = None, []
+        for chunk in ids.split(4, dim=1):
+            step = model(**fixed, **{key: chunk}, past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            parts.append(step.logits)
+    assert len(parts) == 3
+    close("logits", torch.cat(parts, dim=1), whole)
 
 
 @pytest.mark.parametrize("name", NAMES)

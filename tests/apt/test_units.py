@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import MODELS, NAMES, random_plan, tiny_model
+from tiny_models import MODELS, NAMES, SEQ2SEQ, random_plan, tiny_model
 from torch import nn
 
 import apt
@@ -69,11 +69,13 @@ def test_units_and_what_stays_add_up(name: str) -> None:
 
 
 def test_costs_by_hand() -> None:
-    """d = 32: BERT has 4 heads of 8 and biases; grouped Llama 4 groups of 2 query heads of 4 and none."""
-    models = [apt.patch_model(tiny_model(name)) for name in ("bert", "llama_gqa")]
+    """d = 32: BERT has 4 heads of 8 and biases; grouped Llama 4 groups of 2 query heads of 4; T5 heads of 6."""
+    models = [apt.patch_model(tiny_model(name)) for name in ("bert", "llama_gqa", "t5", "t5_gated")]
     costs = [{group.kind: group.cost() for group in find_units(model, find_family(model))} for model in models]
     assert costs[0] == {"head": 4 * 32 * 8 + 3 * 8, "neuron": 2 * 32 + 1}
     assert costs[1] == {"head": 32 * (2 * 8 + 2 * 4), "neuron": 3 * 32}
+    assert costs[2] == {"head": 4 * 32 * 6, "neuron": 2 * 32}
+    assert costs[3] == {"head": 4 * 32 * 6, "neuron": 3 * 32}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,9 +83,11 @@ def test_names_order_and_members(name: str) -> None:
     model = apt.patch_model(tiny_model(name))
     groups = find_units(model, find_family(model))
     layers = MODELS[name].settings.get("num_hidden_layers", 3)
-    assert [group.name for group in groups] == [
-        f"layers.{i}.{kind}s" for i in range(layers) for kind in ("head", "neuron")
-    ]
+    wanted = [f"layers.{i}.{kind}" for i in range(layers) for kind in ("heads", "neurons")]
+    if name in SEQ2SEQ:
+        wanted = [f"encoder.{i}.{kind}" for i in range(3) for kind in ("heads", "neurons")]
+        wanted += [f"decoder.{i}.{kind}" for i in range(2) for kind in ("heads", "cross_heads", "neurons")]
+    assert [group.name for group in groups] == wanted
     gated = "gate" in roles(model)
     for group in groups:
         assert len(group.members) == (4 if group.kind == "head" else 2 + gated)
@@ -99,6 +103,8 @@ def test_decoders_keep_a_group_in_the_first_layer_of_each_attention_type(name: s
     model = apt.patch_model(tiny_model(name))
     layers = {0, 1} if name in TWO_ATTENTIONS else set() if name in ENCODERS else {0}
     wanted = {f"layers.{index}.heads" for index in layers}
+    if name in SEQ2SEQ:
+        wanted = {"decoder.0.heads", "decoder.1.cross_heads"}
     assert required_heads(model, find_family(model)) == wanted
     floors = {group.name: group.floor for group in find_units(model, find_family(model))}
     assert {key for key, floor in floors.items() if floor} == wanted

@@ -1,0 +1,111 @@
+"""T5 and mT5: an encoder and a decoder, and one relative bias for all layers of each.
+
+The first layer of a stack makes that bias for all heads of its table, ``[1, H, T, S]``, and every layer hands it on to
+the next. After pruning each layer has other heads: it takes its own from the whole, and hands on the whole. The zeros
+that cross-attentions hand on are treated alike. The table itself stays whole, also where the first layer of an encoder
+has no heads left.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.families.base import FFN, Attention, Family, Stack
+from apt.families.empty import EmptyAttention
+
+
+class WholeBias:
+    """Hooks around one attention that give it the bias of its own heads.
+
+    Which these are stands in one place, the attention's buffer `head_order`: of the first `n_heads` entries.
+
+    Args:
+        attention: a ``T5Attention``; its `compute_bias` gives only its heads' part from here on.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+        self.whole: Tensor | None = None  # during a call
+        attention.register_forward_pre_hook(self.take, with_kwargs=True)
+        attention.register_forward_hook(self.hand_on)
+        attention.compute_bias = self.compute
+
+    def own(self, whole: Tensor) -> Tensor:
+        """``[1, n_heads, T, S]`` of ``[1, H, T, S]``."""
+        return whole.index_select(1, self.attention.head_order[: self.attention.n_heads])
+
+    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.whole = kwargs.get("position_bias")
+        return args, kwargs if self.whole is None else {**kwargs, "position_bias": self.own(self.whole)}
+
+    def compute(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.whole = type(self.attention).compute_bias(self.attention, *args, **kwargs)
+        return self.own(self.whole)
+
+    def hand_on(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
+        whole, self.whole = self.whole, None
+        return output[0], whole, *output[2:]
+
+
+class EmptyT5Attention(EmptyAttention):
+    """Hands the shared bias on; where it stands in the first layer it makes it, from the table that it keeps."""
+
+    def __init__(self, attention: nn.Module, out: nn.Module | None = None) -> None:
+        super().__init__(attention, out)
+        table = getattr(attention, "relative_attention_bias", None)
+        if table is not None:
+            self.relative_attention_bias = table
+            maker: Any = type(attention).__new__(type(attention))  # without the weights, which may go
+            nn.Module.__init__(maker)
+            for name in ("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance"):
+                setattr(maker, name, getattr(attention, name))
+            maker.relative_attention_bias = table
+            self._maker = (maker,)  # in a tuple it is no part of the model
+
+    def forward(self, hidden_states: Tensor, *args: Any, position_bias: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+        if position_bias is None and hasattr(self, "_maker"):
+            length = hidden_states.shape[1]  # of an encoder, which has no cache
+            position_bias = self._maker[0].compute_bias(length, length, device=hidden_states.device)
+        return self.output(hidden_states), position_bias, None
+
+
+_SELF = Attention(
+    "layer.0.SelfAttention",
+    q=".q",
+    k=".k",
+    v=".v",
+    o=".o",
+    per_head=("n_heads",),
+    empty=EmptyT5Attention,
+    follow=WholeBias,
+)
+_CROSS = replace(_SELF, module="layer.1.EncDecAttention", cross=True)
+
+
+def _family(gated: bool) -> Family:
+    encoder, decoder = (f"layer.{place}.DenseReluDense" for place in (1, 2))
+
+    def ffn(place: str) -> FFN:
+        if gated:
+            return FFN(gate=f"{place}.wi_0", up=f"{place}.wi_1", down=f"{place}.wo", setting="d_ff")
+        return FFN(up=f"{place}.wi", down=f"{place}.wo", setting="d_ff")
+
+    return Family(
+        model_types=("t5", "mt5"),
+        stacks=(
+            Stack(name="encoder", layers="encoder.block", parts=(_SELF, ffn(encoder))),
+            Stack(
+                name="decoder",
+                layers="decoder.block",
+                parts=(_SELF, _CROSS, ffn(decoder)),
+                decoder=True,
+                valid=("decoder_attention_mask", "labels"),
+            ),
+        ),
+        default_targets=("q", "v", "gate" if gated else "up"),
+        needs=(("is_gated_act", gated),),
+    )
+
+
+T5, T5_GATED = _family(gated=False), _family(gated=True)
