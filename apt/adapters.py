@@ -1,6 +1,7 @@
 """The adapted linear layer. Parameters and shapes live here; the arithmetic is one op of `apt_kernels`."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -13,15 +14,43 @@ from apt.gates import MaskGate
 from apt.linears import is_conv1d, weight_and_bias
 
 
+class Delta(nn.Module, ABC):
+    """The low-rank update of a method whose A and B are more than two parameters: ``s B diag(g) A``.
+
+    Its parameters train; its buffers are frozen. `apt.methods` holds one class a method.
+    """
+
+    @property
+    @abstractmethod
+    def rank(self) -> int: ...
+
+    @property
+    def num_active(self) -> int:
+        """Ranks that change the output at present."""
+        return self.rank
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A ``[R, n_in]``, B ``[n_out, R]`` and g ``[R]``, differentiable in what trains."""
+
+    @abstractmethod
+    def side(self, axis: str) -> list[Tensor]:
+        """Its tensors with a row an output ("out", along dimension 0) or a column an input ("in", dimension 1).
+
+        Each row (column) of the update must come from that row (column) of them alone, so that to cut one is exact.
+        """
+
+
 class APTAdapter(nn.Module):
     """A frozen linear layer with a low-rank adapter of changing rank, and sides that shrink.
 
     ``y = W x + b + s * B A x``   (APT, arXiv 2401.12200, eq. 2; the masks are `gate_in` here or act at the producer)
 
     It takes the place and the parameter names of the linear it adapts (``weight``, ``bias``), beside them ``lora_A``
-    and ``lora_B``; with rank 0 it has neither and is that linear. The scale is a stored constant: growth of the rank
-    leaves the output as it was. Retained rows and columns stand first in ``weight``; ``n_out`` and ``n_in`` say how
-    many, and forward computes with that view, so a dense reader of the same weight can live beside it.
+    and ``lora_B``; with rank 0 it has neither and is that linear. With a `delta` it is ``W x + b + s B diag(g) A x``,
+    of which that module holds the parameters. The scale is a stored constant: growth of the rank leaves the output as
+    it was. Retained rows and columns stand first in ``weight``; ``n_out`` and ``n_in`` say how many, and forward
+    computes with that view, so a dense reader of the same weight can live beside it.
 
     Args:
         base: the layer to adapt, `nn.Linear` or transformers' ``Conv1D``; its parameters are taken over and frozen.
@@ -29,6 +58,7 @@ class APTAdapter(nn.Module):
         scale: unitless, the constant s (LoRA's alpha / r at the start).
         gate_in: mask gate on the input, for output and down projections.
         init_std: of the rows of A; None is ``1 / sqrt(3 I)``, the second moment of LoRA's kaiming-uniform start.
+        dropout: probability in [0, 1) with which an entry of the rank-R product is dropped while training.
 
     Shapes: input ``[..., n_in]``, output ``[..., n_out]``.
     """
@@ -47,11 +77,12 @@ class APTAdapter(nn.Module):
         scale: float = 2.0,
         gate_in: MaskGate | None = None,
         init_std: float | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if rank < 0:
             raise ValueError(f"APTAdapter: rank must be at least 0, got {rank}")
-        self.scale, self.init_std = scale, init_std
+        self.scale, self.init_std, self.dropout = scale, init_std, dropout
         self.conv1d = is_conv1d(base)  # so that it comes back as one
         self.weight, self.bias = weight_and_bias(base)
         self.n_out, self.n_in = self.weight.shape
@@ -61,13 +92,31 @@ class APTAdapter(nn.Module):
         self.register_buffer("teacher_A", None, persistent=False)
         self.register_buffer("teacher_B", None, persistent=False)
         self.lora_A, self.lora_B = None, None
+        self.delta: Delta | None = None
         if rank:
             self.lora_A = nn.Parameter(self._new_rows(rank, "lora"))
             self.lora_B = nn.Parameter(torch.zeros(self.n_out, rank, device=self.weight.device, dtype=self._dtype))
 
     @property
     def rank(self) -> int:
+        if self.delta is not None:
+            return self.delta.rank
         return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+    @property
+    def drops(self) -> bool:
+        """Whether this pass drops entries of the rank-R product."""
+        return self.dropout > 0.0 and self.training
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """What of this layer the adapter adds."""
+        own = [parameter for parameter in (self.lora_A, self.lora_B) if parameter is not None]
+        return own if self.delta is None else [*own, *self.delta.parameters()]
+
+    def side(self, axis: str) -> list[Tensor]:
+        """Tensors of the adapter with a row an output ("out", dimension 0) or a column an input ("in", dimension 1)."""
+        own = self.lora_B if axis == "out" else self.lora_A
+        return [*([] if own is None else [own]), *([] if self.delta is None else self.delta.side(axis))]
 
     @property
     def in_features(self) -> int:
@@ -105,8 +154,8 @@ class APTAdapter(nn.Module):
         exchange(self.lora_B, torch.cat([self.lora_B.data, self.lora_B.new_zeros(self.n_out, num)], dim=1))
 
     def drop_adapter(self) -> None:
-        """Remove A and B; what they added is gone too."""
-        self.lora_A = self.lora_B = None
+        """Remove the adapter; what it added is gone too."""
+        self.lora_A = self.lora_B = self.delta = None
 
     def view(self) -> tuple[Tensor, Tensor | None]:
         """The live part of weight and bias: ``[n_out, n_in]`` and ``[n_out]``."""
@@ -125,36 +174,53 @@ class APTAdapter(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """``W + s B A`` of the live part, a fresh ``[n_out, n_in]``: added in at least float32, then cast back."""
+        """``W + s B diag(g) A`` of the live part, a fresh ``[n_out, n_in]``, added in at least float32."""
         weight, _ = self.view()
-        if self.lora_A is None or self.lora_B is None:
+        if not self.rank:
             return weight.clone(memory_format=torch.contiguous_format)
-        delta = self.scale * (self.lora_B @ self.lora_A)
+        a, b = self.factors()
+        delta = self.scale * (b @ a)
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A ``[R, n_in]`` and B ``[n_out, R]``, with R = 0 where there is no adapter."""
+        """A ``[R, n_in]`` and ``B diag(g)`` ``[n_out, R]``, with R = 0 where there is no adapter."""
+        if self.delta is not None:
+            a, b, gate = self.delta.factors()
+            return a, b * gate
         if self.lora_A is None or self.lora_B is None:
             return self.weight.new_zeros(0, self.n_in), self.weight.new_zeros(self.n_out, 0)
         return self.lora_A, self.lora_B
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.shared is not None and self.shared.adapted:
+        if self.shared is not None and self.shared.together:
             return self.shared.output(self, x)
         mask_in, past_gate = None, self.past_gate
         self.past_gate = None
         if past_gate is not None and x is not past_gate:
             raise RuntimeError("APTAdapter: the mask was applied to another tensor than the one that arrived here")
         if self.gate_in is not None and past_gate is None:
-            if self.lora_A is not None and self.gate_in.only_masks:
+            if self.rank and self.gate_in.only_masks:
                 mask_in = self.gate_in.feature_mask()  # the op multiplies: a kernel needs no pass of its own for it
             else:
                 x = self.gate_in(x)
         weight, bias = self.view()
-        if self.lora_A is None or self.lora_B is None:
+        if not self.rank:
             return F.linear(x, weight, bias)
+        a, b, gate = (self.lora_A, self.lora_B, None) if self.delta is None else self.delta.factors()
+        assert a is not None and b is not None  # noqa: PT018
+        # The seed comes from torch's generator, so that checkpointing drops the same entries again.
+        dropout, seed = (self.dropout, int(torch.randint(2**31 - 1, ()))) if self.drops else (0.0, None)
         return apt_kernels.masked_lora_linear(
-            x, weight, self.lora_A, self.lora_B, scale=self.scale, bias=bias, mask_in=mask_in
+            x,
+            weight,
+            a,
+            b,
+            scale=self.scale,
+            bias=bias,
+            gate=gate,
+            mask_in=mask_in,
+            dropout=dropout,
+            seed=seed,
         )
 
     def extra_repr(self) -> str:
@@ -191,9 +257,11 @@ class SharedInput:
         self._forget()
 
     @property
-    def adapted(self) -> bool:
-        """Whether any member has an adapter; without one there is nothing to share."""
-        return any(member.lora_A is not None for member in self.members)
+    def together(self) -> bool:
+        """Whether the op that computes all of them can: A and B alone, one scale. Without any there is no need."""
+        adapted = [member for member in self.members if member.rank]
+        plain = all(member.delta is None and not member.drops for member in adapted)
+        return bool(adapted) and plain and len({member.scale for member in adapted}) == 1
 
     def output(self, member: APTAdapter, x: Tensor) -> Tensor:
         """What this member makes of x."""
@@ -216,12 +284,12 @@ class SharedInput:
             [weight for weight, _ in views],
             [a for a, _ in factors],
             [b for _, b in factors],
-            scale=self.members[0].scale,
+            scale=next(member.scale for member in self.members if member.rank),
             biases=[bias for _, bias in views],
         )
 
 
-def exchange(parameter: nn.Parameter, data: Tensor) -> None:
+def exchange(parameter: Tensor, data: Tensor) -> None:
     """Give a parameter data of another shape; the object, and with it every list that holds it, stays.
 
     While a graph of an earlier step is alive (a loop's ``loss`` variable is enough), autograd keeps the old shape in

@@ -11,8 +11,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from apt.controller import METHODS, APTConfig, changes_of
+from apt.controller import APTConfig, changes_of
 from apt.distiller import DistillationConfig
+from apt.methods import METHODS, MethodConfig
 from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
 
@@ -43,7 +44,8 @@ class ModelConfig:
 
     name: str  # on the hub, a local folder, a .gguf file, or package:NAME/path
     task: str = "classification"  # of sentences; "language_modeling": of plain text, scored by perplexity
-    method: str = "apt"  # "apt", or "lora": adapters alone, nothing pruned
+    method: str = "apt"  # "lora", "gsa", "spectral_a", "spectral_r": adapters alone, unless prune says otherwise
+    prune: bool | None = None  # whether units go; null: as the method does it
     target_modules: list[str] | None = None  # names, endings of names, or roles (q, v, up, ...); null: the family's
     num_labels: int | None = None  # classes, at least 2; null: as many as the data has
 
@@ -159,6 +161,7 @@ class RunConfig:
     data: DataConfig
     training: TrainingSettings = field(default_factory=TrainingSettings)
     pruning: PruningConfig = field(default_factory=PruningConfig)
+    adapter: MethodConfig = field(default_factory=MethodConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -173,6 +176,8 @@ class RunConfig:
         targets = self.model.target_modules
         return APTConfig(
             method=self.model.method,
+            prune=self.model.prune,
+            adapter=self.adapter,
             rank=self.training.initial_rank,
             scale=self.training.scaling_factor,
             target_modules=None if targets is None else tuple(targets),

@@ -143,7 +143,9 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
         parent = name.rpartition(".")[0]
         if parent == TRANSFORM:  # it served training alone
             continue
-        place = parent if parent in ours else parent.rpartition(".")[0]  # a part of a fused projection lies deeper
+        place = parent  # a part of a fused projection lies deeper, and so does what an adapter is made from
+        while place and place not in ours:
+            place = place.rpartition(".")[0]
         if place in ours:
             if place not in done:
                 done.add(place)

@@ -1,7 +1,7 @@
 """An optimizer's moments: whose can follow a change of shape, and with what new entries start."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Optimizers that keep every moment as a tensor shaped like its parameter, so that it can be cut and grown with it.
 HANDLED = tuple(
@@ -39,12 +39,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     )
 
 
-def state_of(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
+def state_of(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> dict[str, Tensor]:
     """What the optimizer keeps for a parameter, empty before its first step."""
     return {} if optimizer is None else optimizer.state.get(parameter, {})
 
 
-def moments(parameter: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> list[tuple[str, Tensor]]:
+def moments(parameter: Tensor, optimizer: torch.optim.Optimizer | None) -> list[tuple[str, Tensor]]:
     """State tensors, shaped like the parameter; step counters are passed over.
 
     Raises:

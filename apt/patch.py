@@ -1,6 +1,7 @@
 """Puts adapters and gates into a plain model, and takes them out again."""
 
 import inspect
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from apt.families import ROLES, Family, find_family
 from apt.fused import fused_places, replace_module, restore_plain, split_fused
 from apt.gates import MaskGate, ValidTokens
 from apt.linears import is_linear
+from apt.methods import adapt
 from apt.surgery import free_tails
 from apt.task_head import narrow, task_head, widen
 from apt.units import block_params, num_units, part_linears, unit_gates
@@ -28,26 +30,26 @@ def patch_model(
 ) -> nn.Module:
     """Freeze a model and put adapters and gates into it, in place.
 
-    Adapters and the task head train, both in at least float32; everything else is frozen. With ``method="apt"`` every
-    linear of attention and FFN becomes an `APTAdapter` (rank 0 where nothing trains) and the output and down
-    projections get a gate that costs nothing until a `Controller` opens it. With ``method="lora"`` only the targets
-    are replaced; this works for any ``nn.Module``.
+    Adapters and the task head train, both in at least float32; everything else is frozen. Where units are to go, as
+    with ``method="apt"`` or ``prune=True``, every linear of attention and FFN becomes an `APTAdapter` (rank 0 where
+    nothing trains) and the output and down projections get a gate that costs nothing until a `Controller` opens it.
+    Otherwise only the targets are replaced; this works for any ``nn.Module``.
 
     A model of PEFT with LoRA layers stays PEFT's, in parameters, names and methods; its LoRA linears get the fused op
     in place of their forward. It takes no config.
 
     Args:
-        model: a Hugging Face model, any module for ``method="lora"``, or a PEFT LoRA model.
+        model: a Hugging Face model, any module where nothing is pruned, or a PEFT LoRA model.
         config: None is the default; `method` and `overrides` apply on top.
-        method: "apt" or "lora".
+        method: "apt", "lora", "gsa", "spectral_a" or "spectral_r" (`apt.methods`).
         overrides: leaves of the config by name.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: the model is patched already, its family is unknown (method "apt"), a target matches nothing, or a
-            setting is unknown or out of range.
+        ValueError: the model is patched already, its family is unknown though units are to go, a target matches
+            nothing, or a setting is unknown or out of range.
     """
     if isinstance(getattr(model, "_apt", None), PatchState):
         raise ValueError("patch_model: this model is patched already; call apt.unpatch_model(model) first")
@@ -56,12 +58,12 @@ def patch_model(
     if method != "apt" or config is None:
         overrides = {"method": method, **overrides}
     config = (config or APTConfig()).with_overrides(**overrides)
-    family = find_family(model) if config.method == "apt" else _family_or_none(model)
+    family = find_family(model) if config.prunes else _family_or_none(model)
     if family is not None and not family.layers(model):
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
     split, head = _to_split(model, config, family), task_head(model)
     targets = _targets(model, config, family, split)
-    replaced = _prunable(model, family, split) if config.method == "apt" and family is not None else targets
+    replaced = _prunable(model, family, split) if config.prunes and family is not None else targets
     hf_config = getattr(model, "config", None)
     state = PatchState(
         config=config,
@@ -75,13 +77,10 @@ def patch_model(
     model.requires_grad_(False)
     if family is not None:
         split_fused(model, family, split)
-    for name in sorted(set(targets) | set(replaced)):
-        linear = model.get_submodule(name)
-        rank = config.rank if name in set(targets) else 0
-        replace_module(model, name, APTAdapter(linear, rank, config.scale, init_std=config.tuning.init_std))
+    state.init_seconds = _put_adapters(model, config, set(targets), sorted(set(targets) | set(replaced)))
     if family is not None:
         _share_inputs(model, family)
-    if config.method == "apt" and family is not None:
+    if config.prunes and family is not None:
         _put_gates(model, family, state.valid)
         put_activations(model, family)
         hook = _ValidTokenHook(model, family, state.valid)
@@ -172,7 +171,7 @@ def _to_split(model: nn.Module, config: APTConfig, family: Family | None) -> Spl
     """
     if family is None:
         return {}
-    wanted = set(ROLES if config.method == "apt" else config.target_modules or family.default_targets)
+    wanted = set(ROLES if config.prunes else config.target_modules or family.default_targets)
     places = fused_places(model, family)
     return {name: part.same_input for name, (_, part) in places.items() if wanted.intersection(part.same_input)}
 
@@ -242,6 +241,19 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None, split: 
     return list(found)
 
 
+def _put_adapters(model: nn.Module, config: APTConfig, targets: set[str], names: list[str]) -> float:
+    """Put an adapted linear in the place of each named one, with rank where it is a target. Returns the seconds."""
+    from tqdm.auto import tqdm
+
+    started = time.perf_counter()
+    for name in tqdm(names, desc=f"{config.method} adapters", unit="layer", delay=2.0, leave=False):
+        rank = config.rank if name in targets else 0
+        linear = model.get_submodule(name)
+        adapter = adapt(linear, config.method, rank, config.scale, config.adapter, init_std=config.tuning.init_std)
+        replace_module(model, name, adapter)
+    return time.perf_counter() - started
+
+
 def _put_gates(model: nn.Module, family: Family, valid: dict[str, ValidTokens]) -> None:
     for layer in family.layers(model):
         for part in layer.stack.parts:
@@ -272,6 +284,8 @@ class Summary:
     units: dict[str, int]  # heads (KV groups) and neurons left in every unit group: "layers.0.heads": 12, ...
     masked: int  # units whose mask is below 1
     ranks: dict[str, int]  # of every adapter
+    active: dict[str, int]  # ranks that change the output, adapter by adapter: gates that have left 0
+    init_seconds: float  # that the start of the adapters took, decompositions included
 
     @property
     def heads(self) -> list[int]:
@@ -288,7 +302,7 @@ class Summary:
         for name, count in self.units.items():
             stack, _, kind = name.split(".")
             rows.setdefault(kind if stack == "layers" else f"{stack} {kind}", []).append(count)
-        ranks = sorted(self.ranks.values())
+        ranks, active = sorted(self.ranks.values()), self.active.values()
         spread = f"{ranks[0]}-{ranks[-1]} over {len(ranks)} adapters" if ranks else "no adapters"
         return "\n".join(
             [
@@ -296,6 +310,7 @@ class Summary:
                 f"sparsity    {self.sparsity:.1%} of the block parameters, {self.masked} units masked",
                 *(f"{title:<11} {' '.join(map(str, counts))}" for title, counts in rows.items()),
                 f"ranks       {spread}",
+                *([f"active      {sum(active)} of {sum(ranks)} gates"] if sum(active) != sum(ranks) else []),
             ]
         )
 
@@ -307,10 +322,10 @@ def summary(model: nn.Module) -> Summary:
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{TRANSFORM}."))
     tails = sum(m.weight.numel() - m.n_out * m.n_in for m in modules.values())
     tails += sum(m.bias.numel() - m.n_out for m in modules.values() if m.bias is not None)
-    adapters = sum(m.rank * (m.n_in + m.n_out) for m in modules.values())
+    adapters = sum(p.numel() for m in modules.values() for p in m.adapter_parameters())
     gates: dict[str, MaskGate | None] = {}
     sparsity = 0.0
-    if state.config.method == "apt" and state.family is not None:
+    if state.config.prunes and state.family is not None:
         gates = unit_gates(model, state.family)
         sparsity = 1.0 - block_params(model, state.family) / state.block_params
     return Summary(
@@ -321,4 +336,6 @@ def summary(model: nn.Module) -> Summary:
         units={name: 0 if gate is None else gate.num_units for name, gate in gates.items()},
         masked=sum(int((gate.mask < 1).sum()) for gate in gates.values() if gate is not None),
         ranks={name: module.rank for name, module in modules.items() if module.rank},
+        active={name: m.rank if m.delta is None else m.delta.num_active for name, m in modules.items() if m.rank},
+        init_seconds=state.init_seconds,
     )

@@ -109,6 +109,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     patch_state(model)
     config, tensors = _read(Path(folder))
     modules = {name: module for name, module in adapted(model) if module.rank}
+    if any(module.delta is not None for module in modules.values()):
+        raise ValueError(
+            f"load_adapter: the adapters of method {patch_state(model).config.method!r} are no plain A and B, so they "
+            f"cannot start from a LoRA file; patch the model with method='lora' or 'apt'"
+        )
     parameters = dict(model.named_parameters())
     found: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}

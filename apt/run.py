@@ -158,7 +158,7 @@ def _measure(
         "data": config.data.datasets,
         **scores,
         f"{metric}_before_export": trained,
-        "target_sparsity": config.pruning.target_sparsity if config.model.method == "apt" else 0.0,
+        "target_sparsity": config.pruning.target_sparsity if config.apt_config().prunes else 0.0,
         "sparsity": counts.sparsity,
         "params_before": counts.params_before,
         "params_after": counts.params_after,

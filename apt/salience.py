@@ -117,7 +117,8 @@ class OutlierTerm:
 
     def _kurtosis(self, group: UnitGroup) -> Tensor:
         linear, gate = group.reader, group.gate
-        (weight_OI, _), a_RI, b_OR = linear.view(), linear.lora_A, linear.lora_B
+        weight_OI, _ = linear.view()
+        a_RI, b_OR = linear.factors() if linear.rank else (None, None)
         mean_I = gate.total / gate.count.clamp(min=1.0) if self.needs_total(group) else None
         size = gate.unit_size
         if self.mode == "original" and mean_I is not None:
@@ -139,7 +140,7 @@ def adapter_importance(adapter: APTAdapter, grad_scale: float = 1.0, kind: str =
     ``"signed"`` is ``sum_k |sum_i B_ik dL/dB_ik|``, signed inside a rank and the same from A;
     ``"elementwise"`` is ``sum_ik |B_ik dL/dB_ik|`` (APT, arXiv 2401.12200, eq. 7).
     """
-    assert adapter.lora_B is not None
+    assert adapter.lora_B is not None, "ranks grow on A and B that are parameters"
     if adapter.lora_B.grad is None:
         return adapter.lora_B.new_zeros(())
     products_OR = adapter.lora_B * adapter.lora_B.grad

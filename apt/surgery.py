@@ -52,9 +52,8 @@ def apply_prune_plan(
     for name, positions in plan.kept.items():
         group = groups[name]
         for member in group.members:
-            for parameter in (member.linear.lora_A, member.linear.lora_B):
-                if parameter is not None:
-                    moments(parameter, optimizer)  # refuses what could not follow
+            for parameter in member.linear.adapter_parameters():
+                moments(parameter, optimizer)  # refuses what could not follow
         if positions and (positions != sorted(set(positions)) or positions[-1] >= group.num_units or positions[0] < 0):
             raise ValueError(
                 f"surgery: {name} has {group.num_units} units; kept positions must ascend and lie below that"
@@ -104,7 +103,7 @@ def _cut(
     """Keep the given rows ("out") or columns ("in") of a linear and of its adapter."""
     dim = 0 if axis == "out" else 1
     live = linear.n_out if axis == "out" else linear.n_in
-    tensors = [(linear.weight, dim)]
+    tensors: list[tuple[Tensor, int]] = [(linear.weight, dim)]
     if axis == "out" and linear.bias is not None:
         tensors.append((linear.bias, 0))
     for tensor, along in tensors:
@@ -116,9 +115,8 @@ def _cut(
         linear.n_out = features.numel()
     else:
         linear.n_in = features.numel()
-    parameter = linear.lora_B if axis == "out" else linear.lora_A
-    if parameter is not None:
-        _follow(parameter, lambda t: t.index_select(dim, features), optimizer)
+    for tensor in linear.side(axis):
+        _follow(tensor, lambda t: t.index_select(dim, features), optimizer)
 
 
 def _permute_teacher(linear: APTAdapter, axis: str, order: Tensor) -> None:
@@ -169,10 +167,8 @@ def apply_rank_plan(model: nn.Module, plan: RankPlan, optimizer: torch.optim.Opt
                 state_of(optimizer, parameter)[key] = grown(key, value, dim, num)
 
 
-def _follow(
-    parameter: nn.Parameter, transform: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None
-) -> None:
-    """Change a parameter, its gradient and every moment of it in the same way."""
+def _follow(parameter: Tensor, transform: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+    """Change a parameter (or a buffer), its gradient and every moment of it in the same way."""
     kept = moments(parameter, optimizer)
     grad, parameter.grad = parameter.grad, None
     exchange(parameter, transform(parameter.data))
@@ -184,7 +180,7 @@ def _follow(
 
 def _drop_adapter(linear: APTAdapter, optimizer: torch.optim.Optimizer | None) -> None:
     """Remove an adapter whose layer is empty, from the optimizer too."""
-    forget([parameter for parameter in (linear.lora_A, linear.lora_B) if parameter is not None], optimizer)
+    forget(linear.adapter_parameters(), optimizer)
     linear.drop_adapter()
 
 

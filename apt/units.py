@@ -135,7 +135,7 @@ def block_params(model: nn.Module, family: Family) -> int:
         inside: set[int] = set()
         for module in layer.module.modules():
             if isinstance(module, APTAdapter):
-                inside.update(id(p) for p in module.parameters(recurse=False))
+                inside.update(id(p) for p in module.parameters())
                 total += module.n_out * module.n_in + (0 if module.bias is None else module.n_out)
         total += sum(p.numel() for p in layer.module.parameters() if id(p) not in inside)
     return total

@@ -1,9 +1,9 @@
 """When what happens in a run: its settings, what a patched model carries, and the controller itself."""
 
 from apt.controller.ablations import ABLATIONS, changes_of
-from apt.controller.config import METHODS, APTConfig
+from apt.controller.config import APTConfig
 from apt.controller.controller import Controller
 from apt.controller.distillation import adopt
 from apt.controller.state import PatchState, patch_state
 
-__all__ = ["ABLATIONS", "METHODS", "APTConfig", "Controller", "PatchState", "adopt", "changes_of", "patch_state"]
+__all__ = ["ABLATIONS", "APTConfig", "Controller", "PatchState", "adopt", "changes_of", "patch_state"]

@@ -6,17 +6,19 @@ from typing import Any
 
 from apt.controller.ablations import changes_of
 from apt.distiller import DistillationConfig
+from apt.methods import METHODS, MethodConfig
 from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
 
-METHODS = ("apt", "lora")
+ALIASES = {"r": "rank", "init_r": "rank"}  # PEFT's words for leaves of ours
 
 
 @dataclass(frozen=True, kw_only=True)
 class APTConfig:
     """Everything about the method. A leaf's name is enough to override it: ``target_sparsity=0.6``."""
 
-    method: str = "apt"  # "apt", or "lora": adapters alone, no gates, no events
+    method: str = "apt"  # a name of `apt.methods.METHODS`
+    prune: bool | None = None  # whether units go; null: as the method does it ("apt" prunes, the others do not)
     rank: int = 8  # of every adapter at the start, at least 1
     scale: float = 2.0  # unitless, s in W + s B A (LoRA's alpha / r)
     target_modules: tuple[str, ...] | None = (
@@ -25,13 +27,19 @@ class APTConfig:
     momentum_salience: float = 0.85  # of the moving averages of salience and importance, [0, 1)
     ablation: str = "full"  # a part of the method left out, whatever its own settings say: "w/o_Ap", "w/o_AT", ...
     verify_events: bool = False  # check after each event that the logits on the latest batch did not move
+    adapter: MethodConfig = field(default_factory=MethodConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"config: method must be one of {list(METHODS)}, got {self.method!r}")
+            raise ValueError(f"config: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.prune is False and METHODS[self.method].prunes:
+            raise ValueError(
+                f"config: method {self.method!r} prunes; for adapters alone choose 'lora' or another, and "
+                f"for ranks that grow alone target_sparsity=0"
+            )
         if self.rank < 1:
             raise ValueError(f"config: rank must be at least 1, got {self.rank}")
         if not 0.0 <= self.momentum_salience < 1.0:
@@ -42,6 +50,16 @@ class APTConfig:
                 raise ValueError("config: target_modules is empty; name linear layers, or leave it out")
         for section, leaves in changes_of(self.ablation, self.pruning, self.tuning).items():
             object.__setattr__(self, section, replace(getattr(self, section), **leaves))
+
+    @property
+    def prunes(self) -> bool:
+        """Whether units go, so that every linear of a layer is adapted and its gates are in place."""
+        return METHODS[self.method].prunes if self.prune is None else self.prune
+
+    @property
+    def grows(self) -> bool:
+        """Whether ranks grow."""
+        return METHODS[self.method].grows and self.tuning.adaptive_rank_update
 
     def with_overrides(self, **overrides: Any) -> "APTConfig":
         """A copy with leaves replaced by name.
@@ -55,7 +73,11 @@ class APTConfig:
                 f"config: ablation {self.ablation!r} has replaced settings already, so it cannot become "
                 f"{overrides['ablation']!r}; begin with a config that has none"
             )
-        for name, value in overrides.items():
+        twice = [alias for alias, name in ALIASES.items() if alias in overrides and name in overrides]
+        if twice:
+            raise ValueError(f"config: {twice[0]} and {ALIASES[twice[0]]} are one setting; give one of them")
+        for given, value in overrides.items():
+            name = ALIASES.get(given, given)
             section = _section_of(self, name)
             changes.setdefault(section, {})[name] = value
         top = changes.pop("", {})

@@ -19,6 +19,7 @@ from apt.controller.state import patch_state
 from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
 from apt.families import find_family
+from apt.methods import penalty
 from apt.moments import bare_optimizer, check_optimizer
 from apt.pruner import AdaptivePruner
 from apt.records import Event, PrunePlan, RankPlan, append_jsonl
@@ -27,7 +28,13 @@ from apt.surgery import apply_prune_plan, apply_rank_plan
 from apt.tuner import adapter_sizes, plan_ranks, total_params
 from apt.units import UnitGroup, block_params, find_units
 
-BUILT_IN = ("method", "rank", "scale", "target_modules")  # patch_model has built these; a controller cannot change them
+BUILT_IN = (
+    "method",
+    "prune",
+    "rank",
+    "scale",
+    "target_modules",
+)  # patch_model has built these; a controller cannot change them
 
 
 class Controller:
@@ -90,7 +97,7 @@ class Controller:
         self._check = LogitCheck(model, self.config.verify_events)
         self._start_params = total_params(adapter_sizes(model, {}))
         self.distillation: Distillation | None = None
-        if self.config.method == "apt":
+        if self.config.prunes:
             self._plan_run(state.block_params)
         if self.config.distillation.use_self_distillation:
             if not self._prune_steps or self.timeline.one_shot:
@@ -211,7 +218,10 @@ class Controller:
             )
         if batch is not None:
             self._check.keep(batch)
-        return loss if self.distillation is None else self.distillation.loss(loss, output, batch, self.step)
+        if self.distillation is not None:
+            loss = self.distillation.loss(loss, output, batch, self.step)
+        added = penalty(self.model, self.config.adapter)
+        return loss if added is None else loss + added
 
     def after_backward(self) -> None:
         """Take in the statistics of one optimizer step: call after its last micro-batch, before unscaling or clipping.
@@ -242,7 +252,7 @@ class Controller:
                 )
             if finite:
                 self.salience.update(scores)
-        if finite and self.config.tuning.adaptive_rank_update:
+        if finite and self.config.grows:
             adapters = [(name, module) for name, module in adapted(self.model) if module.rank]
             kind = self.config.tuning.importance
             self.importance.update({name: adapter_importance(module, scale, kind) for name, module in adapters})

@@ -209,7 +209,7 @@ class Distillation:
 def adopt(transform: LayerTransform, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put Tr at the end of the optimizer's first group of adapters, wherever it stood: a saved state has it there."""
     ours = {id(parameter) for parameter in transform.parameters()}
-    adapters = {id(p) for _, linear in adapted(model) for p in (linear.lora_A, linear.lora_B) if p is not None}
+    adapters = {id(p) for _, linear in adapted(model) for p in linear.adapter_parameters()}
     groups = optimizer.param_groups
     home = next((group for group in groups if any(id(p) in adapters for p in group["params"])), groups[-1])
     for group in groups:

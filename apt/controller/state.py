@@ -22,6 +22,7 @@ class PatchState:
     use_cache: bool | None  # of the model's config before the patch
     block_params: int  # of the original model, the denominator of sparsity; 0 without a family
     params_before: int  # of the whole original model
+    init_seconds: float = 0.0  # that the adapters' start took, decompositions included
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the task head before the patch, where widened
     hooks: list[Any] = field(default_factory=list)
     distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again

@@ -31,7 +31,7 @@ class Timeline:
                 total_steps,
                 pruning.prune_start if tuning.tune_start is None else tuning.tune_start,
                 pruning.prune_end if tuning.tune_end is None else tuning.tune_end,
-                growths if tuning.adaptive_rank_update else 0,
+                growths if config.grows else 0,
             ),
             pruning.prune_before_tuning and pruning.target_sparsity > 0.0,
         )

@@ -38,9 +38,10 @@ class Teacher:
         """Take the student as it is now."""
         inside: set[int] = set()
         for _, linear in adapted(self.model):
-            linear.teacher_A = None if linear.lora_A is None else linear.lora_A.detach().clone()
-            linear.teacher_B = None if linear.lora_B is None else linear.lora_B.detach().clone()
-            inside |= {id(parameter) for parameter in linear.parameters(recurse=False)}
+            linear.teacher_A = linear.teacher_B = None
+            if linear.rank:
+                linear.teacher_A, linear.teacher_B = (factor.detach().clone() for factor in linear.factors())
+            inside |= {id(parameter) for parameter in linear.parameters()}
         self.head = {
             name: parameter.detach().clone()
             for name, parameter in self.model.named_parameters()
@@ -96,6 +97,8 @@ class Teacher:
                 if linear.gate_in is not None:
                     _swap(stack, linear.gate_in.valid, "mask", linear.gate_in.valid.mask)
                     _swap(stack, linear, "gate_in", None)
+                if linear.delta is not None:
+                    _swap(stack, linear, "delta", None)
                 for ours, theirs in (("lora_A", linear.teacher_A), ("lora_B", linear.teacher_B)):
                     if theirs is not None or getattr(linear, ours) is not None:
                         _swap(stack, linear, ours, None if theirs is None else _frozen(theirs))

@@ -1,0 +1,78 @@
+"""The largest singular triplets of a weight, computed once and kept on disk under the hash of the weight."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CACHED_FROM = 2**16  # entries of a weight; smaller ones are decomposed sooner than read
+FAR_BELOW = 16  # the randomised decomposition pays where so many times k is still below min(O, I)
+ROUNDS = 8  # subspace iterations of it; the error falls with the (2 ROUNDS + 1)-th power of a singular value's share
+VERSION = 1  # of the numbers; a higher one makes old files unread
+
+
+def singular_triplets(weight: Tensor, count: int, cache: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U ``[O, k]``, S ``[k]`` descending and V^T ``[k, I]``, in at least float32, on the weight's device.
+
+    Args:
+        weight: ``[O, I]``.
+        count: k, at most ``min(O, I)``.
+        cache: folder for the result; "auto" is ``apt-lm/svd`` in the user's cache folder; None keeps nothing.
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    path = (
+        None
+        if cache is None or weight.numel() < CACHED_FROM
+        else _folder(cache) / f"{_digest(weight, count)}.safetensors"
+    )
+    found = None if path is None else _read(path)
+    if found is None:
+        found = _decompose(wide, count)
+        if path is not None:
+            _write(path, found)
+    u, s, vh = (tensor.to(device=wide.device, dtype=wide.dtype).contiguous() for tensor in found)
+    return u, s, vh
+
+
+def _decompose(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    if FAR_BELOW * count >= min(weight.shape):
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :count], s[:count], vh[:count]
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # the same numbers every time, and no other random number moves
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(weight, q=min(2 * count + 8, *weight.shape), niter=ROUNDS)
+    return u[:, :count], s[:count], v[:, :count].T
+
+
+def _folder(cache: str) -> Path:
+    if cache != "auto":
+        return Path(cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apt-lm" / "svd"
+
+
+def _digest(weight: Tensor, count: int) -> str:
+    """Of the numbers, their type, the shape, k and how it is computed."""
+    digest = hashlib.sha256(f"{VERSION} {count} {weight.dtype} {list(weight.shape)} ".encode())
+    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A broken file is as good as none: it is written anew."""
+    try:
+        stored = load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return stored["U"], stored["S"], stored["Vh"]
+
+
+def _write(path: Path, found: tuple[Tensor, Tensor, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    save_file({name: t.cpu().contiguous() for name, t in zip(("U", "S", "Vh"), found, strict=True)}, partial)
+    os.replace(partial, path)

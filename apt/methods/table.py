@@ -1,0 +1,67 @@
+"""The methods by name. Each is a way to make the low-rank update; everything else they share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapters import APTAdapter, Delta, adapted
+from apt.methods.config import MethodConfig
+from apt.methods.gsa import GatedSpectral
+from apt.methods.spectral import SpectralA, SpectralR
+
+Make = Callable[[Tensor, int, MethodConfig], Delta]  # from the frozen weight, the rank r and the settings
+
+
+@dataclass(frozen=True)
+class Method:
+    """What sets a method apart from the others."""
+
+    make: Make | None = None  # None: A and B are parameters of the adapted linear
+    own_scale: float | None = None  # where the formula fixes s
+    prunes: bool = False  # unless the setting `prune` says otherwise
+    grows: bool = False  # whether ranks grow
+
+
+METHODS: dict[str, Method] = {
+    "apt": Method(prunes=True, grows=True),
+    "lora": Method(),
+    "gsa": Method(GatedSpectral.of, own_scale=1.0),
+    "spectral_a": Method(SpectralA.of, own_scale=1.0),
+    "spectral_r": Method(SpectralR.of, own_scale=1.0),
+}
+
+
+def adapt(
+    linear: nn.Module,
+    method: str,
+    rank: int,
+    scale: float,
+    settings: MethodConfig,
+    *,
+    init_std: float | None = None,
+) -> APTAdapter:
+    """The adapted linear of a method in place of a plain one; rank 0 is without an adapter.
+
+    Args:
+        linear: `nn.Linear` or ``Conv1D``, taken over and frozen.
+        method: a name of `METHODS`.
+        rank: r, at least 0; the rank of the update may be a multiple of it.
+        scale: s, for the methods that do not fix it.
+        settings: of the methods.
+        init_std: of new rows of A.
+    """
+    kind = METHODS[method]
+    dropout = settings.lora_dropout
+    if rank == 0 or kind.make is None:
+        return APTAdapter(linear, rank, scale, init_std=init_std, dropout=dropout)
+    adapter = APTAdapter(linear, 0, scale if kind.own_scale is None else kind.own_scale, dropout=dropout)
+    adapter.delta = kind.make(adapter.weight.detach(), rank, settings)
+    return adapter
+
+
+def penalty(model: nn.Module, settings: MethodConfig) -> Tensor | None:
+    """What the method adds to the loss, a scalar; None where it adds nothing."""
+    terms = [module.delta.penalty(settings) for _, module in adapted(model) if isinstance(module.delta, GatedSpectral)]
+    return torch.stack(terms).sum() if terms and settings.l1_weight else None
