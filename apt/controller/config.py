@@ -34,7 +34,7 @@ class APTConfig:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"config: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+            raise ValueError(f"config: method must be one of {list(METHODS)}, got {self.method!r}")
         if self.prune is False and METHODS[self.method].prunes:
             raise ValueError(
                 f"config: method {self.method!r} prunes; for adapters alone choose 'lora' or another, and "
