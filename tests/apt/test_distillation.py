@@ -19,6 +19,7 @@ from apt.trainer import _hold_out
 
 # Events after steps 6, 12 and 18; masks fall from steps 2, 8 and 14 on for 3 steps; the teacher goes after step 24.
 TAUGHT = {"use_self_distillation": True, "target_sparsity": 0.6, "distill_end": 24, "transform_rank": 2, **BRIEF}
+POINTS = (0, 3, 8, 11, 12, 23, 26)  # steps at which a run is saved
 
 
 def teacher_logits(loop: Loop, seed: int = 99) -> torch.Tensor:
@@ -28,7 +29,7 @@ def teacher_logits(loop: Loop, seed: int = 99) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", ["bert", "llama_gqa", "qwen2_mixed"])
+@pytest.mark.parametrize("name", ["bert", "llama_gqa", "qwen2_mixed", "gpt2", "t5"])
 def test_a_distilled_run(name: str) -> None:
     """Taken before the first mask falls, teaching from the first event on, the same at every step, then gone."""
     loop = Loop(name, patched(name), 30, verify_events=True, **TAUGHT).take(1)
@@ -173,8 +174,7 @@ def deep(layers: int = 6) -> Any:
     return apt.patch_model(tiny_model("bert", num_hidden_layers=layers), rank=3).train()
 
 
-@pytest.mark.parametrize("at", [0, 3, 8, 11, 12, 23, 26])
-@pytest.mark.parametrize("name", ["bert", "llama_gqa"])
+@pytest.mark.parametrize(("name", "at"), [*((n, at) for n in ("bert", "llama_gqa") for at in POINTS), ("t5", 11)])
 def test_a_run_resumes_bit_for_bit(name: str, at: int, tmp_path: Path) -> None:
     """Before there is a teacher, in the first decay, in a decay while it teaches, at an event, and after it is gone."""
     settings = {**TAUGHT, "num_teacher_layers": 2}

@@ -121,6 +121,22 @@ def test_its_pass_leaves_no_trace_in_the_student(name: str) -> None:
     assert any(group.gate.sums.any() for group in find_units(model, find_family(model)))
 
 
+@pytest.mark.parametrize("method", ["gsa", "spectral_a", "spectral_r"])
+def test_a_student_of_any_method_is_its_own_teacher(method: str) -> None:
+    model = apt.patch_model(tiny_model("llama_gqa"), method=method, prune=True, rank=3, target_modules=EVERYWHERE)
+    train_a_little(model.train(), "llama_gqa")
+    batch, start = tiny_batch("llama_gqa"), copy.deepcopy(model)
+    distiller = SelfDistiller(model.train())
+    distiller.snapshot()
+    train_a_little(model, "llama_gqa")
+    apply_prune_plan(model, random_plan(model, empty=free_heads(model)[-1:], seed=1), keep_tail=True)
+    distiller.follow()
+    same_as(distiller, batch, seen_by(start, batch))
+    output = model(**batch)
+    distiller.compute_distill_loss(output, distiller.forward_teacher(batch), batch).backward()
+    assert all(p.grad is not None for _, linear in adapted(model) for p in linear.adapter_parameters())
+
+
 def test_dropout_of_the_student_does_not_reach_it() -> None:
     model = patched("bert", **DROPOUT)
     batch, start = tiny_batch("bert"), copy.deepcopy(model)
