@@ -163,6 +163,10 @@ class APTAdapter(nn.Module):
             return self.weight, self.bias
         return self.weight[: self.n_out, : self.n_in], None if self.bias is None else self.bias[: self.n_out]
 
+    def live_params(self) -> int:
+        """Numbers in the live part of weight and bias."""
+        return self.n_out * self.n_in + (0 if self.bias is None else self.n_out)
+
     def free_tail(self) -> None:
         """Give back the memory behind the live part, and with it the adapter of a teacher that read it."""
         weight, bias = self.view()

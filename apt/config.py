@@ -288,15 +288,15 @@ def _hint(key: str) -> Any:
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
     """A value as its field wants it. YAML reads ``1e-3`` as text, so numbers in text count where a float may stand."""
-    options = [hint] if get_origin(hint) in (list, dict) or not get_args(hint) else list(get_args(hint))
+    options = [hint] if get_origin(hint) in (list, tuple, dict) or not get_args(hint) else list(get_args(hint))
     if value is False and key in OFF_IS_TEXT:
         return "off"
     if value is None and NoneType in options:
         return None
     for option in options:
         plain = get_origin(option) or option
-        if plain is list and isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-            return value
+        if plain in (list, tuple) and isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return plain(value)
         if plain in (bool, str, dict, int) and type(value) is plain:
             return value
     if float in options and not isinstance(value, bool):
@@ -311,7 +311,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
 
 def _describe(hint: Any) -> str:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
-    return words.get(hint, "a list of names" if get_origin(hint) is list else "a table of column: value")
+    return words.get(hint, "a list of names" if get_origin(hint) in (list, tuple) else "a table of column: value")
 
 
 def _build(values: dict[str, Any]) -> RunConfig:

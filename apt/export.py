@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from apt import __version__
 from apt.controller import patch_state
+from apt.dimensions import live_views, resize_dimensions
 from apt.distiller import TRANSFORM
 from apt.families import Attention, Family, find_family
-from apt.fused import plain_linear, replace_module, replaced, restore_plain, split_fused
+from apt.fused import FusedLinears, plain_linear, replace_module, replaced, restore_plain, split_fused
 from apt.linears import features, is_conv1d, make_linear, weight_and_bias
-from apt.patch import Summary, summary
+from apt.patch import Summary, hidden_group, summary
 from apt.stock import stock_config
 from apt.units import num_units, part_linears
 
-FORMAT = 1  # of apt_export.json; a reader refuses what is newer than itself
+FORMAT = 2  # of apt_export.json: 2 has hidden dimensions; a reader refuses what is newer than itself
 CARD, WEIGHTS = "apt_export.json", "model.safetensors"
 
 
@@ -32,9 +33,9 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     """Save a patched model as an ordinary smaller one: adapters merged in float32, pruned units gone.
 
     The folder holds ``config.json``, ``model.safetensors`` under the stock parameter names, and ``apt_export.json``
-    with the size of every layer. `load_model` reads it. Where a stock configuration describes the result ("stock" in
-    that file), as with ``layout="uniform"``, it is the one that is saved, and ``AutoModel`` loads the folder too. The
-    model in memory is not changed.
+    with the number of units in every group and of hidden dimensions. `load_model` reads it. Where a stock configuration
+    describes the result ("stock" in that file), as with ``layout="uniform"``, it is the one that is saved, and
+    ``AutoModel`` loads the folder too. The model in memory is not changed.
 
     Args:
         model: patched by `apt.patch_model`, a Hugging Face model.
@@ -70,14 +71,16 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     if generation is not None:
         generation.save_pretrained(partial)
     save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    narrower = 0 < counts.hidden < int(getattr(config, "hidden_size", 0))  # than the saved config says
     card = {
-        "format": FORMAT,
+        "format": FORMAT if narrower else 1,
         "apt_version": __version__,
         "class": type(model).__name__,
         "stock": reason is None,
         "why_not_stock": reason,
         "units": counts.units,
         "head_order": _head_order(model, counts.units),
+        **({"hidden": counts.hidden} if narrower else {}),
         "sparsity": counts.sparsity,
         "params_before": counts.params_before,
         "params_after": counts.params_after,
@@ -96,7 +99,8 @@ def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tu
     state = patch_state(model)
     if state.family is None or not counts.units:
         return copy.deepcopy(model.config), None
-    return stock_config(model, state.family, counts.units, {name: tensor.shape for name, tensor in tensors.items()})
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return stock_config(model, state.family, counts.units, shapes, counts.hidden)
 
 
 def load_model(folder: str | Path) -> nn.Module:
@@ -118,7 +122,7 @@ def load_model(folder: str | Path) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         model = _model_class(card["class"])(config)
         if card["units"]:
-            _resize(model, find_family(model), card["units"], card.get("head_order", {}))
+            _resize(model, find_family(model), card)
     try:
         unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
@@ -137,25 +141,34 @@ def load_model(folder: str | Path) -> nn.Module:
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned, a tied tensor once."""
     ours, done, dtypes = dict(replaced(model)), set(), patch_state(model).dtypes
+    live = {id(stored): view for stored, view in live_views(model, hidden_group(model))}
     state: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
-        parent = name.rpartition(".")[0]
+        parent, _, leaf = name.rpartition(".")
         if parent == TRANSFORM:  # it served training alone
             continue
         place = parent  # a part of a fused projection lies deeper, and so does what an adapter is made from
         while place and place not in ours:
             place = place.rpartition(".")[0]
-        if place in ours:
+        linear = ours.get(place)
+        if isinstance(linear, FusedLinears):
             if place not in done:
                 done.add(place)
-                plain = plain_linear(ours[place], merge=True).state_dict()
-                state.update({f"{place}.{leaf}": _copy(value) for leaf, value in plain.items()})
+                plain = plain_linear(linear, merge=True).state_dict()
+                state.update({f"{place}.{part}": _copy(value) for part, value in plain.items()})
             continue
-        if tensor.numel():
-            if tensor.data_ptr() in seen:
+        if linear is not None and (place != parent or leaf not in ("weight", "bias")):
+            continue
+        if linear is None or not linear.rank:  # what has an adapter is tied no more
+            if tensor.numel() and tensor.data_ptr() in seen:
                 continue
             seen.add(tensor.data_ptr())
+        if linear is not None and leaf == "weight":
+            tensor = plain_linear(linear, merge=True).get_parameter("weight")
+        elif name in parameters:
+            tensor = live.get(id(parameters[name]), tensor)
         state[name] = _copy(tensor.to(dtypes.get(name, tensor.dtype)))
     return state
 
@@ -234,12 +247,15 @@ def _head_order(model: nn.Module, units: dict[str, int]) -> dict[str, list[int]]
     return orders
 
 
-def _resize(model: nn.Module, family: Family, units: dict[str, int], orders: dict[str, list[int]]) -> None:
+def _resize(model: nn.Module, family: Family, card: dict[str, Any]) -> None:
     """Give the linears of an empty model the sizes of an export; the weights follow."""
+    units, orders, hidden = card["units"], card.get("head_order", {}), card.get("hidden")
     parts = {f"{layer.name}.{p.units}": (layer, p) for layer in family.layers(model) for p in layer.stack.parts}
     if units.keys() != parts.keys():
         raise ValueError(f"load_model: {CARD} is corrupt (it lists {len(units)} unit groups); export the model again")
     split_fused(model, family)
+    if hidden is not None:
+        resize_dimensions(model, family, hidden)
     for name, (layer, part) in parts.items():
         linears, before = part_linears(layer, part), num_units(layer, part)
         for role in part.producers:

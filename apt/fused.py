@@ -1,6 +1,7 @@
 """One stored projection that holds several linears: split while the model is patched, joined again afterwards."""
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,12 @@ def plain_linear(module: APTAdapter | FusedLinears, merge: bool) -> nn.Module:
     """The ordinary layer that a module of ours stands for, at its present size, with or without the adapters' part."""
     if isinstance(module, APTAdapter):
         weight, bias = module.view()
-        return make_linear(module.merged_weight() if merge else weight, bias, conv1d=module.conv1d)
+        own = not (merge and module.rank)
+        layer: Any = make_linear(weight if own else module.merged_weight(), bias, conv1d=module.conv1d)
+        if own and weight is module.weight and not is_conv1d(layer):  # itself: it may be tied to another module's
+            layer.weight, layer.bias = module.weight, module.bias
+        made: nn.Module = layer
+        return made
     plain = [plain_linear(part, merge) if isinstance(part, APTAdapter) else part for part in module.children()]
     weights, biases = zip(*map(weight_and_bias, plain), strict=True)
     there = [bias.detach() for bias in biases if bias is not None]

@@ -14,6 +14,15 @@ class ValidTokens:
 
     mask: Tensor | None = None
 
+    def of(self, h: Tensor) -> Tensor | None:
+        """The mask in the leading shape of h, which some layers flatten (OPT's FFN); None where h is of other tokens.
+
+        A pooler reads one token of each row, which is never padding; relative positions are no tokens at all.
+        """
+        if self.mask is None or self.mask.numel() * h.shape[-1] != h.numel():
+            return None
+        return self.mask.reshape(h.shape[:-1])
+
 
 class _Products(torch.autograd.Function):
     """Hands y on; backward adds the token sums of ``|h dL/dy|`` and of ``h dL/dy``, for which it keeps h."""
@@ -154,15 +163,17 @@ class MaskGate(nn.Module):
         if not self.collects:
             return h
         mask = self.feature_mask() if self.masked else None
+        y = self.collect(h, mask, self.sums, self.count, self.valid)
+        return _total(y, _token_sum(h.detach(), self.valid.of(h)), self.total) if self.totals else y
+
+    def collect(self, h: Tensor, mask: Tensor | None, sums: Tensor, count: Tensor, valid: ValidTokens) -> Tensor:
+        """``h * mask``, whose backward adds the statistics to `sums` ``[2, D]`` and `count`."""
         if not h.requires_grad:  # the units count as much where no adapter stands before them
             h = _start(h, self._starter)
-        valid = self.valid_tokens(h.shape[:-1])
-        if self.products:
-            y = h if mask is None else apt_kernels.gate(h, mask)
-            y = _products(y, h.detach(), self.sums, self.count, valid)
-        else:
-            y = apt_kernels.gate(h, mask, sums=self.sums, count=self.count, valid=valid)
-        return _total(y, _token_sum(h.detach(), valid), self.total) if self.totals else y
+        if not self.products:
+            return apt_kernels.gate(h, mask, sums=sums, count=count, valid=valid.of(h))
+        y = h if mask is None else apt_kernels.gate(h, mask)
+        return _products(y, h.detach(), sums, count, valid.of(h))
 
     def extra_repr(self) -> str:
         return f"num_units={self.num_units}, unit_size={self.unit_size}"

@@ -11,6 +11,15 @@ from torch import nn
 from apt.activations import put_activations, restore_activations
 from apt.adapters import APTAdapter, SharedInput, adapted
 from apt.controller import APTConfig, PatchState, patch_state
+from apt.dimensions import (
+    HiddenGroup,
+    find_dimensions,
+    has_dimensions,
+    live_views,
+    outer_linears,
+    place_dimensions,
+    remove_dimensions,
+)
 from apt.distiller import TRANSFORM, release
 from apt.families import ROLES, Family, find_family
 from apt.fused import fused_places, replace_module, restore_plain, split_fused
@@ -77,12 +86,19 @@ def patch_model(
     model.requires_grad_(False)
     if family is not None:
         split_fused(model, family, split)
+        state.hidden = config.prunes and has_dimensions(model, family)
+    if state.hidden and family is not None:
+        in_full = {id(module) for part in head for module in part.modules()}
+        outer = outer_linears(model, family)
+        replaced = [*replaced, *(name for name in outer if id(model.get_submodule(name)) not in in_full)]
     state.init_seconds = _put_adapters(model, config, set(targets), sorted(set(targets) | set(replaced)))
     if family is not None:
         _share_inputs(model, family)
     if config.prunes and family is not None:
         _put_gates(model, family, state.valid)
         put_activations(model, family)
+        if state.hidden:
+            place_dimensions(model, family, state.valid)
         hook = _ValidTokenHook(model, family, state.valid)
         state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
     for module in head:
@@ -110,6 +126,8 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     release(model)
     free_tails(model)
     restore_activations(model)
+    if state.hidden and state.family is not None:
+        remove_dimensions(model, state.family)
     restore_plain(model, merge=merge)
     for hook in state.hooks:
         hook.remove()
@@ -282,6 +300,7 @@ class Summary:
     params_after: int
     trainable_params: int
     units: dict[str, int]  # heads (KV groups) and neurons left in every unit group: "layers.0.heads": 12, ...
+    hidden: int  # hidden dimensions; 0 where they cannot be removed
     masked: int  # units whose mask is below 1
     ranks: dict[str, int]  # of every adapter
     active: dict[str, int]  # ranks that change the output, adapter by adapter: gates that have left 0
@@ -309,32 +328,41 @@ class Summary:
                 f"parameters  {self.params_after:,} of {self.params_before:,} ({self.trainable_params:,} train)",
                 f"sparsity    {self.sparsity:.1%} of the block parameters, {self.masked} units masked",
                 *(f"{title:<11} {' '.join(map(str, counts))}" for title, counts in rows.items()),
+                f"hidden      {self.hidden or 'stay'}",
                 f"ranks       {spread}",
                 *([f"active      {sum(active)} of {sum(ranks)} gates"] if sum(active) != sum(ranks) else []),
             ]
         )
 
 
+def hidden_group(model: nn.Module) -> HiddenGroup | None:
+    """The hidden dimensions of a patched model; None where they cannot be removed."""
+    state = patch_state(model)
+    return find_dimensions(model, state.family) if state.hidden and state.family is not None else None
+
+
 def summary(model: nn.Module) -> Summary:
     """Count a patched model. Raises ValueError on one that is not patched."""
     state = patch_state(model)
     modules = dict(adapted(model))
+    group = hidden_group(model)
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{TRANSFORM}."))
-    tails = sum(m.weight.numel() - m.n_out * m.n_in for m in modules.values())
-    tails += sum(m.bias.numel() - m.n_out for m in modules.values() if m.bias is not None)
+    tails = sum(stored.numel() - live.numel() for stored, live in live_views(model, group))
     adapters = sum(p.numel() for m in modules.values() for p in m.adapter_parameters())
     gates: dict[str, MaskGate | None] = {}
     sparsity = 0.0
     if state.config.prunes and state.family is not None:
         gates = unit_gates(model, state.family)
         sparsity = 1.0 - block_params(model, state.family) / state.block_params
+    masks = [*gates.values(), None if group is None else group.gate]
     return Summary(
         sparsity=sparsity,
         params_before=state.params_before,
         params_after=parameters - tails - adapters,
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         units={name: 0 if gate is None else gate.num_units for name, gate in gates.items()},
-        masked=sum(int((gate.mask < 1).sum()) for gate in gates.values() if gate is not None),
+        hidden=0 if group is None else group.num_units,
+        masked=sum(int((gate.mask < 1).sum()) for gate in masks if gate is not None),
         ranks={name: module.rank for name, module in modules.items() if module.rank},
         active={name: m.rank if m.delta is None else m.delta.num_active for name, m in modules.items() if m.rank},
         init_seconds=state.init_seconds,

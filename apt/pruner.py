@@ -7,11 +7,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from apt.dimensions import Group
+from apt.hidden import SITES
+from apt.prices import Prices
 from apt.records import PrunePlan
 from apt.salience import KURTOSES, SALIENCES
 from apt.schedule import Point, SparsityScheduler
-from apt.units import UnitGroup
 
+UNIT_TYPES = ("head", "neuron", "hidden")
 BALANCES = ("type", "none")
 LAYOUTS = ("free", "uniform")
 LARGEST = 1e200  # stands for an infinite score
@@ -28,20 +31,32 @@ class PruningConfig:
     num_events: int = 5  # 0 or more
     decay: Point = 0.6  # masks fall for so long before an event; float: fraction of the interval; int: steps
     settle: Point = 0.2  # and rest at 0 or 1 for so long
-    round_to: int = 8  # neurons of a layer come in multiples of this
+    round_to: int = 8  # neurons of a layer, and hidden dimensions, come in multiples of this
     min_heads: int = 0  # KV groups every layer keeps
     min_neurons: int = 0  # neurons every layer keeps
+    min_hidden: int = 8  # hidden dimensions the model keeps, at least 1
+    unit_types: tuple[str, ...] = ("head", "neuron")  # what is pruned; "hidden" dimensions too where they are named
+    hidden_sites: str = "read"  # where hidden dimensions are scored: "read" by a layer, or "write", output and down
     prune_before_tuning: bool = False  # all at once before step 1, from static scores; no pruning event comes later
     calibration_batches: int = 32  # of training data, summed into these scores; at least 1
     salience: str = "product_of_sums"  # of a unit; "sum_of_products", "gate_taylor" keep activations; or "magnitude"
     kurtosis: str | None = None  # added to it: "off", "paper", "normalized", "original"; null: paper in decoders only
-    balance: str = "type"  # "type": densities over their mean among heads or among neurons; "none": as they are
+    balance: str = "type"  # "type": densities over the mean of their kind of unit; "none": as they are
     layout: str = "free"  # "free": each layer its own counts; "uniform": as many heads and neurons in every layer
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.target_sparsity < 1.0:
             raise ValueError(f"pruning: target_sparsity must be in [0, 1), got {self.target_sparsity}")
-        choices = {"salience": SALIENCES, "kurtosis": (None, *KURTOSES), "balance": BALANCES, "layout": LAYOUTS}
+        object.__setattr__(self, "unit_types", tuple(self.unit_types))
+        if not self.unit_types or not set(self.unit_types) <= set(UNIT_TYPES):
+            raise ValueError(f"pruning: unit_types must be some of {list(UNIT_TYPES)}, got {list(self.unit_types)}")
+        choices = {
+            "salience": SALIENCES,
+            "hidden_sites": SITES,
+            "kurtosis": (None, *KURTOSES),
+            "balance": BALANCES,
+            "layout": LAYOUTS,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"pruning: {name} must be one of {list(known)}, got {getattr(self, name)!r}")
@@ -49,8 +64,10 @@ class PruningConfig:
             point = getattr(self, name)
             if point < 0 or (isinstance(point, float) and point > 1.0):
                 raise ValueError(f"pruning: {name} must be a fraction in [0, 1] or a number of steps, got {point}")
-        if self.num_events < 0 or self.round_to < 1 or self.min_heads < 0 or self.min_neurons < 0:
-            raise ValueError("pruning: num_events, min_heads and min_neurons must be at least 0, round_to at least 1")
+        if self.num_events < 0 or self.min_heads < 0 or self.min_neurons < 0:
+            raise ValueError("pruning: num_events, min_heads and min_neurons must be at least 0")
+        if self.round_to < 1 or self.min_hidden < 1:
+            raise ValueError("pruning: round_to and min_hidden must be at least 1")
         if self.calibration_batches < 1:
             raise ValueError(f"pruning: calibration_batches must be at least 1, got {self.calibration_batches}")
         if self.salience == "magnitude" and self.kurtosis not in (None, "off"):
@@ -81,9 +98,10 @@ class AdaptivePruner:
     """Global search over salience densities under a parameter budget (method.md 3).
 
     Units are ranked by salience over parameters, all layers and kinds together, and the longest prefix that fits the
-    budget stays. Neurons are ranked in bundles of `round_to`, filled in order of their score, so that the counts come
-    out rounded and one pass is enough. Of equal densities the earlier group and position comes first. The sparsity
-    reached passes the target by less than one unit, or bundle, of one layer.
+    budget stays. Neurons and hidden dimensions are ranked in bundles of `round_to`, filled in order of their score, so
+    that the counts come out rounded and one pass is enough. Densities are taken at the present sizes; what a set of
+    heads, neurons and dimensions costs together is exact (`Prices`). Of equal densities the earlier group and position
+    comes first. The sparsity reached passes the target by less than one unit, or bundle, of one layer.
 
     In a uniform layout the best bundle of every layer is one entry of the ranking, the second best of every layer
     another, and so on. Such a row costs as many times more as there are layers, several percent of a tiny model; so
@@ -99,39 +117,44 @@ class AdaptivePruner:
         self.total = total
         self.config = config
 
-    def check(self, groups: list[UnitGroup], live: int) -> None:
+    def check(self, groups: list[Group], live: int) -> None:
         """Raise ValueError where there is nothing to prune, or target or layout cannot be had."""
         target = self.config.target_sparsity
         if not groups:
             raise ValueError("pruner: the model has no prunable units; every head and neuron is gone or none was found")
         lanes = self._lanes(groups)
-        layers = {tuple(group.name.split(".")[:2]) for group in groups}
+        layers = {tuple(group.name.split(".")[:2]) for group in groups if group.kind != "hidden"}
         for lane in lanes:
             uneven = len({(group.num_units, group.cost()) for group in lane}) > 1
-            if uneven or (self.config.layout == "uniform" and len(lane) < _places(lane, layers)):
+            missing = self.config.layout == "uniform" and lane[0].kind != "hidden" and len(lane) < _places(lane, layers)
+            if uneven or missing:
                 raise ValueError(
                     f"pruner: layout 'uniform' needs layers of equal size, but the {lane[0].kind}s of the layers are "
                     f"{[group.num_units for group in lane]}; set layout to 'free'"
                 )
-        free = sum((lane[0].num_units - self._floor(lane)) * lane[0].cost() * len(lane) for lane in lanes)
+        present = np.array([lane[0].num_units for lane in lanes])
+        floors = np.array([self._floor(lane) for lane in lanes])
+        prices, every = Prices.of(lanes), np.arange(len(lanes))
+        free = int(prices.spent(every, present)[-1] - prices.spent(every, floors)[-1])
         reachable = 1.0 - (live - free) / self.total
         if target > reachable:
+            hidden = f", min_hidden={self.config.min_hidden}" if prices.dimensions else ""
             raise ValueError(
                 f"pruner: target_sparsity {target} is not reachable; with min_heads={self.config.min_heads} and "
-                f"min_neurons={self.config.min_neurons} at most {int(reachable * 1000) / 1000} can go; "
+                f"min_neurons={self.config.min_neurons}{hidden} at most {int(reachable * 1000) / 1000} can go; "
                 f"lower target_sparsity or the floors"
             )
 
-    def _lanes(self, groups: list[UnitGroup]) -> list[list[UnitGroup]]:
+    def _lanes(self, groups: list[Group]) -> list[list[Group]]:
         """The groups whose counts are one number: each alone, or in a uniform layout all of a kind."""
         if self.config.layout == "free":
             return [[group] for group in groups]
         return [[group for group in groups if group.kind == kind] for kind in dict.fromkeys(g.kind for g in groups)]
 
-    def _bundle(self, lane: list[UnitGroup]) -> int:
-        return self.config.round_to if lane[0].kind == "neuron" else 1
+    def _bundle(self, lane: list[Group]) -> int:
+        return 1 if lane[0].kind == "head" else self.config.round_to
 
-    def _floor(self, lane: list[UnitGroup]) -> int:
+    def _floor(self, lane: list[Group]) -> int:
         """Units of each group that stay whatever comes: the highest floor, filled up to whole bundles.
 
         In a uniform layout that is at least one bundle, as no stock configuration describes an empty layer.
@@ -141,9 +164,7 @@ class AdaptivePruner:
             floor = max(1, floor)
         return min(lane[0].num_units, -(-floor // bundle) * bundle)
 
-    def plan(
-        self, groups: list[UnitGroup], scores: dict[str, Tensor], live: int, step: int, sparsity: float
-    ) -> PrunePlan:
+    def plan(self, groups: list[Group], scores: dict[str, Tensor], live: int, step: int, sparsity: float) -> PrunePlan:
         """The units that stay at a sparsity.
 
         Args:
@@ -156,9 +177,10 @@ class AdaptivePruner:
         Raises:
             ValueError: a score is NaN: no rank could be given to that unit.
         """
-        fixed = live - sum(group.num_units * group.cost() for group in groups)
-        budget = (1.0 - sparsity) * self.total - fixed
         lanes, orders, sizes, density, owner = self._lanes(groups), {}, [], [], []
+        prices, present = Prices.of(lanes), np.array([lane[0].num_units for lane in lanes])
+        fixed = live - int(prices.spent(np.arange(len(lanes)), present)[-1])
+        budget = (1.0 - sparsity) * self.total - fixed
         for index, lane in enumerate(lanes):
             means = []
             for group in lane:
@@ -174,13 +196,12 @@ class AdaptivePruner:
 
         owners, counts = np.concatenate(owner), np.concatenate(sizes)
         ranked = np.argsort(-np.concatenate(density), kind="stable")
-        costs = np.array([lane[0].cost() * len(lane) for lane in lanes], dtype=np.int64)
-        spent = np.cumsum(counts[ranked] * costs[owners[ranked]])
-        prefix = int(np.searchsorted(spent, budget, side="right"))
-        taken = ranked[:prefix]
+        taken = ranked[prices.within(owners[ranked], counts[ranked], budget)]
         if self.config.layout == "uniform":
-            left = budget - (spent[prefix - 1] if prefix else 0)
-            taken = np.append(taken, _fill(ranked[prefix:], owners, counts * costs[owners], left))
+            rest = ranked[~np.isin(ranked, taken) & ~prices.hidden[owners[ranked]]]
+            dims = int(counts[taken][prices.hidden[owners[taken]]].sum())
+            left = budget - (prices.spent(owners[taken], counts[taken])[-1] if len(taken) else 0)
+            taken = np.append(taken, _fill(rest, owners, counts * prices.at(dims)[owners], left))
         kept = np.bincount(owners[taken], weights=counts[taken], minlength=len(lanes)).astype(int)
         return PrunePlan(
             step=step,
@@ -192,7 +213,7 @@ class AdaptivePruner:
         )
 
 
-def _places(lane: list[UnitGroup], layers: set[tuple[str, ...]]) -> int:
+def _places(lane: list[Group], layers: set[tuple[str, ...]]) -> int:
     """Groups that such a lane would have if no layer had lost all its units of that kind."""
     parts = {(group.name.split(".")[0], group.name.split(".")[-1]) for group in lane}
     return sum(stack == other for stack, _ in parts for other, _ in layers)

@@ -5,14 +5,16 @@ from torch import Tensor
 
 import apt_kernels
 from apt.adapters import APTAdapter
-from apt.units import UnitGroup
+from apt.dimensions import Group, HiddenGroup
+from apt.gates import MaskGate
+from apt.units import Member, UnitGroup
 
 SALIENCES = ("product_of_sums", "sum_of_products", "gate_taylor", "magnitude")
 IMPORTANCES = ("signed", "elementwise")
 KURTOSES = ("off", "paper", "normalized", "original")
 
 
-def unit_scores(group: UnitGroup, grad_scale: float = 1.0, salience: str = "product_of_sums") -> Tensor:
+def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_of_sums") -> Tensor:
     """Salience of each unit: ``[num_units]``, float32.
 
     With h the unit's features at its gate, y what leaves the gate, and sums over the valid tokens of the step::
@@ -23,7 +25,7 @@ def unit_scores(group: UnitGroup, grad_scale: float = 1.0, salience: str = "prod
         magnitude         sum of |w| over all weights and biases of the unit, adapters merged; asks for no statistics
 
     The mean divides the product once by the number of tokens: for a mean-reduced loss no score depends on batch size
-    or padding.
+    or padding. A hidden dimension is a feature of every site: products of sums are taken site by site, then added.
 
     Args:
         group: its gate holds the sums of one optimizer step (all its micro-batches), of the kind that `salience` needs.
@@ -32,11 +34,12 @@ def unit_scores(group: UnitGroup, grad_scale: float = 1.0, salience: str = "prod
     """
     if salience == "magnitude":
         return _magnitude(group)
-    first_D, second_D = group.gate.sums
+    first_D, second_D = group.gate.sums.unbind(-2)  # of hidden dimensions one row a site: [sites, D]
     if salience == "product_of_sums":
-        features_D = first_D * second_D / (group.gate.count.clamp(min=1.0) * grad_scale)
+        features_D = first_D * second_D / (group.gate.count.clamp(min=1.0)[..., None] * grad_scale)
     else:
         features_D = (first_D if salience == "sum_of_products" else second_D) / grad_scale
+    features_D = features_D if features_D.dim() == 1 else features_D.sum(0)
     units: Tensor = features_D.view(-1, group.gate.unit_size).sum(1)
     return units.abs() if salience == "gate_taylor" else units
 
@@ -50,19 +53,24 @@ def not_finite(scores: dict[str, Tensor]) -> list[str]:
 
 
 @torch.no_grad()
-def _magnitude(group: UnitGroup) -> Tensor:
+def _magnitude(group: Group) -> Tensor:
     """L1 norm of each unit, ``[num_units]``: over its cost, the mean |w| of the unit."""
     norms = torch.zeros((), device=group.gate.mask.device)
     for member in group.members:
-        weight_OI, bias_O = member.linear.view()
-        if member.linear.rank:
-            weight_OI = member.linear.merged_weight()
-        wide = torch.promote_types(weight_OI.dtype, torch.float32)
-        sums = weight_OI.abs().sum(1 if member.axis == "out" else 0, dtype=wide)
-        if member.axis == "out" and bias_O is not None:
-            sums = sums + bias_O.abs()
-        norms = norms + sums.view(-1, member.width).sum(1)
+        norms = norms + _l1(member).view(-1, member.width).sum(1)
+    for vector in group.vectors if isinstance(group, HiddenGroup) else ():
+        norms = norms + vector.abs()
     return norms
+
+
+def _l1(member: Member) -> Tensor:
+    """Sum of |w| of each row or column of a member, bias included, adapter merged."""
+    weight_OI, bias_O = member.linear.view()
+    if member.linear.rank:
+        weight_OI = member.linear.merged_weight()
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    sums: Tensor = weight_OI.abs().sum(1 if member.axis == "out" else 0, dtype=wide)
+    return sums + bias_O.abs() if member.axis == "out" and bias_O is not None else sums
 
 
 class OutlierTerm:
@@ -70,7 +78,8 @@ class OutlierTerm:
 
     It is the kurtosis of ``(W + s B A) diag(c)`` in the projection that reads the units, c being the mean input of the
     step, over all columns of a unit. In a neuron's one column c cancels: its term is kept from step to step unless an
-    adapter trains there.
+    adapter trains there. Of a hidden dimension it is the sum over all output and down projections, of the kurtosis of
+    its row.
 
     Args:
         mode: "off" adds nothing; "paper" the term over the tokens of the step, as salience here is the paper's over
@@ -87,11 +96,16 @@ class OutlierTerm:
         """Forget what was kept: the weights have changed."""
         self._kept.clear()
 
-    def needs_total(self, group: UnitGroup) -> bool:
-        """Whether the gate must collect its signed input."""
+    def needs_total(self, group: Group) -> bool:
+        """Whether the gate must collect its signed input for the group's own term."""
         return self.mode != "off" and group.kind == "head"
 
-    def add(self, groups: list[UnitGroup], scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(self, groups: list[Group]) -> list[MaskGate]:
+        """Gates that must collect their signed input for the hidden dimensions among the groups."""
+        hidden = [group for group in groups if isinstance(group, HiddenGroup)] if self.mode != "off" else []
+        return [writer.gate_in for group in hidden for writer in group.writers if writer.gate_in is not None]
+
+    def add(self, groups: list[Group], scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The scores of one step with the term added; the gates hold that step's sums."""
         if self.mode == "off":
             return scores
@@ -102,24 +116,28 @@ class OutlierTerm:
                 mean, salience = (torch.cat([table[name] for name in names]).mean() for table in (terms, scores))
                 for name in names if mean > 0 else ():
                     terms[name] = terms[name] * (salience / mean)
-        else:
-            terms = {group.name: terms[group.name] / group.gate.count.clamp(min=1.0) for group in groups}
         return {name: scores[name] + term for name, term in terms.items()}
 
     @torch.no_grad()
-    def _term(self, group: UnitGroup) -> Tensor:
-        if group.name in self._kept:
-            return self._kept[group.name]
-        term = self._kurtosis(group).clamp(min=0.0).sqrt()
-        if group.kind == "neuron" and not group.reader.rank:
-            self._kept[group.name] = term
-        return term
+    def _term(self, group: Group) -> Tensor:
+        if isinstance(group, HiddenGroup):
+            rows = [self._rows(writer) for writer in group.writers if writer.n_in]
+            return torch.stack(rows).sum(0) if rows else torch.zeros_like(group.gate.mask)
+        term = self._kept.get(group.name)
+        if term is None:
+            term = self._kurtosis(group).clamp(min=0.0).sqrt()
+            if group.kind == "neuron" and not group.reader.rank:
+                self._kept[group.name] = term
+        return self._over_tokens(term, group.gate)
+
+    def _over_tokens(self, term: Tensor, gate: MaskGate) -> Tensor:
+        return term if self.mode == "normalized" else term / gate.count.clamp(min=1.0)
 
     def _kurtosis(self, group: UnitGroup) -> Tensor:
         linear, gate = group.reader, group.gate
         weight_OI, _ = linear.view()
         a_RI, b_OR = linear.factors() if linear.rank else (None, None)
-        mean_I = gate.total / gate.count.clamp(min=1.0) if self.needs_total(group) else None
+        mean_I = _mean(gate) if self.needs_total(group) else None
         size = gate.unit_size
         if self.mode == "original" and mean_I is not None:
             mixed = (linear.merged_weight() * mean_I).T.reshape(-1, gate.num_units)
@@ -127,10 +145,25 @@ class OutlierTerm:
         kurtosis, _ = apt_kernels.weight_kurtosis(
             weight_OI, a_RI, b_OR, scale=linear.scale, group=size, column_scale=mean_I
         )
-        if self.mode == "original":  # as with the unbiased variance of n entries
-            n = weight_OI.shape[0] * size
-            return (kurtosis + 3.0) * ((n - 1) / n) ** 2 - 3.0
-        return kurtosis
+        return self._of_sample(kurtosis, weight_OI.shape[0] * size)
+
+    def _rows(self, writer: APTAdapter) -> Tensor:
+        """The terms of the rows of one projection."""
+        assert writer.gate_in is not None
+        a_RI, b_OR = writer.factors() if writer.rank else (None, None)
+        _, kurtosis = apt_kernels.weight_kurtosis(
+            writer.view()[0], a_RI, b_OR, scale=writer.scale, column_scale=_mean(writer.gate_in)
+        )
+        return self._over_tokens(self._of_sample(kurtosis, writer.n_in).clamp(min=0.0).sqrt(), writer.gate_in)
+
+    def _of_sample(self, kurtosis: Tensor, n: int) -> Tensor:
+        """In mode "original": as with the unbiased variance of n entries."""
+        return (kurtosis + 3.0) * ((n - 1) / n) ** 2 - 3.0 if self.mode == "original" else kurtosis
+
+
+def _mean(gate: MaskGate) -> Tensor:
+    """The mean input of a gate over the valid tokens of the step."""
+    return gate.total / gate.count.clamp(min=1.0)
 
 
 @torch.no_grad()

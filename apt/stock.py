@@ -6,11 +6,12 @@ from typing import Any
 from torch import Size, nn
 
 from apt.families import Attention, Family
+from apt.families.hidden import hidden_table
 from apt.units import head_size
 
 
 def stock_config(
-    model: nn.Module, family: Family, units: dict[str, int], shapes: dict[str, Size]
+    model: nn.Module, family: Family, units: dict[str, int], shapes: dict[str, Size], hidden: int = 0
 ) -> tuple[Any, str | None]:
     """The configuration with which the stock class builds the model at its present sizes.
 
@@ -22,6 +23,7 @@ def stock_config(
         family: of the model.
         units: left in every unit group, as `apt.summary` counts them.
         shapes: of the tensors that are exported, by name.
+        hidden: dimensions left; 0 where they cannot be removed.
 
     Returns:
         A copy of the config with the counts of now, and None; or the config as it is, and what it cannot say.
@@ -31,6 +33,8 @@ def stock_config(
     model_config: Any = model.config
     unchanged, config = copy.deepcopy(model_config), copy.deepcopy(model_config)
     reason = _set_counts(config, model, family, units)
+    if reason is None and hidden not in (0, model_config.hidden_size):
+        reason = _set_width(config, model, family, hidden)
     if reason is None:
         try:
             read = type(config).from_dict(config.to_dict())  # which is where a config checks its numbers
@@ -67,6 +71,21 @@ def _set_counts(config: Any, model: nn.Module, family: Family, units: dict[str, 
                 setattr(config, setting, getattr(config, setting) * count // before)
         else:
             return f"{name} derives the size of a head from the number of heads, so it cannot say {count} of {before}"
+    return None
+
+
+def _set_width(config: Any, model: nn.Module, family: Family, hidden: int) -> str | None:
+    """Write the hidden dimensions into a config; what it cannot say is returned."""
+    name, constant = type(config).__name__, hidden_table(model).constant
+    if constant:
+        return f"{name} derives {constant} from the hidden size, so it cannot say {hidden} of {config.hidden_size}"
+    for layer in family.layers(model):
+        for part in layer.stack.parts:
+            if isinstance(part, Attention) and not part.settings:
+                return f"{name} derives the size of a head from the hidden size, so it cannot say {hidden}"
+            if isinstance(part, Attention):
+                config.head_dim = head_size(layer.module.get_submodule(part.module))
+    config.hidden_size = hidden
     return None
 
 

@@ -5,12 +5,15 @@ the moments of every surviving row and column stay with it.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apt.adapters import APTAdapter, adapted, exchange
+from apt.dimensions import NAME, Group, HiddenGroup, find_dimensions, fit_norm, free_dimension_tails
 from apt.families import Attention, EmptyAttention, find_family
+from apt.hidden import HiddenNorm
 from apt.moments import check_optimizer, grown, moments, state_of
 from apt.records import Event, PrunePlan, RankPlan
 from apt.units import UnitGroup, find_units
@@ -45,22 +48,28 @@ def apply_prune_plan(
     if optimizer is not None:
         check_optimizer(optimizer)
     family = find_family(model)
-    groups = {group.name: group for group in find_units(model, family)}
+    groups: dict[str, Group] = {group.name: group for group in find_units(model, family)}
+    if NAME in plan.kept:
+        groups[NAME] = find_dimensions(model, family)
     unknown = sorted(set(plan.kept) - set(groups))
     if unknown:
         raise ValueError(f"surgery: the plan of step {plan.step} names {unknown[0]}, which this model does not have")
     for name, positions in plan.kept.items():
         group = groups[name]
-        for member in group.members:
-            for parameter in member.linear.adapter_parameters():
-                moments(parameter, optimizer)  # refuses what could not follow
+        for parameter in group.trained():
+            moments(parameter, optimizer)  # refuses what could not follow
         if positions and (positions != sorted(set(positions)) or positions[-1] >= group.num_units or positions[0] < 0):
             raise ValueError(
                 f"surgery: {name} has {group.num_units} units; kept positions must ascend and lie below that"
             )
-    for name, positions in plan.kept.items():
-        if len(positions) < groups[name].num_units:
-            _prune_group(groups[name], positions, optimizer, keep_tail)
+    for name, positions in sorted(plan.kept.items(), key=lambda entry: entry[0] != NAME):
+        group = groups[name]
+        if len(positions) == group.num_units:
+            continue
+        if isinstance(group, HiddenGroup):  # first: a layer that loses its last head takes a copy of a bias along
+            _prune_hidden(group, positions, optimizer, keep_tail)
+        else:
+            _prune_group(group, positions, optimizer, keep_tail)
 
 
 def _prune_group(
@@ -85,6 +94,8 @@ def _prune_group(
 @torch.no_grad()
 def free_tails(model: nn.Module) -> None:
     """Give back what `keep_tail` left behind: no teacher reads the dense weights any more."""
+    if any(isinstance(module, HiddenNorm) for module in model.modules()):
+        free_dimension_tails(find_dimensions(model, find_family(model)))
     for module in model.modules():
         if isinstance(module, APTAdapter):
             module.free_tail()
@@ -95,6 +106,48 @@ def free_tails(model: nn.Module) -> None:
 def _stored_units(group: UnitGroup) -> int:
     """Units that the weights store: the live ones, and those of a tail."""
     return group.reader.weight.shape[1] // group.gate.unit_size
+
+
+def _prune_hidden(
+    group: HiddenGroup, positions: list[int], optimizer: torch.optim.Optimizer | None, keep_tail: bool
+) -> None:
+    """Keep the dimensions `positions` in every part of the model, a tied weight once."""
+    kept, live = torch.tensor(positions, dtype=torch.long, device=group.gate.mask.device), group.num_units
+    done: set[tuple[int, int]] = set()
+
+    def cut(tensor: Tensor | None, dim: int, keep_tail: bool = keep_tail) -> None:
+        if tensor is None or (id(tensor), dim) in done:
+            return
+        done.add((id(tensor), dim))
+        tail = keep_tail and not tensor.requires_grad  # what trains has moments, and a teacher its own copy of it
+        index = _retained_first(kept, live, tensor.shape[dim]) if tail else kept
+        _follow(tensor, lambda t: t.index_select(dim, index), optimizer)
+
+    for part in group.parts:
+        module: Any = part.module
+        if part.kind == "norm":
+            cut(module.weight, 0)
+            cut(module.bias, 0)
+            module.n = len(positions)
+            fit_norm(module)
+        elif part.kind == "embedding":
+            cut(module.weight, 1)
+            module.embedding_dim = module.weight.shape[1]
+        elif part.kind == "empty":
+            cut(module.bias, 0, keep_tail=False)
+            module.width = len(positions) if module.width else 0
+        for axis in part.axes if part.kind == "linear" else ():
+            dim = 0 if axis == "out" else 1
+            cut(module.weight, dim)
+            if axis == "out":
+                cut(module.bias, 0)
+            if isinstance(module, APTAdapter):
+                for tensor in module.side(axis):
+                    cut(tensor, dim, keep_tail=False)
+                setattr(module, "n_out" if axis == "out" else "n_in", len(positions))
+            else:
+                setattr(module, "out_features" if axis == "out" else "in_features", len(positions))
+    group.gate.keep(kept)
 
 
 def _cut(

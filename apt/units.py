@@ -4,6 +4,7 @@ A head is a KV group: its rows of k and v, the rows of all its query heads in q,
 rows of the up (and gate) projection and its column of the down projection. Where these are, the family's table says.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from apt.adapters import APTAdapter
 from apt.families import FFN, Attention, Family, Layer
 from apt.gates import MaskGate
+from apt.hidden import HiddenNorm
 from apt.linears import features
 
 
@@ -50,9 +52,18 @@ class UnitGroup:
         """The projection that reads the units, whose columns they own: output or down."""
         return next(member.linear for member in self.members if member.axis == "in")
 
+    def trained(self) -> Iterator[nn.Parameter]:
+        """What trains of its members and has to follow a cut."""
+        for member in self.members:
+            yield from member.linear.adapter_parameters()
+
     def cost(self) -> int:
         """Frozen parameters of one unit, adapters not counted."""
         return sum(member.cost() for member in self.members)
+
+    def slope(self) -> int:
+        """What a unit costs less with one hidden dimension less: its features in the linears that join the stream."""
+        return sum(member.width for member in self.members)
 
 
 def head_size(attention: nn.Module) -> int:
@@ -134,8 +145,8 @@ def block_params(model: nn.Module, family: Family) -> int:
     for layer in family.layers(model):
         inside: set[int] = set()
         for module in layer.module.modules():
-            if isinstance(module, APTAdapter):
+            if isinstance(module, APTAdapter | HiddenNorm):
                 inside.update(id(p) for p in module.parameters())
-                total += module.n_out * module.n_in + (0 if module.bias is None else module.n_out)
+                total += module.live_params()
         total += sum(p.numel() for p in layer.module.parameters() if id(p) not in inside)
     return total

@@ -1,4 +1,4 @@
-"""Time of one plan: the search over every head and neuron of a 13B decoder, on one CPU core.
+"""Time of one plan: the search over every head, neuron and hidden dimension of a 13B decoder, on one CPU core.
 
 ``python -m bench.search`` appends one row to bench/results/cpu/search.csv. The modules hold no weights (meta device).
 """
@@ -12,7 +12,12 @@ import torch
 from torch import nn
 
 from apt.adapters import APTAdapter
+from apt.dimensions import Group, HiddenGroup
+from apt.families import Layer
+from apt.families.hidden import Part
+from apt.families.llama import LLAMA
 from apt.gates import MaskGate, ValidTokens
+from apt.hidden import HiddenGate
 from apt.pruner import AdaptivePruner, PruningConfig
 from apt.units import Member, UnitGroup
 from bench.rows import append_row, environment, quantiles
@@ -24,24 +29,36 @@ SPARSITY = 0.5
 
 def groups(layers: int = LAYERS, neurons: int = NEURONS, device: str = "meta") -> list[UnitGroup]:
     """Heads and neurons of every layer, at full size; the gates' statistics lie on the device."""
-    valid, found = ValidTokens(), []
-    for layer in range(layers):
-        for kind, units, width, reads in (("head", HEADS, HEAD_DIM, 3), ("neuron", neurons, 1, 2)):
+    valid, found, (stack,) = ValidTokens(), [], LLAMA.stacks
+    for index in range(layers):
+        layer = Layer(stack, index, nn.Identity())
+        for part, units, width, reads in ((stack.parts[0], HEADS, HEAD_DIM, 3), (stack.parts[1], neurons, 1, 2)):
             gate = MaskGate(units, width, valid, torch.device(device))
             read = [Member(linear(HIDDEN, units * width), "out", width) for _ in range(reads)]
             members = (*read, Member(linear(units * width, HIDDEN), "in", width))
-            found.append(UnitGroup(f"layers.{layer}.{kind}s", kind, layer, gate, members))
+            found.append(UnitGroup(f"{layer.name}.{part.units}", part.kind, layer, part, gate, members))
     return found
+
+
+def with_dimensions(units: list[UnitGroup]) -> list[Group]:
+    """The hidden dimensions beside them: the other side of every linear."""
+    parts = [
+        Part(group.name, member.linear, "linear", ("in" if member.axis == "out" else "out",), layer=group.layer)
+        for group in units
+        for member in group.members
+    ]
+    return [*units, HiddenGroup(HiddenGate(HIDDEN, 1, torch.device("meta")), tuple(parts), floor=8)]
 
 
 def linear(num_in: int, num_out: int) -> APTAdapter:
     return APTAdapter(nn.Linear(num_in, num_out, bias=False, device="meta"))
 
 
-def measure(repeats: int, **settings: Any) -> dict[str, Any]:
+def measure(repeats: int, hidden: bool = False, **settings: Any) -> dict[str, Any]:
     """Seconds of a plan, with the counts it came to."""
-    units = groups()
-    total = sum(group.num_units * group.cost() for group in units)
+    plain = groups()
+    total = sum(group.num_units * group.cost() for group in plain)
+    units: list[Group] = with_dimensions(plain) if hidden else [*plain]
     draw = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.num_units, generator=draw) for group in units}
     pruner = AdaptivePruner(total, PruningConfig(target_sparsity=SPARSITY, **settings))
@@ -51,10 +68,12 @@ def measure(repeats: int, **settings: Any) -> dict[str, Any]:
         started = time.perf_counter()
         plan = pruner.plan(units, scores, total, step=1, sparsity=SPARSITY)
         seconds.append(time.perf_counter() - started)
-    left = sum(len(plan.kept[group.name]) * group.cost() for group in units)
+    gone = HIDDEN - len(plan.kept.get("hidden", range(HIDDEN)))
+    left = sum(len(plan.kept[group.name]) * (group.cost() - gone * group.slope()) for group in plain)
     assert SPARSITY <= 1.0 - left / total <= SPARSITY + 1e-3, "the plan misses its budget"
     p20, p50, p80 = quantiles(seconds[1:])  # the first one warms up
-    row = {"what": "search", "layers": LAYERS, "heads": HEADS, "neurons": NEURONS, "sparsity": SPARSITY, **settings}
+    row = {"what": "search", "layers": LAYERS, "heads": HEADS, "neurons": NEURONS, "sparsity": SPARSITY}
+    row |= {"dimensions": HIDDEN if hidden else 0, **settings}
     return row | {"s_p20": round(p20, 4), "s_p50": round(p50, 4), "s_p80": round(p80, 4), "runs": repeats}
 
 
@@ -62,10 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--round-to", type=int, default=8)
+    parser.add_argument("--hidden", action="store_true", help="prune hidden dimensions too")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/search.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    row = measure(arguments.repeats, round_to=arguments.round_to)
+    row = measure(arguments.repeats, arguments.hidden, round_to=arguments.round_to)
     append_row(arguments.out, row | environment())
     print(f"{row['s_p50']} s a plan at round_to={arguments.round_to} (p20 {row['s_p20']}, p80 {row['s_p80']})")
 

@@ -18,7 +18,10 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "adapters",
     "fused",
     "activations",
+    "hidden",
     "units",  # a unit group names the gate and the linears it cuts
+    "dimensions",
+    "prices",
     "methods",
     "prompts",
     "salience",

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapters import adapted
+from apt.dimensions import Group, find_dimensions
 from apt.families import find_family
+from apt.families.hidden import TABLES
 from apt.records import PrunePlan
 from apt.units import find_units, required_heads
 
@@ -117,6 +119,14 @@ SEQ2SEQ = [name for name in NAMES if MODELS[name].model.endswith("ConditionalGen
 GENERATORS = [name for name in NAMES if MODELS[name].model.endswith(("CausalLM", "LMHeadModel"))] + SEQ2SEQ
 
 
+def has_hidden_table(name: str) -> bool:
+    """Whether a family's hidden dimensions can be pruned."""
+    import transformers
+
+    model_type = getattr(transformers, MODELS[name].config).model_type
+    return any(model_type in table.model_types for table in TABLES)
+
+
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A random model in evaluation mode; `settings` go into its config."""
     import transformers
@@ -166,20 +176,31 @@ def free_heads(model: nn.Module) -> list[str]:
     return [group.name for group in find_units(model, family) if group.kind == "head" and group.name not in required]
 
 
-def random_plan(model: nn.Module, *, empty: Collection[str] = (), keep: float = 0.6, seed: int) -> PrunePlan:
-    """A plan that keeps a random share of each group, at least one unit, and nothing of the groups named."""
+def random_plan(
+    model: nn.Module, *, empty: Collection[str] = (), hidden: bool = False, keep: float = 0.6, seed: int
+) -> PrunePlan:
+    """A plan that keeps a random share of each group, at least one unit, and nothing of the groups named.
+
+    With `hidden` it keeps a larger share of the hidden dimensions too.
+    """
     draw = torch.Generator().manual_seed(seed)
     kept = {}
     for group in find_units(model, find_family(model)):
         chosen = torch.rand(group.num_units, generator=draw) < keep
         chosen[torch.randint(group.num_units, (1,), generator=draw)] = True
         kept[group.name] = [] if group.name in empty else chosen.nonzero().flatten().tolist()
+    if hidden:
+        chosen = torch.rand(find_dimensions(model, find_family(model)).num_units, generator=draw) < 0.8
+        kept["hidden"] = chosen.nonzero().flatten().tolist()
     return PrunePlan(step=seed, target_sparsity=1.0 - keep, kept=kept, round_to=1)
 
 
 def set_masks(model: nn.Module, plan: PrunePlan) -> None:
     """Shut with masks what the plan removes."""
-    for group in find_units(model, find_family(model)):
+    groups: list[Group] = [g for g in find_units(model, find_family(model)) if g.name in plan.kept]
+    if "hidden" in plan.kept:
+        groups.append(find_dimensions(model, find_family(model)))
+    for group in groups:
         mask = torch.zeros(group.num_units)
         mask[plan.kept[group.name]] = 1.0
         group.gate.set_mask(mask)

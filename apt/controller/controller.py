@@ -18,7 +18,10 @@ from apt.controller.masks import move_masks, open_units, settle_masks
 from apt.controller.state import patch_state
 from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
+from apt.dimensions import Group, find_dimensions
 from apt.families import find_family
+from apt.gates import MaskGate
+from apt.hidden import HiddenGate
 from apt.methods import penalty
 from apt.moments import bare_optimizer, check_optimizer
 from apt.pruner import AdaptivePruner
@@ -26,7 +29,7 @@ from apt.records import Event, PrunePlan, RankPlan, append_jsonl
 from apt.salience import MovingAverage, OutlierTerm, adapter_importance, not_finite, unit_scores
 from apt.surgery import apply_prune_plan, apply_rank_plan
 from apt.tuner import adapter_sizes, plan_ranks, total_params
-from apt.units import UnitGroup, block_params, find_units
+from apt.units import block_params, find_units
 
 BUILT_IN = (
     "method",
@@ -91,7 +94,8 @@ class Controller:
         self.salience = MovingAverage(self.config.momentum_salience)
         self.importance = MovingAverage(self.config.momentum_salience)
         self.outliers = OutlierTerm("off")
-        self.groups: list[UnitGroup] = []
+        self.groups: list[Group] = []
+        self.gates: dict[MaskGate, bool] = {}  # that collect, and whether their signed inputs too
         self._steps: list[int] = []  # of all events; 0 for the cut before step 1
         self._prune_steps: list[int] = []  # of those at which units go
         self._check = LogitCheck(model, self.config.verify_events)
@@ -131,14 +135,23 @@ class Controller:
 
     def _find_groups(self) -> None:
         pruning = self.config.pruning
-        self.groups = find_units(self.model, self.family, min_heads=pruning.min_heads, min_neurons=pruning.min_neurons)
+        groups = find_units(self.model, self.family, min_heads=pruning.min_heads, min_neurons=pruning.min_neurons)
+        self.groups = [group for group in groups if group.kind in pruning.unit_types]
+        if "hidden" in pruning.unit_types:
+            self.groups.append(find_dimensions(self.model, self.family, min_hidden=pruning.min_hidden))
 
     def _collect(self, on: bool) -> None:
-        for group in self.groups:
-            group.gate.collecting = on and self.config.pruning.salience != "magnitude"
-            group.gate.products = self.config.pruning.salience != "product_of_sums"
-            group.gate.totals = self.outliers.needs_total(group)
-            group.gate.reset_sums()
+        """Open or close the statistics of every gate whose sums a score needs."""
+        if on:
+            self.gates = {group.gate: self.outliers.needs_total(group) for group in self.groups}
+            self.gates |= dict.fromkeys(self.outliers.inputs(self.groups), True)
+        for gate, totals in self.gates.items():
+            gate.collecting = on and self.config.pruning.salience != "magnitude"
+            gate.products = self.config.pruning.salience != "product_of_sums"
+            gate.totals = totals
+            gate.reset_sums()
+            if isinstance(gate, HiddenGate):
+                gate.sites = self.config.pruning.hidden_sites
 
     @property
     def active(self) -> bool:
@@ -194,8 +207,8 @@ class Controller:
         """The scores of the units from what the gates hold, which are empty then."""
         scores = {group.name: unit_scores(group, scale, self.config.pruning.salience) for group in self.groups}
         scores = self.outliers.add(self.groups, scores)
-        for group in self.groups:
-            group.gate.reset_sums()
+        for gate in self.gates:
+            gate.reset_sums()
         return scores
 
     def loss(self, output: Any, batch: Mapping[str, Any] | None = None) -> Tensor:
@@ -317,7 +330,7 @@ class Controller:
             apply_rank_plan(self.model, rank_plan, self.optimizer)
             self.importance.reset()
         self.outliers.reset()
-        self._check.compare(step, logits)
+        self._check.compare(step, logits, hidden="hidden" in self.config.pruning.unit_types)
         live = block_params(self.model, self.family)
         event = Event(
             step=step,

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from apt.units import UnitGroup
+from apt.dimensions import Group
 
 Kept = Mapping[str, Sequence[int]]  # positions that stay, by unit group
 
 
-def move_masks(groups: Sequence[UnitGroup], kept: Kept, alpha: float) -> None:
+def move_masks(groups: Sequence[Group], kept: Kept, alpha: float) -> None:
     """One step of the decay: the masks of kept units rise by alpha, the others fall, all within [0, 1]."""
     for group in groups:
         towards = torch.full_like(group.gate.mask, -alpha)
@@ -17,7 +17,7 @@ def move_masks(groups: Sequence[UnitGroup], kept: Kept, alpha: float) -> None:
         group.gate.set_mask((group.gate.mask + towards).clamp_(0.0, 1.0))
 
 
-def settle_masks(groups: Sequence[UnitGroup], kept: Kept) -> None:
+def settle_masks(groups: Sequence[Group], kept: Kept) -> None:
     """End the decay: the masks of kept units are exactly 1, the others exactly 0."""
     for group in groups:
         mask = torch.zeros_like(group.gate.mask)
@@ -25,6 +25,6 @@ def settle_masks(groups: Sequence[UnitGroup], kept: Kept) -> None:
         group.gate.set_mask(mask)
 
 
-def open_units(groups: Sequence[UnitGroup]) -> dict[str, list[int]]:
+def open_units(groups: Sequence[Group]) -> dict[str, list[int]]:
     """The positions whose mask is not 0, by unit group."""
     return {group.name: group.gate.mask.nonzero().flatten().tolist() for group in groups}

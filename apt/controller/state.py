@@ -24,6 +24,7 @@ class PatchState:
     params_before: int  # of the whole original model
     init_seconds: float = 0.0  # that the adapters' start took, decompositions included
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the task head before the patch, where widened
+    hidden: bool = False  # whether the gates of hidden dimensions are in
     hooks: list[Any] = field(default_factory=list)
     distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again
 

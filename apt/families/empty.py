@@ -20,8 +20,8 @@ class EmptyAttention(nn.Module):
         super().__init__()
         weight: Any = None if out is None else out.weight
         bias: Any = None if out is None else out.bias
-        self.width = 0 if out is None else weight.shape[0]
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.width = 0 if out is None else int(getattr(out, "n_out", weight.shape[0]))  # a tail of dimensions stays
+        self.bias = None if bias is None else nn.Parameter(bias.detach()[: self.width], requires_grad=False)
         # The attention, where a dense teacher still runs it. In a tuple it is no part of the model, yet moves with it.
         self.dense: tuple[nn.Module, ...] = ()
 
