@@ -13,19 +13,23 @@ SETTINGS = {"max_steps": 20, "learning_rate": "1e-2"}
 
 def test_arms_are_trained_and_measured(tmp_path: Path) -> None:
     config = write_text_config(tmp_path, training=SETTINGS)
-    arms = ("dense", "lora", "apt")
-    rows = {arm: run(config, arm, 0, [], tmp_path / arm) for arm in arms}
+    before = ["pruning.prune_before_tuning=true", "pruning.calibration_batches=2"]
+    rows = {arm: run(config, arm, 0, before, tmp_path / arm) for arm in ("dense", "lora", "apt", "magnitude")}
     assert len({row["test_tokens"] for row in rows.values()}) == 1
     assert (rows["dense"]["steps"], rows["lora"]["steps"], rows["apt"]["steps"]) == (0, 20, 20)
     assert rows["lora"]["perplexity"] < rows["dense"]["perplexity"]
     assert rows["lora"]["perplexity_untuned"] == pytest.approx(rows["dense"]["perplexity"], rel=1e-5)
+    untuned = {row["perplexity_untuned"] for arm, row in rows.items() if arm != "dense"}
+    assert len(untuned) == 3  # of models that are pruned already, each in its way
     assert rows["lora"]["params"] == rows["dense"]["params"] > rows["apt"]["params"]
     assert (rows["lora"]["sparsity"], rows["dense"]["sparsity"]) == (0.0, 0.0)
     assert 0.3 <= rows["apt"]["sparsity"] <= 0.5
     assert all(len(row["text"]) > 10 for row in rows.values())
 
     lines = table([{key: str(value) for key, value in row.items()} for row in rows.values()]).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| dense", "| lora", "| apt"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        f"| {arm} {' '.join(before)}" for arm in ("dense", "lora", "apt", "magnitude")
+    ]
 
     times = speed(load_config(config), {"apt": tmp_path / "apt"}, runs=2)
     assert {(row["what"], row["arm"]) for row in times} == {

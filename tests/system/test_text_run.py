@@ -80,3 +80,15 @@ def test_a_run_that_prunes_before_it_tunes(tmp_path: Path, capsys: pytest.Captur
     assert "tokens/s before the first event" in out
     timings = json.loads((tmp_path / "run" / "event_timing.json").read_text(encoding="utf-8"))
     assert [row["step"] for row in timings["events"]] == [0]
+
+
+def test_a_run_that_is_pruned_before_it_is_tuned(tmp_path: Path) -> None:
+    pruning = {"prune_before_tuning": True, "calibration_batches": 3, "salience": "sum_of_products"}
+    assert main(["train", str(write_text_config(tmp_path, pruning=pruning))]) == 0
+    metrics, events = metrics_of(tmp_path / "run"), read_jsonl(tmp_path / "run" / "events.jsonl")
+    assert events[0]["step"] == 0
+    assert events[0]["sparsity"] == metrics["sparsity"] >= 0.3
+    assert len(events) > 1  # ranks grow later
+    assert all(event["removed"] == 0.0 for event in events[1:])
+    assert metrics["perplexity"] < 0.5 * len(WORDS)
+    assert metrics["perplexity"] == pytest.approx(metrics["perplexity_before_export"], rel=1e-5)
