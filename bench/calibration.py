@@ -45,7 +45,7 @@ def variants(seed: int) -> Iterator[dict[str, Any]]:
 def static_scores(
     model: nn.Module, groups: list[UnitGroup], blocks: Examples, batch_size: int
 ) -> dict[tuple[str, str], Scores]:
-    """Scores summed over batches of one backward pass each, for every salience and kurtosis."""
+    """Scores summed over batches, for every kurtosis and every salience that reads data."""
     terms = {kurtosis: OutlierTerm(kurtosis) for kurtosis in KURTOSES}
     sums: dict[tuple[str, str], Scores] = {}
     for start in range(0, len(blocks), batch_size):
@@ -57,9 +57,7 @@ def static_scores(
             out: Any = model(input_ids=ids, labels=ids)
             out.loss.backward()
             model.zero_grad(set_to_none=True)
-            for salience in SALIENCES:
-                if (salience != "product_of_sums") != products:
-                    continue
+            for salience in ("sum_of_products", "gate_taylor") if products else ("product_of_sums",):
                 scores = {group.name: unit_scores(group, 1.0, salience) for group in groups}
                 for kurtosis, term in terms.items():
                     table = sums.setdefault((salience, kurtosis), {})
@@ -100,7 +98,9 @@ def study(config: RunConfig, seeds: list[int], num_blocks: int, test_blocks: int
         chosen = order[seed * num_blocks : (seed + 1) * num_blocks]
         blocks = Examples({name: [column[i] for i in chosen] for name, column in data.train.columns.items()})
         shut(groups, {group.name: list(range(group.num_units)) for group in groups})
-        sums = static_scores(model, groups, blocks, config.training.batch_size)
+        sums = {("magnitude", "off"): {group.name: unit_scores(group, 1.0, "magnitude") for group in groups}}
+        if any(variant["salience"] != "magnitude" for variant in todo):
+            sums |= static_scores(model, groups, blocks, config.training.batch_size)
         for variant in todo:
             options = {key: variant[key] for key in ("salience", "balance", "layout")}
             settings = PruningConfig(target_sparsity=config.pruning.target_sparsity, **options)
