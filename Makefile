@@ -21,15 +21,19 @@ decoder: $(STAMPS)/smollm2 ## prune SmolLM2-135M by 30 % and tune it on reviews 
 	$(PY) -m apt train examples/smollm2.yaml --overwrite
 
 test check gpu: export HF_HUB_OFFLINE = 1
+test check: export OMP_NUM_THREADS = 1
 
-test: $(STAMPS)/dev $(STAMPS)/demo ## the default tests: CPU, no network
-	$(PY) -m pytest
+WORKERS ?= auto
+PYTEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+
+test: $(STAMPS)/dev $(STAMPS)/demo ## the default tests: CPU, no network, one process a core (WORKERS=0: one in all)
+	$(PYTEST)
 
 check: $(STAMPS)/dev $(STAMPS)/demo ## lint, format, types, then the default tests: what CI runs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy apt apt_kernels
-	$(PY) -m pytest
+	$(PYTEST)
 
 bench: $(STAMPS)/dev $(STAMPS)/demo ## compare with PEFT LoRA and full fine-tuning; resumes; ARGS="..." is passed on
 	$(PY) -m bench.finetune $(ARGS)
