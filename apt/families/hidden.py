@@ -210,6 +210,7 @@ def hidden_parts(model: nn.Module, family: Family) -> list[Part]:
     for name, module in model.named_modules():
         wide = any(width in parameter.shape for parameter in module.parameters(recurse=False))
         ours = name.startswith("apt_")  # put beside the model, for training alone
+        ours |= id(model.get_submodule(name.rpartition(".")[0])) in known  # what a known linear holds follows it
         if wide and not ours and id(module) not in known and not (id(module) in inside and _of_a_head(name)):
             raise ValueError(f"hidden dimensions: it is not known whether {name} reads them")
     return parts
