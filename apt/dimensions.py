@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from apt.adapters import APTAdapter, adapted, exchange
@@ -36,7 +37,7 @@ class HiddenGroup:
     @property
     def members(self) -> list[Member]:
         """The adapted linears of the layers, each with the side that the dimensions own."""
-        inside = [part for part in self.parts if part.layer is not None and isinstance(part.module, APTAdapter)]
+        inside = [p for p in self.parts if p.layer is not None and isinstance(p.module, APTAdapter) and not p.aside]
         return [Member(part.module, axis, 1) for part in inside for axis in part.axes]  # type: ignore[arg-type]
 
     @property
@@ -80,6 +81,12 @@ def find_dimensions(model: nn.Module, family: Family, *, min_hidden: int = 0) ->
     parts = hidden_parts(model, family)
     gate = next(part.module.hidden for part in parts if isinstance(part.module, HiddenNorm))
     return HiddenGroup(gate, tuple(parts), min(min_hidden, gate.num_units))
+
+
+def hidden_group(model: nn.Module, family: Family | None) -> HiddenGroup | None:
+    """The hidden dimensions of a patched model; None where their gates are not in."""
+    gated = any(isinstance(module, HiddenNorm) for module in model.modules())
+    return find_dimensions(model, family) if gated and family is not None else None
 
 
 def has_dimensions(model: nn.Module, family: Family) -> bool:
@@ -169,6 +176,18 @@ def free_dimension_tails(group: HiddenGroup) -> None:
         elif part.kind == "embedding" and module.weight.shape[1] > group.num_units:
             exchange(module.weight, module.weight.detach()[:, : group.num_units].clone())
             module.embedding_dim = group.num_units
+    group.gate.order = torch.arange(group.num_units, device=group.gate.order.device)
+
+
+def outer_dims(group: HiddenGroup) -> dict[str, tuple[int, ...]]:
+    """Which dimensions of the parameters outside the layers run over the stream: full name -> dimensions."""
+    dims: dict[str, tuple[int, ...]] = {}
+    for part in group.parts:
+        if part.layer is None and part.kind in ("linear", "norm"):
+            out = part.kind == "norm" or "out" in part.axes
+            dims[f"{part.name}.weight"] = (0,) * out + (1,) * ("in" in part.axes)
+            dims[f"{part.name}.bias"] = (0,) * out
+    return dims
 
 
 def resize_dimensions(model: nn.Module, family: Family, num: int) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from apt import __version__
 from apt.controller import patch_state
-from apt.dimensions import live_views, resize_dimensions
+from apt.dimensions import hidden_group, live_views, resize_dimensions
 from apt.distiller import TRANSFORM
 from apt.families import Attention, Family, find_family
 from apt.fused import FusedLinears, plain_linear, replace_module, replaced, restore_plain, split_fused
 from apt.linears import features, is_conv1d, make_linear, weight_and_bias
-from apt.patch import Summary, hidden_group, summary
+from apt.patch import Summary, summary
 from apt.stock import stock_config
 from apt.units import num_units, part_linears
 
@@ -141,7 +141,8 @@ def load_model(folder: str | Path) -> nn.Module:
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned, a tied tensor once."""
     ours, done, dtypes = dict(replaced(model)), set(), patch_state(model).dtypes
-    live = {id(stored): view for stored, view in live_views(model, hidden_group(model))}
+    group = hidden_group(model, patch_state(model).family)
+    live = {id(stored): view for stored, view in live_views(model, group)}
     state: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     seen: set[int] = set()

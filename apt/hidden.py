@@ -38,6 +38,7 @@ class HiddenGate(MaskGate):
 
     sums: Tensor  # [sites, 2, D]
     count: Tensor  # [sites]
+    order: Tensor  # [stored], where each dimension that the weights store stood when there was no tail
 
     def __init__(self, num_units: int, num_sites: int, device: torch.device | None = None) -> None:
         super().__init__(num_units, 1, ValidTokens(), device)
@@ -45,10 +46,18 @@ class HiddenGate(MaskGate):
         self.dense = False  # a teacher's pass: full widths, no mask, no statistics
         self.sums = torch.zeros(num_sites, 2, num_units, device=device)
         self.count = torch.zeros(num_sites, device=device)
+        self.register_buffer("order", torch.arange(num_units, device=device), persistent=False)
 
-    def keep(self, kept: Tensor) -> None:
+    def keep(self, kept: Tensor, order: Tensor | None = None) -> None:
+        """Drop all dimensions but those at the positions `kept`.
+
+        Args:
+            kept: ascending.
+            order: positions of all dimensions that the weights store, in their new order, where a tail stays.
+        """
         num_sites, device = self.count.numel(), self.sums.device
         super().keep(kept)
+        self.order = torch.arange(kept.numel(), device=device) if order is None else self.order[order]
         self.sums = torch.zeros(num_sites, 2, kept.numel(), device=device)
         self.count = torch.zeros(num_sites, device=device)
 
@@ -116,7 +125,8 @@ class HiddenNorm(nn.Module):
         n = self.weight.numel() if hidden.dense else self.n
         masked = hidden.masked and not hidden.dense
         site = self.site if self.gated and hidden.collects_at("read") else None
-        if not masked and x.shape[-1] == n == self.weight.numel():
+        whole = self.weight.numel() == n and self.stock.weight is self.weight  # a teacher may have put its own here
+        if not masked and whole and x.shape[-1] == n:
             y: Tensor = self.stock(x)
         else:
             folded = masked and self.gated and site is None  # the gate costs nothing in weight and bias

@@ -12,9 +12,8 @@ from apt.activations import put_activations, restore_activations
 from apt.adapters import APTAdapter, SharedInput, adapted
 from apt.controller import APTConfig, PatchState, patch_state
 from apt.dimensions import (
-    HiddenGroup,
-    find_dimensions,
     has_dimensions,
+    hidden_group,
     live_views,
     outer_linears,
     place_dimensions,
@@ -335,17 +334,11 @@ class Summary:
         )
 
 
-def hidden_group(model: nn.Module) -> HiddenGroup | None:
-    """The hidden dimensions of a patched model; None where they cannot be removed."""
-    state = patch_state(model)
-    return find_dimensions(model, state.family) if state.hidden and state.family is not None else None
-
-
 def summary(model: nn.Module) -> Summary:
     """Count a patched model. Raises ValueError on one that is not patched."""
     state = patch_state(model)
     modules = dict(adapted(model))
-    group = hidden_group(model)
+    group = hidden_group(model, state.family)
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{TRANSFORM}."))
     tails = sum(stored.numel() - live.numel() for stored, live in live_views(model, group))
     adapters = sum(p.numel() for m in modules.values() for p in m.adapter_parameters())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from apt.adapters import APTAdapter, adapted, exchange
 from apt.dimensions import NAME, Group, HiddenGroup, find_dimensions, fit_norm, free_dimension_tails
+from apt.distiller import TRANSFORM, LayerTransform
 from apt.families import Attention, EmptyAttention, find_family
 from apt.hidden import HiddenNorm
 from apt.moments import check_optimizer, grown, moments, state_of
@@ -67,7 +68,7 @@ def apply_prune_plan(
         if len(positions) == group.num_units:
             continue
         if isinstance(group, HiddenGroup):  # first: a layer that loses its last head takes a copy of a bias along
-            _prune_hidden(group, positions, optimizer, keep_tail)
+            _prune_hidden(group, getattr(model, TRANSFORM, None), positions, optimizer, keep_tail)
         else:
             _prune_group(group, positions, optimizer, keep_tail)
 
@@ -92,10 +93,14 @@ def _prune_group(
 
 
 @torch.no_grad()
-def free_tails(model: nn.Module) -> None:
+def free_tails(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Give back what `keep_tail` left behind: no teacher reads the dense weights any more."""
+    transform = getattr(model, TRANSFORM, None)
     if any(isinstance(module, HiddenNorm) for module in model.modules()):
-        free_dimension_tails(find_dimensions(model, find_family(model)))
+        group = find_dimensions(model, find_family(model))
+        free_dimension_tails(group)
+        if transform is not None:
+            _follow(transform.lora_B, lambda t: t[: group.num_units].clone(), optimizer)
     for module in model.modules():
         if isinstance(module, APTAdapter):
             module.free_tail()
@@ -109,7 +114,11 @@ def _stored_units(group: UnitGroup) -> int:
 
 
 def _prune_hidden(
-    group: HiddenGroup, positions: list[int], optimizer: torch.optim.Optimizer | None, keep_tail: bool
+    group: HiddenGroup,
+    transform: LayerTransform | None,
+    positions: list[int],
+    optimizer: torch.optim.Optimizer | None,
+    keep_tail: bool,
 ) -> None:
     """Keep the dimensions `positions` in every part of the model, a tied weight once."""
     kept, live = torch.tensor(positions, dtype=torch.long, device=group.gate.mask.device), group.num_units
@@ -138,16 +147,24 @@ def _prune_hidden(
             module.width = len(positions) if module.width else 0
         for axis in part.axes if part.kind == "linear" else ():
             dim = 0 if axis == "out" else 1
+            stored = module.weight.shape[dim]
             cut(module.weight, dim)
             if axis == "out":
                 cut(module.bias, 0)
             if isinstance(module, APTAdapter):
+                if keep_tail:
+                    _permute_teacher(module, axis, _retained_first(kept, live, stored))
                 for tensor in module.side(axis):
                     cut(tensor, dim, keep_tail=False)
                 setattr(module, "n_out" if axis == "out" else "n_in", len(positions))
             else:
                 setattr(module, "out_features" if axis == "out" else "in_features", len(positions))
-    group.gate.keep(kept)
+    stored = group.gate.order.numel()
+    order = _retained_first(kept, live, stored) if keep_tail else None
+    if transform is not None:  # from the student's dimensions to those of its teacher
+        _follow(transform.lora_A, lambda t: t.index_select(1, kept), optimizer)
+        _follow(transform.lora_B, lambda t: t.index_select(0, kept if order is None else order), optimizer)
+    group.gate.keep(kept, order)
 
 
 def _cut(

@@ -42,11 +42,6 @@ class APTConfig:
             )
         if self.rank < 1:
             raise ValueError(f"config: rank must be at least 1, got {self.rank}")
-        if self.distillation.use_self_distillation and "hidden" in self.pruning.unit_types:
-            raise ValueError(
-                "config: a teacher does not follow hidden dimensions yet; leave 'hidden' out of unit_types or set "
-                "use_self_distillation to false"
-            )
         if not 0.0 <= self.momentum_salience < 1.0:
             raise ValueError(f"config: momentum_salience must be in [0, 1), got {self.momentum_salience}")
         if self.target_modules is not None:

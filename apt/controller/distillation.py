@@ -142,7 +142,7 @@ class Distillation:
             score is None or self.teacher_score is None or not score < self.teacher_score
         ):
             return
-        free_tails(self.model)
+        free_tails(self.model, self.optimizer)
         self.distiller.snapshot()
         self.since_event, self.teacher_score = events, score
         self.snapshots.append(step)

@@ -15,6 +15,7 @@ from apt.distiller.losses import SPANS, layer_loss, prediction_loss, predictions
 from apt.distiller.teacher import Teacher
 from apt.families import Stack, base_model, find_family
 from apt.gates import ValidTokens
+from apt.hidden import HiddenNorm
 from apt.units import find_units
 
 TRANSFORM_SCALE = 2.0  # unitless, of the trainable part of Tr, as of the adapters
@@ -255,13 +256,22 @@ def place_transform(model: nn.Module, config: DistillationConfig, seed: int = 0)
     found = getattr(model, TRANSFORM, None)
     if isinstance(found, LayerTransform):
         return found
-    hf_config: Any = model.config
+    width, stored = _widths(model)
     parameter = next(base_model(model).parameters())
     generator = torch.Generator().manual_seed(seed)
-    transform = LayerTransform(hf_config.hidden_size, config.transform_rank, TRANSFORM_SCALE, generator)
+    transform = LayerTransform(width, stored, config.transform_rank, TRANSFORM_SCALE, generator)
     transform = transform.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
     setattr(model, TRANSFORM, transform)
     return transform
+
+
+def _widths(model: nn.Module) -> tuple[int, int]:
+    """Hidden dimensions of the student, and of the weights that a teacher shares with it."""
+    norm = next((module for module in model.modules() if isinstance(module, HiddenNorm)), None)
+    if norm is not None:
+        return norm.hidden.num_units, norm.hidden.order.numel()
+    config: Any = model.config
+    return config.hidden_size, config.hidden_size
 
 
 def release(model: nn.Module) -> None:

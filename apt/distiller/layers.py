@@ -18,28 +18,30 @@ class LayerTransform(nn.Module):
     """``Tr(h) = h + s * B A h``: the identity plus a trainable low-rank part (method.md 6.4).
 
     B starts at zero, so Tr starts as exactly the identity. All layers share it. It belongs to training alone: exports
-    and counts of parameters leave it out.
+    and counts of parameters leave it out. Where the student lost hidden dimensions, the teacher's stand in the same
+    order, those of the student first: the identity is then ``[I; 0]``.
 
     Args:
-        width: hidden dimensions D.
+        width: hidden dimensions D of the student.
+        to: hidden dimensions of the teacher, at least D.
         rank: R of the trainable part.
         scale: unitless, s.
         generator: draws A; the global random state is left alone.
     """
 
     lora_A: nn.Parameter  # [R, D]
-    lora_B: nn.Parameter  # [D, R]
+    lora_B: nn.Parameter  # [to, R]
 
-    def __init__(self, width: int, rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(self, width: int, to: int, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
         self.scale = scale
         bound = 1.0 / max(1, width) ** 0.5  # LoRA's kaiming-uniform start
         self.lora_A = nn.Parameter((torch.rand(rank, width, generator=generator) * 2.0 - 1.0) * bound)
-        self.lora_B = nn.Parameter(torch.zeros(width, rank))
+        self.lora_B = nn.Parameter(torch.zeros(to, rank))
 
     def forward(self, h: Tensor) -> Tensor:
         delta = F.linear(F.linear(h.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return h + self.scale * delta
+        return F.pad(h, (0, delta.shape[-1] - h.shape[-1])) + self.scale * delta
 
 
 def sample_layers(num_layers: int, num_blocks: int, generator: torch.Generator) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapters import APTAdapter, adapted
+from apt.dimensions import hidden_group, outer_dims
 from apt.distiller.layers import TRANSFORM
 from apt.families import Attention, EmptyAttention, Family, Layer
 
@@ -102,8 +103,15 @@ class Teacher:
                 for ours, theirs in (("lora_A", linear.teacher_A), ("lora_B", linear.teacher_B)):
                     if theirs is not None or getattr(linear, ours) is not None:
                         _swap(stack, linear, ours, None if theirs is None else _frozen(theirs))
+            group = hidden_group(self.model, self.family)
+            if group is not None:
+                _swap(stack, group.gate, "dense", True)
+            dims = {} if group is None else outer_dims(group)
             for name, value in self.head.items():
                 owner, _, leaf = name.rpartition(".")
+                if group is not None:  # in the order of the weights before it
+                    for dim in dims.get(name, ()):
+                        value = value.index_select(dim, group.gate.order)
                 _swap(stack, self.model.get_submodule(owner), leaf, _frozen(value))
             for module in self.model.modules():
                 if module.training:

@@ -171,6 +171,7 @@ class Part:
     gated: bool = False  # what it reads (a linear) or gives (a norm) is gated
     site: bool = False  # that gate collects statistics
     layer: Layer | None = None  # None outside the layers
+    aside: bool = False  # in an attention that only a teacher still runs
 
 
 def hidden_table(model: nn.Module) -> HiddenTable:
@@ -205,6 +206,7 @@ def hidden_parts(model: nn.Module, family: Family) -> list[Part]:
         parts += _inside(layer, names[id(layer.module)], table)
         inside |= {id(module) for module in layer.module.modules()}
     known = {id(part.module) for part in parts}
+    known |= {id(module) for part in parts if part.kind == "linear" for module in part.module.modules()}
     known |= {id(module) for name in (*table.others, *table.unless) for module in _find(model, name)}
     width = hidden_size(parts)
     for name, module in model.named_modules():
@@ -270,7 +272,13 @@ def _inside(layer: Layer, full: str, table: HiddenTable) -> Iterator[Part]:
                 axes = ("out",) if role == part.reader else ("in",)
                 yield Part(f"{full}.{name}", there[name], "linear", axes, layer=layer)
         if isinstance(part, Attention) and isinstance(there[part.module], EmptyAttention):
-            yield Part(f"{full}.{part.module}", there[part.module], "empty", layer=layer)
+            empty = there[part.module]
+            yield Part(f"{full}.{part.module}", empty, "empty", layer=layer)
+            for role, name in part.linears.items() if empty.dense else ():
+                if name.startswith(f"{part.module}."):
+                    inner = empty.dense[0].get_submodule(name.removeprefix(f"{part.module}."))
+                    axes = ("out",) if role == part.reader else ("in",)
+                    yield Part(f"{full}.{name}", inner, "linear", axes, layer=layer, aside=True)
     for entries, gated in ((table.norms, False), (table.read_norms, True)):
         for name in entries:
             if name not in there:  # layers of an encoder and of a decoder have one table

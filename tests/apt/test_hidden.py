@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from check import Unrounded, close
-from test_surgery import groups_of, patched
+from test_surgery import EVERYWHERE, groups_of, patched
 from tiny_models import (
     GENERATORS,
     NAMES,
@@ -87,6 +87,21 @@ def test_masked_equals_shrunk(name: str, keep_tail: bool) -> None:
     assert (counts.hidden, counts.masked) == (len(plan.kept["hidden"]), 0)
     stored = sum(p.numel() for key, p in model.named_parameters() if "lora_" not in key)
     assert (counts.params_after < stored) if keep_tail else (counts.params_after == stored)
+
+
+@pytest.mark.parametrize("method", ["gsa", "spectral_a", "spectral_r"])
+@pytest.mark.parametrize("name", ["bert", "llama_gqa"])
+def test_masked_equals_shrunk_under_any_method(name: str, method: str) -> None:
+    model = apt.patch_model(tiny_model(name), method=method, prune=True, rank=3, target_modules=EVERYWHERE)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**tiny_batch(name)).loss.backward()
+    optimizer.step()
+    for seed in (1, 2):
+        plan = random_plan(model, hidden=True, empty=free_heads(model)[-1:], seed=seed)
+        set_masks(model, plan)
+        masked = responses(model, name)[0]
+        apply_prune_plan(model, plan, optimizer)
+        close(f"event {seed}", responses(model, name)[0], masked)
 
 
 @pytest.mark.parametrize("name", HIDDEN)

@@ -467,11 +467,6 @@ def uniform(name: str) -> Any:
     return model
 
 
-def test_a_teacher_is_refused() -> None:
-    with pytest.raises(ValueError, match="a teacher does not follow hidden dimensions yet; leave 'hidden' out"):
-        Loop("bert", in_training("bert"), 30, unit_types=ALL, use_self_distillation=True)
-
-
 def test_unit_types_in_a_config(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("{output_dir: out, model: {name: tiny}, data: {datasets: rows.csv}}")
