@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apt import __version__
-from apt.controller import patch_state
+from apt.controller import patch_state, uncompiled
 from apt.dimensions import hidden_group, live_views, resize_dimensions
 from apt.distiller import TRANSFORM
 from apt.families import Attention, Family, find_family
@@ -45,7 +45,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     Raises:
         ValueError: the model is not patched or still masks units between two events, or the folder exists.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), uncompiled(model)
     state, counts = patch_state(model), summary(model)
     if counts.masked:
         raise ValueError(f"export: {counts.masked} units are masked but not removed yet; train past the next event")

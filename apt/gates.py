@@ -104,7 +104,7 @@ class MaskGate(nn.Module):
         self.collecting = False
         self.products = False  # which statistics are collected; products keep h until backward
         self.totals = False  # collects `total` too
-        self.masked = False  # whether any mask differs from 1, kept here so that no step asks the device
+        self._masked = False  # whether any mask differs from 1, kept here so that no step asks the device
         self._starter = torch.zeros((), requires_grad=True)  # belongs to no optimizer and gets no gradient
         # Not persistent: the checkpoint room saves them with the plan that gave them their size.
         self.register_buffer("mask", torch.ones(num_units, device=device), persistent=False)
@@ -116,10 +116,20 @@ class MaskGate(nn.Module):
     def num_units(self) -> int:
         return self.mask.numel()
 
+    @property
+    def masked(self) -> bool:
+        """Whether to multiply: any mask differs from 1; in a compiled graph, whether one may before the next event.
+
+        So a graph lasts from event to event: which gates are all ones would otherwise be a graph each.
+        """
+        if torch.compiler.is_compiling() and self.collecting:
+            return True
+        return self._masked
+
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask; an all-ones mask switches the multiplication off."""
         self.mask.copy_(mask)
-        self.masked = bool((mask != 1).any())
+        self._masked = bool((mask != 1).any())
 
     def reset_sums(self) -> None:
         self.sums.zero_()
@@ -132,7 +142,7 @@ class MaskGate(nn.Module):
         self.sums = torch.zeros(2, kept.numel() * self.unit_size, device=self.sums.device)
         self.total = torch.zeros(kept.numel() * self.unit_size, device=self.total.device)
         self.count.zero_()
-        self.masked = False
+        self._masked = False
 
     @property
     def collects(self) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from apt.activations import put_activations, restore_activations
 from apt.adapters import APTAdapter, SharedInput, adapted
-from apt.controller import APTConfig, PatchState, patch_state
+from apt.controller import APTConfig, PatchState, forget_graphs, patch_state, uncompiled
 from apt.dimensions import (
     has_dimensions,
     hidden_group,
@@ -47,7 +47,7 @@ def patch_model(
     in place of their forward. It takes no config.
 
     Args:
-        model: a Hugging Face model, any module where nothing is pruned, or a PEFT LoRA model.
+        model: a Hugging Face model, any module where nothing is pruned, or a PEFT LoRA model; compiled already or not.
         config: None is the default; `method` and `overrides` apply on top.
         method: "apt", "lora", "gsa", "spectral_a" or "spectral_r" (`apt.methods`).
         overrides: leaves of the config by name.
@@ -59,10 +59,14 @@ def patch_model(
         ValueError: the model is patched already, its family is unknown though units are to go, a target matches
             nothing, or a setting is unknown or out of range.
     """
+    given, model = model, uncompiled(model)
     if isinstance(getattr(model, "_apt", None), PatchState):
         raise ValueError("patch_model: this model is patched already; call apt.unpatch_model(model) first")
+    if given is not model:  # what was compiled before knows nothing of the parts put in now
+        forget_graphs()
     if _of_peft(model):
-        return _fuse_peft(model, config, method, overrides)
+        _fuse_peft(model, config, method, overrides)
+        return given
     if method != "apt" or config is None:
         overrides = {"method": method, **overrides}
     config = (config or APTConfig()).with_overrides(**overrides)
@@ -105,7 +109,7 @@ def patch_model(
     state.dtypes, hooks = widen(model, head)
     state.hooks += hooks
     model._apt = state  # type: ignore[assignment]
-    return model
+    return given
 
 
 def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
@@ -116,11 +120,14 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
         merge: add the adapters into the weights first; otherwise what they learnt is dropped. On a model of PEFT use
             its own ``merge_and_unload``.
     """
+    given, model = model, uncompiled(model)
+    if given is not model:
+        forget_graphs()
     if _of_peft(model):
         from apt.peft_fusion import unfuse
 
         unfuse(model)
-        return model
+        return given
     state = patch_state(model)
     release(model)
     free_tails(model)
@@ -134,7 +141,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, False))
     del model._apt
-    return model
+    return given
 
 
 def _of_peft(model: nn.Module) -> bool:
@@ -142,7 +149,7 @@ def _of_peft(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith(("peft.", "apt.peft_fusion")) for module in model.modules())
 
 
-def _fuse_peft(model: nn.Module, config: APTConfig | None, method: str, overrides: dict[str, Any]) -> nn.Module:
+def _fuse_peft(model: nn.Module, config: APTConfig | None, method: str, overrides: dict[str, Any]) -> None:
     from apt.peft_fusion import fuse, is_peft
 
     if not is_peft(model):
@@ -153,7 +160,6 @@ def _fuse_peft(model: nn.Module, config: APTConfig | None, method: str, override
             "while training, give the model without PEFT: patch_model(model.unload())"
         )
     fuse(model)
-    return model
 
 
 class _ValidTokenHook:
@@ -336,6 +342,7 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Count a patched model. Raises ValueError on one that is not patched."""
+    model = uncompiled(model)
     state = patch_state(model)
     modules = dict(adapted(model))
     group = hidden_group(model, state.family)

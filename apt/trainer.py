@@ -23,7 +23,7 @@ from apt.checkpoint import (
     restore_shapes,
     save_controller,
 )
-from apt.controller import APTConfig, Controller, adopt, patch_state
+from apt.controller import APTConfig, Controller, adopt, patch_state, uncompiled
 from apt.distiller import TRANSFORM, LayerTransform, place_transform
 from apt.moments import bare_optimizer
 from apt.records import write_jsonl
@@ -57,6 +57,10 @@ class APTrainer(Trainer):
         event_log: Path | None = None,
         **kwargs: Any,
     ) -> None:
+        if uncompiled(model) is not model:
+            raise ValueError(
+                "trainer: give the model itself, and torch_compile=True in the arguments, which compile it"
+            )
         names = _trainer_arguments()
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
         self.apt_config = (config or patch_state(model).config).with_overrides(**overrides)

@@ -4,6 +4,16 @@ from apt.controller.ablations import ABLATIONS, changes_of
 from apt.controller.config import APTConfig
 from apt.controller.controller import Controller
 from apt.controller.distillation import adopt
-from apt.controller.state import PatchState, patch_state
+from apt.controller.state import PatchState, forget_graphs, patch_state, uncompiled
 
-__all__ = ["ABLATIONS", "APTConfig", "Controller", "PatchState", "adopt", "changes_of", "patch_state"]
+__all__ = [
+    "ABLATIONS",
+    "APTConfig",
+    "Controller",
+    "PatchState",
+    "adopt",
+    "changes_of",
+    "forget_graphs",
+    "patch_state",
+    "uncompiled",
+]

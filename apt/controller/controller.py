@@ -1,7 +1,6 @@
 """When: asks the rooms above for scores and plans, hands the plans to surgery, keeps the events."""
 
 import itertools
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from apt.controller.calibration import Loss, model_loss, static_scores
 from apt.controller.config import APTConfig
 from apt.controller.distillation import Distillation, HeldOut
 from apt.controller.masks import move_masks, open_units, settle_masks
-from apt.controller.state import patch_state
+from apt.controller.state import forget_graphs, patch_state, uncompiled
 from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
 from apt.dimensions import Group, find_dimensions
@@ -48,7 +47,7 @@ class Controller:
     ``optimizer.step()``, ``run.after_step()`` before ``zero_grad``.
 
     Args:
-        model: patched by `apt.patch_model`.
+        model: patched by `apt.patch_model`, compiled by ``torch.compile`` before or after that, or not.
         optimizer: over the trainable parameters; AdamW, Adam or SGD. Its moments follow every event.
         total_steps: optimizer steps of the run.
         config: None means the one `patch_model` stored.
@@ -76,6 +75,7 @@ class Controller:
         held_out: HeldOut | None = None,
         **overrides: Any,
     ) -> None:
+        model = uncompiled(model)
         state = patch_state(model)
         self.config = (config or state.config).with_overrides(**overrides)
         for name in BUILT_IN:
@@ -344,8 +344,7 @@ class Controller:
             seconds=time.perf_counter() - started,
         )
         self.events.append(event)
-        if "torch._dynamo" in sys.modules:  # shapes are static between events; start the recompile count anew
-            torch._dynamo.reset()
+        forget_graphs()  # shapes are static between events; start the recompile count anew
         if prune_plan is not None and not self._prunes_on:
             self._collect(False)
         if self.event_log is not None:

@@ -1,5 +1,6 @@
 """What `patch_model` leaves on a model, for the controller, the export and `unpatch_model`."""
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,18 @@ class PatchState:
     hidden: bool = False  # whether the gates of hidden dimensions are in
     hooks: list[Any] = field(default_factory=list)
     distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where ``torch.compile`` has wrapped it: parts are named and replaced there."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def forget_graphs() -> None:
+    """Drop what ``torch.compile`` has compiled in this process, and with it the count towards its recompile limit."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def patch_state(model: nn.Module) -> PatchState:
