@@ -86,13 +86,19 @@ def latency_ms(
     Args:
         models: by name, all on one device.
         batch_size: sentences.
-        length: tokens of each; all are valid.
+        length: tokens of each, in encoder and decoder; all are valid, and an encoder-decoder's end marks the last.
         vocab_size: token ids are drawn below it.
         repeats: timed passes of each model.
     """
     device = next(next(iter(models.values())).parameters()).device
     ids = torch.randint(vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0)).to(device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    config: Any = getattr(next(iter(models.values())), "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        end = config.eos_token_id  # a classifier reads there, once a sentence
+        if end is not None:
+            ids.masked_fill_(ids == end, end + 1 if end + 1 < vocab_size else 0)[:, -1] = end
+        batch["decoder_input_ids"] = ids
 
     def forward(model: nn.Module) -> Callable[[], object]:
         return lambda: model(**batch)

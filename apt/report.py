@@ -97,8 +97,8 @@ def _events(events: list[Event]) -> Table:
             str(event.step),
             f"{event.target_sparsity:.1%}",
             f"{event.sparsity:.1%}",
-            _left(event, ".heads"),
-            _left(event, ".neurons"),
+            _left(event, "heads"),
+            _left(event, "neurons"),
             f"{event.trainable_params:,}",
             f"{event.seconds:.2f}",
         )

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from tiny_models import tiny_model
 from tiny_run import sentences, tiny_bert, tiny_tokenizer, write_csv
 from torch import nn
 
@@ -51,6 +53,21 @@ def test_predictions_come_in_the_order_of_the_data(tokenizer: Any, data: Dataset
     for i in range(len(data.test)):
         ids = torch.tensor([data.test[i]["input_ids"]])
         np.testing.assert_allclose(logits[i], model(input_ids=ids).logits[0].detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("end", [None, 1, 59])
+@pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "T5ForSequenceClassification"])
+def test_encoder_decoders_are_timed(kind: str, end: int | None) -> None:
+    if end is None and kind == "T5ForSequenceClassification":
+        end = 0
+    model = getattr(transformers, kind)(tiny_model("t5", eos_token_id=end).config)
+    seen: list[dict[str, Any]] = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    found = latency_ms({"a": model, "b": model}, batch_size=9, length=40, vocab_size=60, repeats=2)
+    hook.remove()
+    assert min(found.values()) > 0
+    assert all(kwargs["decoder_input_ids"].shape == (9, 40) for kwargs in seen)
+    assert end is None or ((seen[0]["input_ids"] == end).sum(1) == 1).all()
 
 
 def test_evaluate_gives_the_metrics(tokenizer: Any, data: DatasetLoader) -> None:

@@ -31,7 +31,7 @@ METRICS: dict[str, Any] = {
 def run_folder(folder: Path, metrics: dict[str, Any], events: int = 2, timings: bool = True) -> Path:
     write_json(folder / "metrics.json", metrics)
     for i in range(events):
-        kept = {"layers.0.heads": [0, 1], "layers.1.heads": [3], "layers.0.neurons": list(range(1200 - 8 * i))}
+        kept = {"layers.0.heads": [0, 1], "layers.0.cross_heads": [3], "layers.0.neurons": list(range(1200 - 8 * i))}
         plan = PrunePlan(step=i, target_sparsity=0.3, kept=kept, round_to=8)
         counts = {"block_params": 10, "trainable_params": 345678, "seconds": 0.25}
         row = Event(step=40 + i, prune=plan, rank=None, target_sparsity=0.3, sparsity=0.31, removed=0.31, **counts)

@@ -224,6 +224,15 @@ def test_a_run_reaches_its_target(name: str) -> None:
     assert "decoder cross_heads" in str(counts)
 
 
+def test_a_distilled_run_ends_in_a_model_that_is_exported(tmp_path: Path) -> None:
+    """Its teacher is dense while encoder, decoder and cross-attention heads go."""
+    settings = {"use_self_distillation": True, "verify_events": True, **BRIEF}
+    loop = Loop("t5", patched("t5"), 40, target_sparsity=0.5, **settings).take(40)
+    assert apt.summary(loop.model).sparsity >= 0.5
+    model = apt.load_model(apt.export_model(loop.model.eval(), tmp_path / "export"))
+    close("logits", logits(model), logits(loop.model))
+
+
 def test_the_floors_hold_at_any_sparsity() -> None:
     loop = Loop("t5", patched("t5"), 30, target_sparsity=0.9, num_events=1, prune_end=10, round_to=1).take(10)
     units = apt.summary(loop.model).units
