@@ -1,10 +1,7 @@
 """Scores and efficiency: how good a model is, how fast it answers, and what each event saved."""
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from apt.adapters import adapted
+from apt.clock import evaluating, medians_ms
 from apt.data import Examples
 from apt.language import perplexity
 from apt.records import Event
 from apt.surgery import apply_event
 from apt.tasks import compute_metrics
 
-WARM_UPS = 3  # passes before the clock runs: allocations and thread pools settle
 SMALLEST_TIMED = 0.03  # fraction of the block parameters; what removes less is lost in the noise of a step
 
 
@@ -48,7 +45,7 @@ class Evaluator:
         order = sorted(range(len(data)), key=lambda i: -len(data.columns["input_ids"][i]))
         device = next(model.parameters()).device
         chunks = []
-        with _evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             for start in range(0, len(order), self.batch_size):
                 batch = self.collator([data[i] for i in order[start : start + self.batch_size]])
                 inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
@@ -60,22 +57,9 @@ class Evaluator:
     def evaluate(self, model: nn.Module, data: Examples) -> dict[str, float]:
         """The metrics of the task: `accuracy` and others, or `perplexity`, `loss` and `test_tokens`."""
         if self.task == "language_modeling":
-            with _evaluating(model):
+            with evaluating(model):
                 return perplexity(model, data, self.batch_size)
         return compute_metrics(self.predict(model, data))
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own mode back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def latency_ms(
@@ -103,8 +87,8 @@ def latency_ms(
     def forward(model: nn.Module) -> Callable[[], object]:
         return lambda: model(**batch)
 
-    with _evaluating(*models.values()), torch.inference_mode():
-        return _medians_ms({name: forward(model) for name, model in models.items()}, repeats, device)
+    with evaluating(*models.values()), torch.inference_mode():
+        return medians_ms({name: forward(model) for name, model in models.items()}, repeats, device)
 
 
 def time_events(
@@ -137,7 +121,7 @@ def time_events(
         apply_event(model, replace(event, prune=None))
         if timed:
             models |= {"after": model}
-            times = _medians_ms({name: _step(each, batch) for name, each in models.items()}, steps, device)
+            times = medians_ms({name: _step(each, batch) for name, each in models.items()}, steps, device)
             rows.append(
                 {
                     "step": event.step,
@@ -191,21 +175,3 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], None]:
         model(**batch).loss.backward()
 
     return run
-
-
-def _medians_ms(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(WARM_UPS + repeats):
-        for name, run in runs.items():
-            _wait_for(device)
-            started = time.perf_counter()
-            run()
-            _wait_for(device)
-            if repeat >= WARM_UPS:
-                times[name].append(1000.0 * (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

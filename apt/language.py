@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.clock import wait_for
 from apt.data import NOT_A_TARGET, Examples, collate_blocks
 
 WARM_UPS = 1  # generations before the clock runs
@@ -66,10 +67,10 @@ def generation_rates(
     rates: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(WARM_UPS + repeats):
         for name, model in models.items():
-            _wait_for(prompts.device)
+            wait_for(prompts.device)
             started = time.perf_counter()
             greedy(model, prompts, new_tokens)
-            _wait_for(prompts.device)
+            wait_for(prompts.device)
             if repeat >= WARM_UPS:
                 rates[name].append(prompts.shape[0] * new_tokens / (time.perf_counter() - started))
     return rates
@@ -105,8 +106,3 @@ def generation_metrics(
         "generated_per_s_small": statistics.median(rates["small"]),
         "generation_shape": [batch_size, prompts.shape[1], new_tokens],
     }
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,6 +11,7 @@ import pytest
 
 ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the rooms above it
     "records",
+    "clock",
     "schedule",
     "families",
     "gates",
@@ -22,6 +23,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "units",  # a unit group names the gate and the linears it cuts
     "dimensions",
     "prices",
+    "times",
     "methods",
     "prompts",
     "salience",
@@ -30,6 +32,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "distiller",
     "moments",
     "surgery",
+    "latency",
     "controller",
     "peft_fusion",
     "task_head",
