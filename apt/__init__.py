@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from apt.pruner import AdaptivePruner
     from apt.schedule import SparsityScheduler
     from apt.trainer import APTrainer
+    from apt.tuner import AdaptiveTuner
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _ROOMS = {
     "APTConfig": "controller",
     "APTrainer": "trainer",
     "AdaptivePruner": "pruner",
+    "AdaptiveTuner": "tuner",
     "Controller": "controller",
     "SelfDistiller": "distiller",
     "SparsityScheduler": "schedule",
@@ -40,6 +42,7 @@ __all__ = [
     "APTConfig",
     "APTrainer",
     "AdaptivePruner",
+    "AdaptiveTuner",
     "Controller",
     "SelfDistiller",
     "SparsityScheduler",

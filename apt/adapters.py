@@ -139,10 +139,14 @@ class APTAdapter(nn.Module):
             return rows.normal_(0.0, self.init_std or 1.0 / math.sqrt(3 * max(1, self.n_in)))
         raise ValueError(f"APTAdapter: init_type must be 'lora' or 'gaussian', got {init_type!r}")
 
-    def increase_rank(self, new_rank: int, init_type: Literal["lora", "gaussian"] = "gaussian") -> None:
+    def increase_rank(self, new_rank: int, init_type: Literal["lora", "gaussian"] = "lora") -> None:
         """Append random rows to A over zero columns of B: the output stays as it was.
 
         An optimizer must follow: `apt.surgery.apply_rank_plan` calls this and moves its state.
+
+        Args:
+            new_rank: above the present one.
+            init_type: of the rows of A: "lora" is kaiming-uniform as at the start, "gaussian" N(0, init_std^2).
 
         Raises:
             ValueError: the new rank is not above the present one, or there is no adapter.

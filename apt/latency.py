@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,10 +78,12 @@ def measure_latency(
     layers = {layer.stack.name: 0 for layer in family.layers(model)}
     for layer in family.layers(model):
         layers[layer.stack.name] += 1
-    table = LatencyTable(device=_name(device), batch_size=batch_size, length=length, rest_ms=0.0, parts=parts)
-    taken = table.total_ms({group.name: group.num_units for group in groups})
-    taken += sum(layers[stack] * max(0.0, ms) for stack, ms in adapters.items())
-    return LatencyTable(**{**table.to_json(), "rest_ms": max(0.0, whole - taken)})
+    free = LatencyTable(
+        device=_name(device), batch_size=batch_size, length=length, dense_ms=0.0, rest_ms=0.0, parts=parts
+    )
+    units_ms = free.total_ms({group.name: group.num_units for group in groups})
+    rest = max(0.0, whole - units_ms - sum(layers[stack] * max(0.0, ms) for stack, ms in adapters.items()))
+    return replace(free, dense_ms=rest + units_ms, rest_ms=rest)
 
 
 def _calls(model: nn.Module, batch: Mapping[str, Any], layers: list[Layer]) -> dict[str, Call]:

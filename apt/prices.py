@@ -23,6 +23,7 @@ Counts = NDArray[np.int64]
 class Prices:
     """The costs of a list of lanes: groups of units that keep the same count, one lane an entry of each array."""
 
+    unit: Counts  # parameters of one unit of one group of the lane, at the present sizes
     present: Counts  # parameters of one more unit in every group of the lane, at the present dimensions; 0: hidden
     slope: Counts  # of these, for each dimension; 0 where no dimension is pruned
     hidden: NDArray[np.bool_]  # lanes of hidden dimensions: one or none
@@ -32,6 +33,7 @@ class Prices:
     @classmethod
     def of(cls, lanes: Sequence[Sequence[Group]]) -> "Prices":
         """The prices at the present sizes."""
+        unit = np.array([lane[0].cost() for lane in lanes], dtype=np.int64)
         hidden = np.array([lane[0].kind == "hidden" for lane in lanes])
         dims = [lane[0] for lane in lanes if lane[0].kind == "hidden"]
         units = [[] if group_kind else lane for lane, group_kind in zip(lanes, hidden, strict=True)]
@@ -39,11 +41,11 @@ class Prices:
         slope = np.array([sum(g.slope() for g in lane) if dims else 0 for lane in units], dtype=np.int64)
         shared = sum(g.slope() * g.num_units for lane in units for g in lane) if dims else 0
         own = dims[0].cost() - shared if dims else 0
-        return cls(present, slope, hidden, own, dims[0].num_units if dims else 0)
+        return cls(unit, present, slope, hidden, own, dims[0].num_units if dims else 0)
 
-    def at(self, dimensions: int) -> Counts:
-        """Parameters of one more unit in every group of each lane, at so many dimensions."""
-        return self.present - self.slope * (self.dimensions - dimensions)
+    def each(self, owners: Counts, counts: Counts, dimensions: int) -> Counts:
+        """What each bundle of `counts` units of lane `owners` costs by itself, at so many dimensions."""
+        return counts * (self.present - self.slope * (self.dimensions - dimensions))[owners]
 
     def spent(self, owners: Counts, counts: Counts) -> Counts:
         """Running cost of taking `counts` units of lane `owners`, one bundle after the other, from nothing."""

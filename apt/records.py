@@ -16,7 +16,7 @@ class PrunePlan:
     """
 
     step: int  # optimizer steps done
-    target_sparsity: float  # fraction of the block parameters that should be gone after this event
+    target_sparsity: float | None  # fraction of the block parameters that should be gone then; None: time is the goal
     kept: dict[str, list[int]]
     round_to: int  # neurons come in multiples of this
 
@@ -37,12 +37,14 @@ class Event:
     step: int
     prune: PrunePlan | None
     rank: RankPlan | None
-    target_sparsity: float
+    target_sparsity: float | None  # None: time is the goal
     sparsity: float  # reached, 1 - kept / total of the block parameters
     removed: float  # by this event, fraction of the original block parameters
     block_params: int  # left
     trainable_params: int
     seconds: float  # search and surgery
+    target_speedup: float | None = None  # asked for by this event; None: parameters are the goal
+    predicted_speedup: float | None = None  # of a forward pass after it, by the latency table
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

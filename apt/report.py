@@ -62,7 +62,11 @@ def _results(metrics: dict[str, Any], folder: Path) -> Table:
         table.add_row(f"perplexity on {metrics['test_tokens']:,} tokens", f"{metrics['perplexity']:.3f}")
     if metrics.get("ablation", "full") != "full":
         table.add_row("ablation", metrics["ablation"])
-    table.add_row("sparsity asked", f"{metrics['target_sparsity']:.1%}")
+    if metrics.get("target_speedup") is not None:
+        table.add_row("speed-up asked", f"{metrics['target_speedup']:.2f}")
+        table.add_row("speed-up predicted by the latency table", _number(metrics["predicted_speedup"], ".2f"))
+    else:
+        table.add_row("sparsity asked", f"{metrics['target_sparsity']:.1%}")
     table.add_row("sparsity reached", f"{metrics['sparsity']:.1%}")
     table.add_row("parameters before", f"{metrics['params_before']:,}")
     table.add_row("parameters after", f"{metrics['params_after']:,}")
@@ -90,12 +94,14 @@ def _results(metrics: dict[str, Any], folder: Path) -> Table:
 
 
 def _events(events: list[Event]) -> Table:
-    headers = ("step", "sparsity asked", "reached", "heads left", "neurons left", "trainable parameters", "seconds")
-    table = _numbers("Events", *headers)
+    by_time = any(event.target_speedup is not None for event in events)
+    asked = ("speed-up asked", "predicted", "sparsity") if by_time else ("sparsity asked", "reached")
+    table = _numbers("Events", "step", *asked, "heads left", "neurons left", "trainable parameters", "seconds")
     for event in events:
+        speed = _number(event.target_speedup, ".2f"), _number(event.predicted_speedup, ".2f")
         table.add_row(
             str(event.step),
-            f"{event.target_sparsity:.1%}",
+            *(speed if by_time else (_number(event.target_sparsity, ".1%"),)),
             f"{event.sparsity:.1%}",
             _left(event, "heads"),
             _left(event, "neurons"),

@@ -158,7 +158,7 @@ def _measure(
         "data": config.data.datasets,
         **scores,
         f"{metric}_before_export": trained,
-        "target_sparsity": config.pruning.target_sparsity if config.apt_config().prunes else 0.0,
+        **_goal(config, trainer),
         "sparsity": counts.sparsity,
         "params_before": counts.params_before,
         "params_after": counts.params_after,
@@ -173,6 +173,16 @@ def _measure(
         "device": str(device),
         "versions": _versions(),
     }
+
+
+def _goal(config: RunConfig, trainer: APTrainer) -> dict[str, Any]:
+    """What was asked of pruning, and with a speed-up as the goal what the latency table says was reached."""
+    pruning, prunes = config.pruning, config.apt_config().prunes
+    if not prunes or pruning.target_speedup is None:
+        return {"target_sparsity": pruning.target_sparsity if prunes else 0.0}
+    events = [event for event in trainer.controller.events if event.prune is not None]
+    predicted = events[-1].predicted_speedup if events else None
+    return {"target_sparsity": None, "target_speedup": pruning.target_speedup, "predicted_speedup": predicted}
 
 
 def _latency(config: RunConfig, dense: nn.Module, small: nn.Module, vocab_size: int) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class LatencyTable:
     device: str  # what it was measured on
     batch_size: int
     length: int  # tokens
-    rest_ms: float  # all that no unit takes: embeddings, norms, head, residual streams
+    dense_ms: float  # the model that was measured
+    rest_ms: float  # all of it that no unit takes: embeddings, norms, head, residual streams
     parts: dict[str, list[list[float]]]  # "layers.heads" -> [[units, ms], ...], ascending from 0 units, of one layer
 
     def __post_init__(self) -> None:
@@ -49,8 +50,10 @@ class LatencyTable:
                     f"latency: the points of {part!r} must be pairs of units and ms, ascending from 0 units, none "
                     f"negative; got {points}"
                 )
-        if not self.rest_ms >= 0.0:
-            raise ValueError(f"latency: rest_ms must be at least 0, got {self.rest_ms}")
+        if not 0.0 <= self.rest_ms <= self.dense_ms < float("inf"):
+            raise ValueError(
+                f"latency: rest_ms must be at least 0 and at most dense_ms, got {self.rest_ms} and {self.dense_ms}"
+            )
 
     def part_ms(self, name: str, units: int | Counts) -> Times:
         """Time of the part that a unit group belongs to, with so many of its units.
@@ -86,6 +89,8 @@ class LatencyTable:
 class TimePrices:
     """The milliseconds of a list of lanes: groups of units that keep the same count, one lane an entry."""
 
+    hidden: NDArray[np.bool_]  # lanes of hidden dimensions: none, they are not priced by time
+    dimensions: int  # 0, likewise
     curves: tuple[Times, ...]  # of each lane: ms of 0, 1, ... units in each of its groups, all groups together
     widths: tuple[int, ...]  # groups of each lane
 
@@ -93,7 +98,8 @@ class TimePrices:
     def of(cls, lanes: Sequence[Sequence[Countable]], table: LatencyTable) -> "TimePrices":
         """The prices of the present units."""
         curves = [sum(table.part_ms(g.name, np.arange(g.num_units + 1)) for g in lane) for lane in lanes]
-        return cls(tuple(np.asarray(curve) for curve in curves), tuple(map(len, lanes)))
+        none = np.zeros(len(lanes), dtype=np.bool_)
+        return cls(none, 0, tuple(np.asarray(curve) for curve in curves), tuple(map(len, lanes)))
 
     @cached_property
     def unit(self) -> Times:
@@ -104,7 +110,7 @@ class TimePrices:
         ]
         return np.maximum(means, LEAST_MS)
 
-    def each(self, owners: Counts, counts: Counts) -> Times:
+    def each(self, owners: Counts, counts: Counts, dimensions: int = 0) -> Times:
         """What each bundle of `counts` units of lane `owners` adds to those of its lane that stand before it."""
         added = np.zeros(len(owners))
         for lane, curve in enumerate(self.curves):

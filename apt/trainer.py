@@ -97,6 +97,7 @@ class APTrainer(Trainer):
             load_controller(self.controller, self._resume_from)
             if self.event_log is not None:  # what came after the checkpoint will come again
                 write_jsonl(self.event_log, [event.to_json() for event in self.controller.events])
+        self.controller.prepare()
         if self.controller.awaits_calibration:
             self.controller.prune_before_tuning(
                 self._calibration_batches(), lambda model, batch: self.compute_loss(model, dict(batch))

@@ -191,7 +191,7 @@ class AdaptiveTuner:
         """Let the more important adapters grow, and return how many adapter parameters there are then.
 
         Args:
-            salience_dict: from `compute_adapter_salience`.
+            salience_dict: from `compute_adapter_salience`, after the last cut.
             target_params: adapter parameters that may exist afterwards; never more than `max_params`.
 
         Raises:

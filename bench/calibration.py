@@ -21,7 +21,7 @@ from apt.config import RunConfig, load_config
 from apt.data import Examples, TextLoader
 from apt.families import find_family
 from apt.language import perplexity
-from apt.pruner import AdaptivePruner, PruningConfig
+from apt.pruner import PruningConfig, UnitSearch
 from apt.salience import SALIENCES, OutlierTerm, unit_scores
 from apt.tasks import build_model, build_tokenizer
 from apt.units import UnitGroup, block_params, find_units
@@ -104,7 +104,7 @@ def study(config: RunConfig, seeds: list[int], num_blocks: int, test_blocks: int
         for variant in todo:
             options = {key: variant[key] for key in ("salience", "balance", "layout")}
             settings = PruningConfig(target_sparsity=config.pruning.target_sparsity, **options)
-            pruner = AdaptivePruner(total, settings)
+            pruner = UnitSearch(total, settings)
             scores = sums[variant["salience"], variant["kurtosis"]]
             shut(groups, pruner.plan(groups, scores, total, 0, settings.target_sparsity).kept)
             scored = perplexity(model, test, config.evaluation.inference_batch_size)

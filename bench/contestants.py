@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import apt
-from apt.pruner import AdaptivePruner, PruningConfig
+from apt.pruner import PruningConfig, UnitSearch
 from apt.surgery import apply_prune_plan
 from apt.units import block_params, find_units
 
@@ -107,7 +107,7 @@ def prune(model: nn.Module, sparsity: float) -> None:
     scores = {group.name: torch.rand(group.num_units, generator=draw) for group in groups}
     live = block_params(model, state.family)  # type: ignore[union-attr, arg-type]
     settings = PruningConfig(target_sparsity=sparsity, layout=state.config.pruning.layout)  # type: ignore[union-attr]
-    plan = AdaptivePruner(live, settings).plan(groups, scores, live, 1, sparsity)
+    plan = UnitSearch(live, settings).plan(groups, scores, live, 1, sparsity)
     apply_prune_plan(model, plan)
 
 

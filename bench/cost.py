@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import apt
 import apt_kernels
 from apt.checkpoint import save_controller
-from apt.pruner import AdaptivePruner, PruningConfig
+from apt.pruner import PruningConfig, UnitSearch
 from apt.records import PrunePlan
 from apt.salience import unit_scores
 from apt.surgery import apply_prune_plan
@@ -115,7 +115,7 @@ def search_cases() -> Iterator[Case]:
         total = sum(group.num_units * group.cost() for group in found)
         draw = torch.Generator().manual_seed(0)
         scores = {group.name: torch.rand(group.num_units, generator=draw) for group in found}
-        plan = AdaptivePruner(total, PruningConfig()).plan
+        plan = UnitSearch(total, PruningConfig()).plan
 
         def make(found: Any = found, scores: Any = scores, total: int = total, plan: Any = plan) -> Any:
             return lambda: plan(found, scores, total, step=1, sparsity=0.5)

@@ -18,7 +18,7 @@ from apt.families.hidden import Part
 from apt.families.llama import LLAMA
 from apt.gates import MaskGate, ValidTokens
 from apt.hidden import HiddenGate
-from apt.pruner import AdaptivePruner, PruningConfig
+from apt.pruner import PruningConfig, UnitSearch
 from apt.units import Member, UnitGroup
 from bench.rows import append_row, environment, quantiles
 
@@ -61,7 +61,7 @@ def measure(repeats: int, hidden: bool = False, **settings: Any) -> dict[str, An
     units: list[Group] = with_dimensions(plain) if hidden else [*plain]
     draw = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.num_units, generator=draw) for group in units}
-    pruner = AdaptivePruner(total, PruningConfig(target_sparsity=SPARSITY, **settings))
+    pruner = UnitSearch(total, PruningConfig(target_sparsity=SPARSITY, **settings))
     pruner.check(units, total)
     seconds = []
     for _ in range(repeats + 1):

@@ -11,7 +11,12 @@ Changes = dict[str, dict[str, Any]]  # section of the config -> leaf -> value
 ABLATIONS: dict[str, Changes] = {
     "full": {},
     "w/o_Ap": {
-        "pruning": {"target_sparsity": 0.0, "num_events": 0, "prune_before_tuning": False},
+        "pruning": {
+            "target_sparsity": 0.0,
+            "target_speedup": None,
+            "num_events": 0,
+            "prune_before_tuning": False,
+        },
         "distillation": {"use_self_distillation": False},
     },  # ranks grow all the same: see `changes_of`
     "w/o_AT": {"tuning": {"adaptive_rank_update": False}},

@@ -13,22 +13,22 @@ from apt.adapters import adapted
 from apt.controller.calibration import Loss, model_loss, static_scores
 from apt.controller.config import APTConfig
 from apt.controller.distillation import Distillation, HeldOut
-from apt.controller.masks import move_masks, open_units, settle_masks
+from apt.controller.finite import check_scores, gradients_are_finite, task_loss
+from apt.controller.goal import Goal
 from apt.controller.state import forget_graphs, patch_state, uncompiled
 from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
-from apt.dimensions import Group, find_dimensions
+from apt.dimensions import Group
 from apt.families import find_family
-from apt.gates import MaskGate
-from apt.hidden import HiddenGate
 from apt.methods import penalty
 from apt.moments import bare_optimizer, check_optimizer
-from apt.pruner import AdaptivePruner
+from apt.pruner import UnitScores, move_masks, open_units, settle_masks
 from apt.records import Event, PrunePlan, RankPlan, append_jsonl
-from apt.salience import MovingAverage, OutlierTerm, adapter_importance, not_finite, unit_scores
+from apt.salience import MovingAverage, adapter_importance
 from apt.surgery import apply_prune_plan, apply_rank_plan
+from apt.times import LatencyTable
 from apt.tuner import adapter_sizes, plan_ranks, total_params
-from apt.units import block_params, find_units
+from apt.units import block_params
 
 BUILT_IN = (
     "method",
@@ -55,6 +55,7 @@ class Controller:
         event_log: a JSON-lines file that gets each event.
         held_out: with `teacher_refresh`, batches of training data that the student does not learn from, or a function
             from the model to a number that is lower the better it is.
+        latency: with `target_speedup`, the table to price units by; None measures one before the first step.
         overrides: leaves of the config by name; what `patch_model` has built already cannot differ.
 
     Raises:
@@ -73,6 +74,7 @@ class Controller:
         scaler: Any = None,
         event_log: Path | None = None,
         held_out: HeldOut | None = None,
+        latency: LatencyTable | None = None,
         **overrides: Any,
     ) -> None:
         model = uncompiled(model)
@@ -93,16 +95,15 @@ class Controller:
         self.events: list[Event] = []
         self.salience = MovingAverage(self.config.momentum_salience)
         self.importance = MovingAverage(self.config.momentum_salience)
-        self.outliers = OutlierTerm("off")
-        self.groups: list[Group] = []
-        self.gates: dict[MaskGate, bool] = {}  # that collect, and whether their signed inputs too
+        self.units: UnitScores | None = None  # None where nothing is pruned
+        self._prepared = False
         self._steps: list[int] = []  # of all events; 0 for the cut before step 1
         self._prune_steps: list[int] = []  # of those at which units go
         self._check = LogitCheck(model, self.config.verify_events)
         self._start_params = total_params(adapter_sizes(model, {}))
         self.distillation: Distillation | None = None
         if self.config.prunes:
-            self._plan_run(state.block_params)
+            self._plan_run(state.block_params, latency)
         if self.config.distillation.use_self_distillation:
             if not self._prune_steps or self.timeline.one_shot:
                 raise ValueError(
@@ -114,7 +115,7 @@ class Controller:
             self.distillation = Distillation(model, self.optimizer, settings, schedule, held_out, over=over)
             state.distilled = False
 
-    def _plan_run(self, total: int) -> None:
+    def _plan_run(self, total: int, latency: LatencyTable | None) -> None:
         """Check that the schedule and the target can be met, and open the gates' statistics."""
         pruning = self.config.pruning
         self.timeline = Timeline.of(self.config, self.total_steps)
@@ -123,35 +124,32 @@ class Controller:
             check_optimizer(self.optimizer)
         self.family = find_family(self.model)
         self.total = total
-        self.pruner = AdaptivePruner(total, pruning)
+        self.goal = Goal(self.model, self.family, pruning, total, latency)
         if not self._prune_steps:
             return
-        self._find_groups()
-        if pruning.salience != "magnitude":
-            self.outliers = OutlierTerm(pruning.kurtosis or ("paper" if self.family.decoder else "off"))
-        self.pruner.check(self.groups, block_params(self.model, self.family))
+        self.units = UnitScores(self.model, self.family, pruning)
+        if not self.goal.by_time:
+            self.prepare()
         if not self.timeline.one_shot:
-            self._collect(True)
+            self.units.collect(True)
 
-    def _find_groups(self) -> None:
-        pruning = self.config.pruning
-        groups = find_units(self.model, self.family, min_heads=pruning.min_heads, min_neurons=pruning.min_neurons)
-        self.groups = [group for group in groups if group.kind in pruning.unit_types]
-        if "hidden" in pruning.unit_types:
-            self.groups.append(find_dimensions(self.model, self.family, min_hidden=pruning.min_hidden))
+    def prepare(self) -> None:
+        """Check that the target can be met; with `target_speedup` measure the latency table, unless there is one.
 
-    def _collect(self, on: bool) -> None:
-        """Open or close the statistics of every gate whose sums a score needs."""
-        if on:
-            self.gates = {group.gate: self.outliers.needs_total(group) for group in self.groups}
-            self.gates |= dict.fromkeys(self.outliers.inputs(self.groups), True)
-        for gate, totals in self.gates.items():
-            gate.collecting = on and self.config.pruning.salience != "magnitude"
-            gate.products = self.config.pruning.salience != "product_of_sums"
-            gate.totals = totals
-            gate.reset_sums()
-            if isinstance(gate, HiddenGate):
-                gate.sites = self.config.pruning.hidden_sites
+        With a target sparsity it is done already. Otherwise the first step does it, if nothing else has: a resumed run
+        takes the table of its checkpoint instead.
+
+        Raises:
+            ValueError: the floors, or this device, exclude the target.
+        """
+        if self.units is not None and not self._prepared:
+            self.goal.search.check(self.groups, self.goal.live())
+            self._prepared = True
+
+    @property
+    def groups(self) -> list[Group]:
+        """The unit groups at their present sizes; none where nothing is pruned."""
+        return [] if self.units is None else self.units.groups
 
     @property
     def active(self) -> bool:
@@ -192,24 +190,18 @@ class Controller:
                 "controller: prune_before_tuning comes once, before step 1, with the settings prune_before_tuning=True "
                 f"and a target_sparsity above 0; at step {self.step} with {len(self.events)} events it cannot"
             )
-        if pruning.salience != "magnitude":
-            self._collect(True)
+        assert self.units is not None
+        self.prepare()
+        if self.units.from_data:
+            self.units.collect(True)
             scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
             taken = map(self._check.keep, itertools.islice(batches, pruning.calibration_batches))
-            self.salience.values = static_scores(self.model, taken, self._take_scores, compute_loss, scale)
+            self.salience.values = static_scores(self.model, taken, self.units.take, compute_loss, scale)
         self._event()
         self.salience.reset()
         self._start_params = total_params(
             adapter_sizes(self.model, {})
         )  # the budget grows from what tuning starts with
-
-    def _take_scores(self, scale: float) -> dict[str, Tensor]:
-        """The scores of the units from what the gates hold, which are empty then."""
-        scores = {group.name: unit_scores(group, scale, self.config.pruning.salience) for group in self.groups}
-        scores = self.outliers.add(self.groups, scores)
-        for gate in self.gates:
-            gate.reset_sums()
-        return scores
 
     def loss(self, output: Any, batch: Mapping[str, Any] | None = None) -> Tensor:
         """The loss to differentiate: the task's, and what the method adds to it.
@@ -223,12 +215,7 @@ class Controller:
             FloatingPointError: the loss is NaN or infinite; the parameters are still those of the step before.
             ValueError: a teacher is there, and the batch or the predictions are not.
         """
-        loss = output if isinstance(output, Tensor) else output["loss"] if isinstance(output, Mapping) else output.loss
-        if not torch.isfinite(loss.detach()).all():
-            raise FloatingPointError(
-                f"controller: the loss is {loss.detach().mean().item()} at step {self.step + 1}; the parameters are "
-                f"still those of step {self.step}; lower the learning rate or check the data"
-            )
+        loss = task_loss(output, self.step)
         if batch is not None:
             self._check.keep(batch)
         if self.distillation is not None:
@@ -243,27 +230,17 @@ class Controller:
             FloatingPointError: a gradient is NaN or infinite (with a scaler the step is dropped instead, as it does),
                 or the salience of a unit is.
         """
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norms = torch._foreach_norm(grads) if grads else []
-        finite = bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()) if norms else True
-        if not finite and self.scaler is None:
-            raise FloatingPointError(
-                f"controller: a gradient is NaN or infinite at step {self.step + 1}; the parameters are still those of "
-                f"step {self.step}; lower the learning rate or check the data"
-            )
+        finite = gradients_are_finite(self.model, self.step, scaled=self.scaler is not None)
         if not self.active:
             return
+        self.prepare()
         if self.awaits_calibration:
             raise ValueError("controller: call prune_before_tuning(batches) before step 1, as the settings ask for it")
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        if self._prunes_on and self.config.pruning.salience != "magnitude":
-            scores = self._take_scores(scale)
-            for name in not_finite(scores) if finite else ():
-                raise FloatingPointError(
-                    f"controller: the salience of {name} is NaN or infinite at step {self.step + 1}, so no event could "
-                    f"choose among its units; look at that layer's activations, or train in a wider dtype"
-                )
+        if self.units is not None and self.units.from_data and self._prunes_on:
+            scores = self.units.take(scale)
             if finite:
+                check_scores(scores, self.step)
                 self.salience.update(scores)
         if finite and self.config.grows:
             adapters = [(name, module) for name, module in adapted(self.model) if module.rank]
@@ -292,7 +269,7 @@ class Controller:
 
     @property
     def _scored(self) -> bool:
-        return bool(self.salience.values) or self.config.pruning.salience == "magnitude"
+        return bool(self.salience.values) or (self.units is not None and not self.units.from_data)
 
     def _drive_masks(self) -> None:
         """Let the masks fall towards the next event that prunes, and hold them from where they are settled."""
@@ -306,17 +283,15 @@ class Controller:
     def _prune_plan(self) -> PrunePlan:
         """What stays at the next event that prunes, from the present scores."""
         step = self._prune_steps[self._num_pruned]
-        if self.config.pruning.salience == "magnitude":
-            scores = {group.name: unit_scores(group, salience="magnitude") for group in self.groups}
-        else:
-            scores = {group.name: self.salience.values[group.name] for group in self.groups}
-        live = block_params(self.model, self.family)
-        return self.pruner.plan(self.groups, scores, live, step, self._sparsity_at(step))
+        assert self.units is not None
+        values = self.salience.values if self.units.from_data else self.units.take()
+        scores = {group.name: values[group.name] for group in self.groups}
+        return self.goal.search.plan(self.groups, scores, self.goal.live(), step, self._saving_at(step))
 
-    def _sparsity_at(self, step: int) -> float:
-        """The sparsity that an event asks for."""
+    def _saving_at(self, step: int) -> float:
+        """The fraction of parameters or time that an event asks to be gone."""
         one_shot = self.timeline.one_shot
-        return self.pruner.config.target_sparsity if one_shot else self.timeline.pruning.get_current_sparsity(step)
+        return self.config.pruning.target_saving if one_shot else self.timeline.pruning.get_current_sparsity(step)
 
     def _event(self) -> None:
         started = time.perf_counter()
@@ -329,14 +304,16 @@ class Controller:
         if rank_plan is not None:
             apply_rank_plan(self.model, rank_plan, self.optimizer)
             self.importance.reset()
-        self.outliers.reset()
+        if self.units is not None:
+            self.units.outliers.reset()
         self._check.compare(step, logits, hidden="hidden" in self.config.pruning.unit_types)
         live = block_params(self.model, self.family)
         event = Event(
             step=step,
             prune=prune_plan,
             rank=rank_plan,
-            target_sparsity=self._sparsity_at(step),
+            **self.goal.asked(self._saving_at(step)),
+            predicted_speedup=self.goal.predicted_speedup(),
             sparsity=1.0 - live / self.total,
             removed=(before - live) / self.total,
             block_params=live,
@@ -345,8 +322,8 @@ class Controller:
         )
         self.events.append(event)
         forget_graphs()  # shapes are static between events; start the recompile count anew
-        if prune_plan is not None and not self._prunes_on:
-            self._collect(False)
+        if self.units is not None and not self._prunes_on:
+            self.units.collect(False)
         if self.event_log is not None:
             append_jsonl(self.event_log, event.to_json())
 
@@ -357,7 +334,7 @@ class Controller:
             settle_masks(self.groups, self._prune_plan().kept)
         return PrunePlan(
             step=step,
-            target_sparsity=self._sparsity_at(step),
+            target_sparsity=self.goal.asked(self._saving_at(step))["target_sparsity"],
             kept=open_units(self.groups),
             round_to=self.config.pruning.round_to,
         )
@@ -370,7 +347,8 @@ class Controller:
             self.distillation.follow()
         for name, positions in plan.kept.items():
             self.salience.keep(name, torch.tensor(positions, dtype=torch.long))
-        self._find_groups()
+        assert self.units is not None
+        self.units.find()
 
     def _rank_plan(self, step: int) -> RankPlan:
         tuning = self.config.tuning
@@ -388,6 +366,7 @@ class Controller:
             "step": self.step,
             "events": [event.to_json() for event in self.events],
             "start_params": self._start_params,
+            "latency": None if self.units is None or self.goal.table is None else self.goal.table.to_json(),
             "salience": dict(self.salience.values),
             "importance": dict(self.importance.values),
             "masks": {group.name: group.gate.mask.clone() for group in self.groups},
@@ -402,10 +381,13 @@ class Controller:
         self._start_params = state["start_params"]
         self.salience.values = dict(state["salience"])
         self.importance.values = dict(state["importance"])
-        self.outliers.reset()
         for group in self.groups:
             group.gate.set_mask(state["masks"][group.name])
-        if self.groups and not self._prunes_on:
-            self._collect(False)
+        if self.units is not None:
+            if state.get("latency") is not None:
+                self.goal.take_table(LatencyTable.from_json(state["latency"]))
+                self._prepared = True  # the run began with it
+            self.units.outliers.reset()
+            self.units.collect(self._prunes_on and not self.awaits_calibration)
         if self.distillation is not None:
             self.distillation.load_state_dict(state["distillation"], state["teacher"], self.step)

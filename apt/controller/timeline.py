@@ -33,7 +33,7 @@ class Timeline:
                 pruning.prune_end if tuning.tune_end is None else tuning.tune_end,
                 growths if config.grows else 0,
             ),
-            pruning.prune_before_tuning and pruning.target_sparsity > 0.0,
+            pruning.prune_before_tuning and pruning.target_saving > 0.0,
         )
 
     @property

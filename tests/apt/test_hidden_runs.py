@@ -34,7 +34,7 @@ from apt.dimensions import find_dimensions
 from apt.export import CARD
 from apt.families import find_family
 from apt.families.hidden import Part
-from apt.pruner import AdaptivePruner, PruningConfig
+from apt.pruner import PruningConfig, UnitSearch
 from apt.records import PrunePlan
 from apt.salience import OutlierTerm, unit_scores
 from apt.surgery import apply_prune_plan
@@ -195,7 +195,7 @@ def test_a_plan_keeps_its_budget(name: str, balance: str, round_to: int, scores:
         torch.manual_seed(1)
         groups = [*find_units(model, family), find_dimensions(model, family, min_hidden=8)]
         given = {group.name: ADVERSARIAL[scores](group.num_units) for group in groups}
-        plan = AdaptivePruner(total, config).plan(groups, given, total, 1, sparsity)
+        plan = UnitSearch(total, config).plan(groups, given, total, 1, sparsity)
         dims, hidden = len(plan.kept["hidden"]), groups.pop()
         price = [round_to ** (g.kind == "neuron") * (g.cost() - (32 - dims) * g.slope()) for g in groups]
         whole = all(len(plan.kept[g.name]) == g.num_units for g in groups)
@@ -243,7 +243,7 @@ def test_the_search_equals_one_that_counts_anew(seed: int, sparsity: float) -> N
     live, draw = block_params(model, family), torch.Generator().manual_seed(seed)
     scores = {g.name: torch.rand(g.num_units, generator=draw, dtype=WIDE) * g.cost() for g in groups}
     config = PruningConfig(balance="none", round_to=1, unit_types=ALL)
-    plan = AdaptivePruner(live, config).plan(groups, scores, live, 1, sparsity)
+    plan = UnitSearch(live, config).plan(groups, scores, live, 1, sparsity)
     wanted = slow_plan(groups, scores, live, (1 - sparsity) * live)
     assert {name: len(kept) for name, kept in plan.kept.items()} == wanted
     assert 0 < wanted["hidden"] < 32
@@ -272,7 +272,7 @@ def test_no_counts_within_the_budget_are_worth_much_more() -> None:
             spent = fixed + d * own + sum(k * (g.cost() - g.slope() * (32 - d)) for k, g in units)
             if spent <= (1 - sparsity) * live:
                 best = max(best, worth[heads.name][h] + worth[neurons.name][n] + worth["hidden"][d])
-        plan = AdaptivePruner(live, config).plan(groups, scores, live, 1, sparsity)
+        plan = UnitSearch(live, config).plan(groups, scores, live, 1, sparsity)
         assert sum(worth[name][len(kept)] for name, kept in plan.kept.items()) >= 0.7 * best
 
 
@@ -282,7 +282,7 @@ def test_a_uniform_layout_has_its_dimensions_too() -> None:
     groups, total = [*find_units(model, family), find_dimensions(model, family)], block_params(model, family)
     torch.manual_seed(0)
     scores = {g.name: torch.rand(g.num_units) for g in groups}
-    pruner = AdaptivePruner(total, PruningConfig(layout="uniform", unit_types=ALL, target_sparsity=0.6))
+    pruner = UnitSearch(total, PruningConfig(layout="uniform", unit_types=ALL, target_sparsity=0.6))
     pruner.check(groups, total)
     plan = pruner.plan(groups, scores, total, 1, 0.6)
     counts = [{len(plan.kept[g.name]) for g in groups if g.kind == kind} for kind in ALL]
@@ -334,7 +334,7 @@ def test_a_run_prunes_all_three(name: str, settings: dict[str, Any], tmp_path: P
     assert 8 <= counts.hidden < 32
     assert counts.hidden % 4 == 0
     assert counts.hidden == len(run.events[-1].prune.kept["hidden"])
-    assert not any(gate.collecting or gate.masked for gate in run.gates)
+    assert not any(gate.collecting or gate.masked for gate in run.units.gates)
     listed = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
     assert listed == {id(p) for p in loop.model.parameters() if p.requires_grad}
     loop.model.eval()

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from unit_groups import ADVERSARIAL, FIXED, Group, groups_of, total_of
 
-from apt.pruner import AdaptivePruner, PruningConfig
+from apt.pruner import PruningConfig, UnitSearch
 
 
 def kept_of(
     groups: list[Group], scores: dict[str, Tensor], sparsity: float, **settings: object
 ) -> dict[str, list[int]]:
     total = total_of(groups)
-    pruner = AdaptivePruner(total, PruningConfig(**{"round_to": 8, **settings}))
+    pruner = UnitSearch(total, PruningConfig(**{"round_to": 8, **settings}))
     return pruner.plan(groups, scores, total, step=1, sparsity=sparsity).kept
 
 
@@ -110,7 +110,7 @@ def test_balance_lets_types_compete_on_equal_terms() -> None:
 def test_density_counts_parameters() -> None:
     groups = [Group("layers.0.heads", "head", 2, 100), Group("layers.0.neurons", "neuron", 2, 10)]
     scores = {"layers.0.heads": torch.tensor([5.0, 4.0]), "layers.0.neurons": torch.tensor([0.45, 0.55])}
-    pruner = AdaptivePruner(220, PruningConfig(balance="none", round_to=1))
+    pruner = UnitSearch(220, PruningConfig(balance="none", round_to=1))
     kept = pruner.plan(groups, scores, 220, step=1, sparsity=0.5).kept
     assert kept == {"layers.0.heads": [0], "layers.0.neurons": [1]}  # 0.055, 0.05 | 0.045, 0.04
 
@@ -127,7 +127,7 @@ def test_floors_hold_where_scores_say_nothing(round_to: int, sparsity: float) ->
 
 def check(groups: list[Group], sparsity: float, **settings: object) -> None:
     total = total_of(groups)
-    AdaptivePruner(total, PruningConfig(target_sparsity=sparsity, **settings)).check(groups, total)
+    UnitSearch(total, PruningConfig(target_sparsity=sparsity, **settings)).check(groups, total)
 
 
 @pytest.mark.parametrize("round_to", [1, 8])
@@ -160,12 +160,12 @@ def test_a_target_out_of_reach_says_how_far_one_can_go() -> None:
 
 def test_nothing_to_prune() -> None:
     with pytest.raises(ValueError, match="pruner: the model has no prunable units"):
-        AdaptivePruner(100, PruningConfig()).check([], 100)
+        UnitSearch(100, PruningConfig()).check([], 100)
 
 
 def test_plan_says_what_it_was_asked() -> None:
     groups = groups_of(layers=1)
-    pruner = AdaptivePruner(total_of(groups), PruningConfig(round_to=4))
+    pruner = UnitSearch(total_of(groups), PruningConfig(round_to=4))
     scores = {group.name: torch.rand(group.num_units) for group in groups}
     plan = pruner.plan(groups, scores, total_of(groups), step=17, sparsity=0.25)
     assert (plan.step, plan.target_sparsity, plan.round_to) == (17, 0.25, 4)

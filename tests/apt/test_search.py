@@ -10,7 +10,7 @@ from torch import Tensor
 from unit_groups import ADVERSARIAL, FIXED, Group, groups_of, total_of
 
 import apt
-from apt.pruner import LARGEST, AdaptivePruner, PruningConfig
+from apt.pruner import LARGEST, PruningConfig, UnitSearch
 
 Scores = dict[str, Tensor]
 SPARSITIES = (0.0, 0.1, 0.5, 0.6, 0.9, 0.97)
@@ -18,7 +18,7 @@ SPARSITIES = (0.0, 0.1, 0.5, 0.6, 0.9, 0.97)
 
 def plan_of(groups: list[Group], scores: Scores, sparsity: float, **settings: object) -> dict[str, list[int]]:
     total = total_of(groups)
-    pruner = AdaptivePruner(total, PruningConfig(**settings))
+    pruner = UnitSearch(total, PruningConfig(**settings))
     return pruner.plan(groups, scores, total, step=1, sparsity=sparsity).kept
 
 
@@ -183,15 +183,15 @@ def test_layers_of_different_size_are_refused() -> None:
             del groups[2]
         config = PruningConfig(target_sparsity=0.5, layout="uniform")
         with pytest.raises(ValueError, match="layout 'uniform' needs layers of equal size"):
-            AdaptivePruner(total_of(groups), config).check(groups, total_of(groups))
-        AdaptivePruner(total_of(groups), PruningConfig()).check(groups, total_of(groups))
+            UnitSearch(total_of(groups), config).check(groups, total_of(groups))
+        UnitSearch(total_of(groups), PruningConfig()).check(groups, total_of(groups))
 
 
 def test_uniform_says_what_can_be_reached() -> None:
     groups = groups_of()
     config = PruningConfig(target_sparsity=0.95, layout="uniform")
     with pytest.raises(ValueError, match=r"target_sparsity 0.95 is not reachable; .* at most 0.8"):
-        AdaptivePruner(total_of(groups), config).check(groups, total_of(groups))
+        UnitSearch(total_of(groups), config).check(groups, total_of(groups))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama_gqa"])

@@ -10,8 +10,10 @@ import pytest
 import torch
 from tiny_text import WORDS, write_gguf, write_text_config
 
+import apt.controller.goal
 from apt.cli import main
 from apt.records import read_jsonl
+from apt.times import LatencyTable
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +94,22 @@ def test_a_run_that_is_pruned_before_it_is_tuned(tmp_path: Path) -> None:
     assert all(event["removed"] == 0.0 for event in events[1:])
     assert metrics["perplexity"] < 0.5 * len(WORDS)
     assert metrics["perplexity"] == pytest.approx(metrics["perplexity_before_export"], rel=1e-5)
+
+
+def test_a_run_whose_goal_is_speed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"layers.heads": [[0, 0.0], [4, 2.0]], "layers.neurons": [[0, 0.0], [48, 3.0]]}
+    table = LatencyTable(device="paper", batch_size=4, length=8, dense_ms=11.0, rest_ms=1.0, parts=parts)
+    monkeypatch.setattr(apt.controller.goal, "measure_latency", lambda *_: table)
+    config = write_text_config(tmp_path, training={"max_steps": 20}, evaluation={"event_timing_steps": 0})
+    assert main(["train", str(config), "target_speedup=1.5"]) == 0
+    metrics, events = metrics_of(tmp_path / "run"), read_jsonl(tmp_path / "run" / "events.jsonl")
+    assert (metrics["target_sparsity"], metrics["target_speedup"]) == (None, 1.5)
+    assert metrics["predicted_speedup"] == events[-1]["predicted_speedup"] >= 1.5
+    assert metrics["speedup"] > 0.0
+    out = capsys.readouterr().out
+    assert "speed-up predicted by the latency table" in out
+    assert "inference dense over small" in out
+    assert main(["train", str(config), "target_speedup=12", f"output_dir={tmp_path / 'other'}"]) == 2
+    assert "at most 7.333 times as fast on paper" in capsys.readouterr().err

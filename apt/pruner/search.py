@@ -1,6 +1,6 @@
-"""Scores and a budget -> which units stay. Decides only; `apt.surgery` acts."""
+"""The search: scores and a budget -> which units stay."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,94 +8,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apt.dimensions import Group
-from apt.hidden import SITES
 from apt.prices import Prices
+from apt.pruner.config import PruningConfig
 from apt.records import PrunePlan
-from apt.salience import KURTOSES, SALIENCES
-from apt.schedule import Point, SparsityScheduler
+from apt.times import LatencyTable, TimePrices
 
-UNIT_TYPES = ("head", "neuron", "hidden")
-BALANCES = ("type", "none")
-LAYOUTS = ("free", "uniform")
 LARGEST = 1e200  # stands for an infinite score
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruningConfig:
-    """How much goes, when, and what must stay."""
-
-    target_sparsity: float = 0.6  # fraction of the block parameters gone at the end, [0, 1)
-    prune_start: Point = 0.02  # float: fraction of the run; int: optimizer step
-    sparsity_warmup: Point = 0.0  # after prune_start, while only ranks grow
-    prune_end: Point = 0.40  # the last event
-    num_events: int = 5  # 0 or more
-    decay: Point = 0.6  # masks fall for so long before an event; float: fraction of the interval; int: steps
-    settle: Point = 0.2  # and rest at 0 or 1 for so long
-    round_to: int = 8  # neurons of a layer, and hidden dimensions, come in multiples of this
-    min_heads: int = 0  # KV groups every layer keeps
-    min_neurons: int = 0  # neurons every layer keeps
-    min_hidden: int = 8  # hidden dimensions the model keeps, at least 1
-    unit_types: tuple[str, ...] = ("head", "neuron")  # what is pruned; "hidden" dimensions too where they are named
-    hidden_sites: str = "read"  # where hidden dimensions are scored: "read" by a layer, or "write", output and down
-    prune_before_tuning: bool = False  # all at once before step 1, from static scores; no pruning event comes later
-    calibration_batches: int = 32  # of training data, summed into these scores; at least 1
-    salience: str = "product_of_sums"  # of a unit; "sum_of_products", "gate_taylor" keep activations; or "magnitude"
-    kurtosis: str | None = None  # added to it: "off", "paper", "normalized", "original"; null: paper in decoders only
-    balance: str = "type"  # "type": densities over the mean of their kind of unit; "none": as they are
-    layout: str = "free"  # "free": each layer its own counts; "uniform": as many heads and neurons in every layer
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.target_sparsity < 1.0:
-            raise ValueError(f"pruning: target_sparsity must be in [0, 1), got {self.target_sparsity}")
-        object.__setattr__(self, "unit_types", tuple(self.unit_types))
-        if not self.unit_types or not set(self.unit_types) <= set(UNIT_TYPES):
-            raise ValueError(f"pruning: unit_types must be some of {list(UNIT_TYPES)}, got {list(self.unit_types)}")
-        choices = {
-            "salience": SALIENCES,
-            "hidden_sites": SITES,
-            "kurtosis": (None, *KURTOSES),
-            "balance": BALANCES,
-            "layout": LAYOUTS,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"pruning: {name} must be one of {list(known)}, got {getattr(self, name)!r}")
-        for name in ("prune_start", "sparsity_warmup", "prune_end", "decay", "settle"):
-            point = getattr(self, name)
-            if point < 0 or (isinstance(point, float) and point > 1.0):
-                raise ValueError(f"pruning: {name} must be a fraction in [0, 1] or a number of steps, got {point}")
-        if self.num_events < 0 or self.min_heads < 0 or self.min_neurons < 0:
-            raise ValueError("pruning: num_events, min_heads and min_neurons must be at least 0")
-        if self.round_to < 1 or self.min_hidden < 1:
-            raise ValueError("pruning: round_to and min_hidden must be at least 1")
-        if self.calibration_batches < 1:
-            raise ValueError(f"pruning: calibration_batches must be at least 1, got {self.calibration_batches}")
-        if self.salience == "magnitude" and self.kurtosis not in (None, "off"):
-            raise ValueError(
-                f"pruning: salience 'magnitude' takes no statistics, so kurtosis must be 'off', got {self.kurtosis!r}"
-            )
-        if self.num_events == 0 and self.target_sparsity > 0.0 and not self.prune_before_tuning:
-            raise ValueError(f"pruning: target_sparsity {self.target_sparsity} needs num_events of at least 1, got 0")
-
-    def schedule(self, total_steps: int) -> SparsityScheduler:
-        """The schedule of a run of that many optimizer steps; a run that is too short raises ValueError.
-
-        With `prune_before_tuning` it has no events: all is done before step 1.
-        """
-        return SparsityScheduler(
-            total_steps,
-            self.target_sparsity,
-            prune_start=self.prune_start,
-            prune_end=self.prune_end,
-            sparsity_warmup=self.sparsity_warmup,
-            num_events=0 if self.prune_before_tuning else self.num_events,
-            decay=self.decay,
-            settle=self.settle,
-        )
-
-
-class AdaptivePruner:
-    """Global search over salience densities under a parameter budget (method.md 3).
+class UnitSearch:
+    """Global search over salience densities under a budget of parameters, or of time (method.md 3).
 
     Units are ranked by salience over parameters, all layers and kinds together, and the longest prefix that fits the
     budget stays. Neurons and hidden dimensions are ranked in bundles of `round_to`, filled in order of their score, so
@@ -108,18 +30,25 @@ class AdaptivePruner:
     what the prefix leaves over is filled with later rows that fit, until neither a further head nor a further bundle
     of neurons in every layer would.
 
+    With a latency table milliseconds take the place of parameters, in densities and budget; "sparsity" is then the
+    fraction of the time of a forward pass that is saved.
+
     Args:
-        total: block parameters of the original model, the denominator of sparsity.
+        total: block parameters of the original model, the denominator of sparsity; with a table its `dense_ms`.
         config: floors, rounding, balance and layout.
+        table: prices units by time.
     """
 
-    def __init__(self, total: int, config: PruningConfig) -> None:
+    def __init__(self, total: float, config: PruningConfig, table: LatencyTable | None = None) -> None:
         self.total = total
         self.config = config
+        self.table = table
 
-    def check(self, groups: list[Group], live: int) -> None:
+    def _prices(self, lanes: list[list[Group]]) -> Prices | TimePrices:
+        return Prices.of(lanes) if self.table is None else TimePrices.of(lanes, self.table)
+
+    def check(self, groups: list[Group], live: float) -> None:
         """Raise ValueError where there is nothing to prune, or target or layout cannot be had."""
-        target = self.config.target_sparsity
         if not groups:
             raise ValueError("pruner: the model has no prunable units; every head and neuron is gone or none was found")
         lanes = self._lanes(groups)
@@ -134,16 +63,28 @@ class AdaptivePruner:
                 )
         present = np.array([lane[0].num_units for lane in lanes])
         floors = np.array([self._floor(lane) for lane in lanes])
-        prices, every = Prices.of(lanes), np.arange(len(lanes))
-        free = int(prices.spent(every, present)[-1] - prices.spent(every, floors)[-1])
-        reachable = 1.0 - (live - free) / self.total
-        if target > reachable:
-            hidden = f", min_hidden={self.config.min_hidden}" if prices.dimensions else ""
-            raise ValueError(
-                f"pruner: target_sparsity {target} is not reachable; with min_heads={self.config.min_heads} and "
-                f"min_neurons={self.config.min_neurons}{hidden} at most {int(reachable * 1000) / 1000} can go; "
-                f"lower target_sparsity or the floors"
+        prices, every = self._prices(lanes), np.arange(len(lanes))
+        free = prices.spent(every, present)[-1] - prices.spent(every, floors)[-1]
+        reachable = float(1.0 - (live - free) / self.total)
+        if self.config.target_saving > reachable:
+            raise ValueError(self._out_of_reach(reachable, prices.dimensions > 0))
+
+    def _out_of_reach(self, reachable: float, hidden: bool) -> str:
+        config = self.config
+        floors = f"min_heads={config.min_heads} and min_neurons={config.min_neurons}"
+        floors += f", min_hidden={config.min_hidden}" if hidden else ""
+        if self.table is None or config.target_speedup is None:
+            most = int(reachable * 1000) / 1000
+            return (
+                f"pruner: target_sparsity {config.target_sparsity} is not reachable; with {floors} at most {most} can "
+                f"go; lower target_sparsity or the floors"
             )
+        most = int(1000 / (1.0 - reachable)) / 1000
+        return (
+            f"pruner: target_speedup {config.target_speedup} is not reachable; with {floors} a forward pass of "
+            f"{self.table.batch_size} x {self.table.length} tokens becomes at most {most} times as fast on "
+            f"{self.table.device}; lower target_speedup or the floors"
+        )
 
     def _lanes(self, groups: list[Group]) -> list[list[Group]]:
         """The groups whose counts are one number: each alone, or in a uniform layout all of a kind."""
@@ -164,22 +105,24 @@ class AdaptivePruner:
             floor = max(1, floor)
         return min(lane[0].num_units, -(-floor // bundle) * bundle)
 
-    def plan(self, groups: list[Group], scores: dict[str, Tensor], live: int, step: int, sparsity: float) -> PrunePlan:
+    def plan(
+        self, groups: list[Group], scores: dict[str, Tensor], live: float, step: int, sparsity: float
+    ) -> PrunePlan:
         """The units that stay at a sparsity.
 
         Args:
             groups: unit groups at their present sizes.
             scores: salience per unit of each group, ``[num_units]``; infinite ones are worth most.
-            live: block parameters that are left now.
+            live: block parameters that are left now; with a table, milliseconds of a forward pass now.
             step: optimizer steps done.
-            sparsity: fraction of the original block parameters that must be gone.
+            sparsity: fraction of the original block parameters, or of `dense_ms`, that must be gone.
 
         Raises:
             ValueError: a score is NaN: no rank could be given to that unit.
         """
         lanes, orders, sizes, density, owner = self._lanes(groups), {}, [], [], []
-        prices, present = Prices.of(lanes), np.array([lane[0].num_units for lane in lanes])
-        fixed = live - int(prices.spent(np.arange(len(lanes)), present)[-1])
+        prices, present = self._prices(lanes), np.array([lane[0].num_units for lane in lanes])
+        fixed = live - prices.spent(np.arange(len(lanes)), present)[-1].item()
         budget = (1.0 - sparsity) * self.total - fixed
         for index, lane in enumerate(lanes):
             means = []
@@ -187,7 +130,7 @@ class AdaptivePruner:
                 orders[group.name], size, mean = _bundles(group.name, scores[group.name], self._bundle(lane))
                 means.append(mean)
             sizes.append(size)
-            density.append(np.mean(means, axis=0) / lane[0].cost())
+            density.append(np.mean(means, axis=0) / prices.unit[index])
             owner.append(np.full(len(size), index))
         if self.config.balance == "type":
             _divide_by_type_mean([lane[0].kind for lane in lanes], density, sizes)
@@ -201,11 +144,11 @@ class AdaptivePruner:
             rest = ranked[~np.isin(ranked, taken) & ~prices.hidden[owners[ranked]]]
             dims = int(counts[taken][prices.hidden[owners[taken]]].sum())
             left = budget - (prices.spent(owners[taken], counts[taken])[-1] if len(taken) else 0)
-            taken = np.append(taken, _fill(rest, owners, counts * prices.at(dims)[owners], left))
+            taken = np.append(taken, _fill(rest, owners, prices.each(owners, counts, dims), left))
         kept = np.bincount(owners[taken], weights=counts[taken], minlength=len(lanes)).astype(int)
         return PrunePlan(
             step=step,
-            target_sparsity=sparsity,
+            target_sparsity=sparsity if self.table is None else None,
             round_to=self.config.round_to,
             kept={
                 g.name: np.sort(orders[g.name][:n]).tolist() for lane, n in zip(lanes, kept, strict=True) for g in lane
@@ -237,9 +180,7 @@ def _bundles(
     return order, sizes, np.minimum.accumulate(mean)  # rounding must not put a later bundle before an earlier one
 
 
-def _fill(
-    rest: NDArray[np.int64], owners: NDArray[np.int64], costs: NDArray[np.int64], left: float
-) -> NDArray[np.int64]:
+def _fill(rest: NDArray[np.int64], owners: NDArray[np.int64], costs: NDArray[Any], left: float) -> NDArray[np.int64]:
     """Of the entries after the prefix those that still fit, each lane's in order: then no lane's next one does."""
     taken: list[int] = []
     closed: set[int] = set()
