@@ -40,6 +40,13 @@ class Delta(nn.Module, ABC):
         Each row (column) of the update must come from that row (column) of them alone, so that to cut one is exact.
         """
 
+    def rank_side(self) -> list[tuple[Tensor, int]]:
+        """Its tensors with an entry a rank, and along which dimension; none where the ranks are fixed."""
+        return []
+
+    def settle(self) -> None:
+        """Let go of what only the choice of ranks needed: it is made."""
+
 
 class APTAdapter(nn.Module):
     """A frozen linear layer with a low-rank adapter of changing rank, and sides that shrink.

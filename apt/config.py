@@ -44,7 +44,9 @@ class ModelConfig:
 
     name: str  # on the hub, a local folder, a .gguf file, or package:NAME/path
     task: str = "classification"  # of sentences; "language_modeling": of plain text, scored by perplexity
-    method: str = "apt"  # "lora", "gsa", "spectral_a", "spectral_r": adapters alone, unless prune says otherwise
+    method: str = (
+        "apt"  # "lora", "adalora", "gsa", "spectral_a", "spectral_r": adapters alone, unless prune says otherwise
+    )
     prune: bool | None = None  # whether units go; null: as the method does it
     target_modules: list[str] | None = None  # names, endings of names, or roles (q, v, up, ...); null: the family's
     num_labels: int | None = None  # classes, at least 2; null: as many as the data has

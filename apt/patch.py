@@ -49,7 +49,7 @@ def patch_model(
     Args:
         model: a Hugging Face model, any module where nothing is pruned, or a PEFT LoRA model; compiled already or not.
         config: None is the default; `method` and `overrides` apply on top.
-        method: "apt", "lora", "gsa", "spectral_a" or "spectral_r" (`apt.methods`).
+        method: "apt", "lora", "adalora", "gsa", "spectral_a" or "spectral_r" (`apt.methods`).
         overrides: leaves of the config by name.
 
     Returns:

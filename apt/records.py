@@ -31,6 +31,14 @@ class RankPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrimPlan:
+    """The ranks that an adapter keeps for good: ascending positions by the adapter's name; none removes it."""
+
+    step: int
+    kept: dict[str, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """One pruning and tuning event, as it was carried out."""
 
@@ -45,14 +53,19 @@ class Event:
     seconds: float  # search and surgery
     target_speedup: float | None = None  # asked for by this event; None: parameters are the goal
     predicted_speedup: float | None = None  # of a forward pass after it, by the latency table
+    trim: TrimPlan | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Event":
-        prune, rank = row["prune"], row["rank"]
-        plans = {"prune": prune and PrunePlan(**prune), "rank": rank and RankPlan(**rank)}
+        prune, rank, trim = row["prune"], row["rank"], row.get("trim")
+        plans = {
+            "prune": prune and PrunePlan(**prune),
+            "rank": rank and RankPlan(**rank),
+            "trim": trim and TrimPlan(**trim),
+        }
         return cls(**{**row, **plans})
 
 

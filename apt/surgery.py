@@ -5,6 +5,7 @@ the moments of every surviving row and column stay with it.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from apt.distiller import TRANSFORM, LayerTransform
 from apt.families import Attention, EmptyAttention, find_family
 from apt.hidden import HiddenNorm
 from apt.moments import check_optimizer, grown, moments, state_of
-from apt.records import Event, PrunePlan, RankPlan
+from apt.records import Event, PrunePlan, RankPlan, TrimPlan
 from apt.units import UnitGroup, find_units
 
 
@@ -28,6 +29,8 @@ def apply_event(
         apply_prune_plan(model, event.prune, optimizer, keep_tail=keep_tail)
     if event.rank is not None:
         apply_rank_plan(model, event.rank, optimizer)
+    if event.trim is not None:
+        apply_trim_plan(model, event.trim, optimizer)
 
 
 @torch.no_grad()
@@ -235,6 +238,33 @@ def apply_rank_plan(model: nn.Module, plan: RankPlan, optimizer: torch.optim.Opt
             parameter.grad = None if grad is None else grown("grad", grad, dim, num)
             for key, value in kept:
                 state_of(optimizer, parameter)[key] = grown(key, value, dim, num)
+
+
+@torch.no_grad()
+def apply_trim_plan(model: nn.Module, plan: TrimPlan, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Remove the ranks that the plan does not keep; moments follow. A rank whose gate is 0 adds nothing.
+
+    Raises:
+        ValueError: the plan names an adapter without removable ranks, or positions that it does not have.
+    """
+    if optimizer is not None:
+        check_optimizer(optimizer)
+    adapters = dict(adapted(model))
+    for name, positions in plan.kept.items():
+        delta = adapters[name].delta if name in adapters else None
+        count = delta.rank if delta is not None and delta.rank_side() else 0
+        if not count or positions != sorted(set(positions)) or not all(0 <= p < count for p in positions):
+            raise ValueError(f"surgery: kept ranks of {name} must ascend and lie below its {count} removable ones")
+    for name, positions in plan.kept.items():
+        adapter = adapters[name]
+        assert adapter.delta is not None
+        if not positions:
+            _drop_adapter(adapter, optimizer)
+            continue
+        kept = torch.tensor(positions, dtype=torch.long, device=adapter.weight.device)
+        for tensor, dim in adapter.delta.rank_side():
+            _follow(tensor, partial(torch.index_select, dim=dim, index=kept), optimizer)
+        adapter.delta.settle()
 
 
 def _follow(parameter: Tensor, transform: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None) -> None:

@@ -20,12 +20,12 @@ from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
 from apt.dimensions import Group
 from apt.families import find_family
-from apt.methods import penalty
+from apt.methods import METHODS, RankBudget, penalty
 from apt.moments import bare_optimizer, check_optimizer
 from apt.pruner import UnitScores, move_masks, open_units, settle_masks
-from apt.records import Event, PrunePlan, RankPlan, append_jsonl
+from apt.records import Event, PrunePlan, RankPlan, TrimPlan, append_jsonl
 from apt.salience import MovingAverage, adapter_importance
-from apt.surgery import apply_prune_plan, apply_rank_plan
+from apt.surgery import apply_prune_plan, apply_rank_plan, apply_trim_plan
 from apt.times import LatencyTable
 from apt.tuner import adapter_sizes, plan_ranks, total_params
 from apt.units import block_params
@@ -102,6 +102,11 @@ class Controller:
         self._check = LogitCheck(model, self.config.verify_events)
         self._start_params = total_params(adapter_sizes(model, {}))
         self.distillation: Distillation | None = None
+        budget = METHODS[self.config.method].budget
+        self.budget: RankBudget | None = None
+        if budget is not None:
+            check_optimizer(self.optimizer)
+            self.budget = budget(model, self.config.rank, self.config.adapter, total_steps)
         if self.config.prunes:
             self._plan_run(state.block_params, latency)
         if self.config.distillation.use_self_distillation:
@@ -154,7 +159,12 @@ class Controller:
     @property
     def active(self) -> bool:
         """Whether an event is still to come."""
-        return len(self.events) < len(self._steps)
+        return self._num_scheduled < len(self._steps)
+
+    @property
+    def _num_scheduled(self) -> int:
+        """Events done of those that have a step of their own in `_steps`."""
+        return sum(event.trim is None for event in self.events)
 
     @property
     def _num_pruned(self) -> int:
@@ -220,7 +230,7 @@ class Controller:
             self._check.keep(batch)
         if self.distillation is not None:
             loss = self.distillation.loss(loss, output, batch, self.step)
-        added = penalty(self.model, self.config.adapter)
+        added = penalty(self.model, self.config.method, self.config.adapter)
         return loss if added is None else loss + added
 
     def after_backward(self) -> None:
@@ -231,12 +241,14 @@ class Controller:
                 or the salience of a unit is.
         """
         finite = gradients_are_finite(self.model, self.step, scaled=self.scaler is not None)
+        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        if self.budget is not None and finite:
+            self.budget.after_backward(self.step + 1, scale)
         if not self.active:
             return
         self.prepare()
         if self.awaits_calibration:
             raise ValueError("controller: call prune_before_tuning(batches) before step 1, as the settings ask for it")
-        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         if self.units is not None and self.units.from_data and self._prunes_on:
             scores = self.units.take(scale)
             if finite:
@@ -250,8 +262,11 @@ class Controller:
     def after_step(self) -> None:
         """Move the masks, carry out the event that is due: call after ``optimizer.step()``, before ``zero_grad``."""
         self.step += 1
+        trim = None if self.budget is None else self.budget.after_step(self.step)
+        if trim is not None:
+            self._trim(trim)
         if self.distillation is not None:
-            self.distillation.prepare(self.step, self._num_pruned, len(self.events))
+            self.distillation.prepare(self.step, self._num_pruned, self._num_scheduled)
         if self.active:
             self._towards_event()
         if self.distillation is not None:
@@ -261,7 +276,7 @@ class Controller:
         """Move the masks, and carry out the event where it is due."""
         if self._prunes_on and self._scored:
             self._drive_masks()
-        step = self._steps[len(self.events)]
+        step = self._steps[self._num_scheduled]
         prunes = step in self._prune_steps
         # Where every step so far overflowed under loss scaling, the event waits for a score.
         if self.step >= step and (self._scored if prunes else self.importance.values or not self._start_params):
@@ -295,7 +310,7 @@ class Controller:
 
     def _event(self) -> None:
         started = time.perf_counter()
-        step = self._steps[len(self.events)]
+        step = self._steps[self._num_scheduled]
         prune_plan = self._settled_plan(step) if step in self._prune_steps else None
         before, logits = block_params(self.model, self.family), self._check.logits()
         if prune_plan is not None:
@@ -320,10 +335,33 @@ class Controller:
             trainable_params=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             seconds=time.perf_counter() - started,
         )
-        self.events.append(event)
-        forget_graphs()  # shapes are static between events; start the recompile count anew
+        self._record(event)
         if self.units is not None and not self._prunes_on:
             self.units.collect(False)
+
+    def _trim(self, plan: TrimPlan) -> None:
+        """Remove the ranks that a budget leaves out for good."""
+        started, logits, state = time.perf_counter(), self._check.logits(), patch_state(self.model)
+        apply_trim_plan(self.model, plan, self.optimizer)
+        self._check.compare(plan.step, logits)
+        live = 0 if state.family is None else block_params(self.model, state.family)
+        event = Event(
+            step=plan.step,
+            prune=None,
+            rank=None,
+            target_sparsity=self.events[-1].target_sparsity if self.events else 0.0,
+            sparsity=1.0 - live / state.block_params if state.block_params else 0.0,
+            removed=0.0,
+            block_params=live,
+            trainable_params=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            seconds=time.perf_counter() - started,
+            trim=plan,
+        )
+        self._record(event)
+
+    def _record(self, event: Event) -> None:
+        self.events.append(event)
+        forget_graphs()  # shapes are static between events; start the recompile count anew
         if self.event_log is not None:
             append_jsonl(self.event_log, event.to_json())
 
@@ -367,6 +405,7 @@ class Controller:
             "events": [event.to_json() for event in self.events],
             "start_params": self._start_params,
             "latency": None if self.units is None or self.goal.table is None else self.goal.table.to_json(),
+            "rank_budget": None if self.budget is None else [self.budget.start, self.budget.target],
             "salience": dict(self.salience.values),
             "importance": dict(self.importance.values),
             "masks": {group.name: group.gate.mask.clone() for group in self.groups},
@@ -379,6 +418,8 @@ class Controller:
         self.step = state["step"]
         self.events = [Event.from_json(row) for row in state["events"]]
         self._start_params = state["start_params"]
+        if self.budget is not None:
+            self.budget.start, self.budget.target = state["rank_budget"]
         self.salience.values = dict(state["salience"])
         self.importance.values = dict(state["importance"])
         for group in self.groups:

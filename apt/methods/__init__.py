@@ -1,6 +1,7 @@
 """Adapter methods on the one adapted linear: what each starts from, what it adds to the loss, how it spends ranks."""
 
+from apt.methods.adalora import RankBudget
 from apt.methods.config import MethodConfig
 from apt.methods.table import METHODS, Method, adapt, penalty
 
-__all__ = ["METHODS", "Method", "MethodConfig", "adapt", "penalty"]
+__all__ = ["METHODS", "Method", "MethodConfig", "RankBudget", "adapt", "penalty"]

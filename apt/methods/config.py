@@ -11,6 +11,13 @@ class MethodConfig:
     num_directions: int | None = None  # gsa: singular directions k with a gate, at least 1; null: twice the rank
     l1_weight: float = 1e-4  # gsa: lambda of lambda * sum |gate|, at least 0
     idx: int = 0  # spectral_a, spectral_r: which block of r singular directions, 0 the largest
+    target_r: int | None = None  # adalora: mean rank at the end, at least 1; null: two thirds of the first
+    tinit: int = 0  # adalora: optimizer steps before the budget falls, at least 0
+    tfinal: int = 0  # adalora: optimizer steps at the end with final ranks, at least 0
+    deltaT: int = 1  # adalora: optimizer steps between two choices of ranks, at least 1
+    beta1: float = 0.85  # adalora: of the average of |w dL/dw|, (0, 1)
+    beta2: float = 0.85  # adalora: of the average distance to that, (0, 1)
+    orth_reg_weight: float = 0.5  # adalora: of the penalty that keeps P and Q orthogonal, at least 0
     svd_cache: str | None = "auto"  # folder for decompositions; "auto": in the user's cache; null: none is kept
 
     def __post_init__(self) -> None:
@@ -20,5 +27,12 @@ class MethodConfig:
             raise ValueError(f"methods: num_directions must be at least 1, got {self.num_directions}")
         if self.l1_weight < 0.0:
             raise ValueError(f"methods: l1_weight must be at least 0, got {self.l1_weight}")
+        lowest = {"target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "orth_reg_weight": 0}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"methods: {name} must be at least {low}, got {value}")
+        if not 0.0 < self.beta1 < 1.0 or not 0.0 < self.beta2 < 1.0:
+            raise ValueError(f"methods: beta1 and beta2 must be in (0, 1), got {self.beta1} and {self.beta2}")
         if self.idx < 0:
             raise ValueError(f"methods: idx must be at least 0, got {self.idx}")

@@ -1,5 +1,7 @@
 """Gated spectral adapter: one trainable number for each of the largest singular directions of a weight."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -46,9 +48,11 @@ class GatedSpectral(Delta):
     def side(self, axis: str) -> list[Tensor]:
         return [self.U] if axis == "out" else [self.Vh]
 
-    def penalty(self, settings: MethodConfig) -> Tensor:
-        """``lambda * sum |gate|``, which keeps most gates near 0."""
-        return settings.l1_weight * self.gate.abs().sum()
-
     def extra_repr(self) -> str:
         return f"directions={self.rank}"
+
+
+def sparsity(deltas: Sequence[Delta], settings: MethodConfig) -> Tensor | None:
+    """``l1_weight * sum |gate|`` over all layers, which keeps most gates near 0."""
+    terms = [delta.gate.abs().sum() for delta in deltas if isinstance(delta, GatedSpectral)]
+    return settings.l1_weight * torch.stack(terms).sum() if terms and settings.l1_weight else None

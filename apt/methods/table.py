@@ -1,17 +1,20 @@
 """The methods by name. Each is a way to make the low-rank update; everything else they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from apt.adapters import APTAdapter, Delta, adapted
+from apt.methods.adalora import AdaLoRA, RankBudget, orthogonality
 from apt.methods.config import MethodConfig
-from apt.methods.gsa import GatedSpectral
+from apt.methods.gsa import GatedSpectral, sparsity
 from apt.methods.spectral import SpectralA, SpectralR
 
 Make = Callable[[Tensor, int, MethodConfig], Delta]  # from the frozen weight, the rank r and the settings
+
+Penalty = Callable[[Sequence[Delta], MethodConfig], Tensor | None]
+Budget = Callable[[nn.Module, int, MethodConfig, int], RankBudget]  # from model, rank r, settings, steps of the run
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Method:
 
     make: Make | None = None  # None: A and B are parameters of the adapted linear
     own_scale: float | None = None  # where the formula fixes s
+    penalty: Penalty | None = None  # what is added to the loss, from all updates of a model
+    budget: Budget | None = None  # which ranks go while the model trains
     prunes: bool = False  # unless the setting `prune` says otherwise
     grows: bool = False  # whether ranks grow
 
@@ -27,7 +32,8 @@ class Method:
 METHODS: dict[str, Method] = {
     "apt": Method(prunes=True, grows=True),
     "lora": Method(),
-    "gsa": Method(GatedSpectral.of, own_scale=1.0),
+    "adalora": Method(AdaLoRA.of, penalty=orthogonality, budget=RankBudget),
+    "gsa": Method(GatedSpectral.of, own_scale=1.0, penalty=sparsity),
     "spectral_a": Method(SpectralA.of, own_scale=1.0),
     "spectral_r": Method(SpectralR.of, own_scale=1.0),
 }
@@ -61,7 +67,9 @@ def adapt(
     return adapter
 
 
-def penalty(model: nn.Module, settings: MethodConfig) -> Tensor | None:
-    """What the method adds to the loss, a scalar; None where it adds nothing."""
-    terms = [module.delta.penalty(settings) for _, module in adapted(model) if isinstance(module.delta, GatedSpectral)]
-    return torch.stack(terms).sum() if terms and settings.l1_weight else None
+def penalty(model: nn.Module, method: str, settings: MethodConfig) -> Tensor | None:
+    """What a method adds to the loss, a scalar; None where it adds nothing."""
+    kind = METHODS[method]
+    if kind.penalty is None:
+        return None
+    return kind.penalty([module.delta for _, module in adapted(model) if module.delta is not None], settings)
