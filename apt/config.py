@@ -48,7 +48,8 @@ class ModelConfig:
         "apt"  # "lora", "adalora", "gsa", "spectral_a", "spectral_r": adapters alone, unless prune says otherwise
     )
     prune: bool | None = None  # whether units go; null: as the method does it
-    target_modules: list[str] | None = None  # names, endings of names, or roles (q, v, up, ...); null: the family's
+    # names, endings of names, or roles (q, v, up, ...); one text: a regular expression or "all-linear"; null: defaults
+    target_modules: list[str] | str | None = None
     num_labels: int | None = None  # classes, at least 2; null: as many as the data has
 
     def __post_init__(self) -> None:
@@ -182,7 +183,7 @@ class RunConfig:
             adapter=self.adapter,
             rank=self.training.initial_rank,
             scale=self.training.scaling_factor,
-            target_modules=None if targets is None else tuple(targets),
+            target_modules=tuple(targets) if isinstance(targets, list) else targets,
             momentum_salience=self.training.momentum_salience,
             ablation=self.ablation,
             pruning=self.pruning,

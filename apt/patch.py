@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,10 @@ from apt.dimensions import (
 )
 from apt.distiller import TRANSFORM, release
 from apt.families import ROLES, Family, find_family
-from apt.fused import fused_places, replace_module, restore_plain, split_fused
+from apt.fused import FusedLinears, fused_places, replace_module, restore_plain, split_fused
 from apt.gates import MaskGate, ValidTokens
 from apt.linears import is_linear
-from apt.methods import adapt
+from apt.methods import adapt, default_targets, matching, rank_and_scale
 from apt.surgery import free_tails
 from apt.task_head import narrow, task_head, widen
 from apt.units import block_params, num_units, part_linears, unit_gates
@@ -194,7 +195,8 @@ def _to_split(model: nn.Module, config: APTConfig, family: Family | None) -> Spl
     """
     if family is None:
         return {}
-    wanted = set(ROLES if config.prunes else config.target_modules or family.default_targets)
+    named = () if isinstance(config.target_modules, str) else config.target_modules or family.default_targets
+    wanted = set(ROLES if config.prunes else named)
     places = fused_places(model, family)
     return {name: part.same_input for name, (_, part) in places.items() if wanted.intersection(part.same_input)}
 
@@ -229,17 +231,23 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None, split: 
     """Full names of the linears that get an adapter.
 
     A target is a role of the family's table, the full name of a module, or an ending of it after a dot; the name of a
-    projection that is split stands for all its parts. The pooler and what lies outside the base model is trained in
-    full, so it gets no adapter.
+    projection that is split stands for all its parts. One text is a regular expression for full names, or "all-linear".
+    The pooler and what lies outside the base model is trained in full, so it gets no adapter.
     """
-    if config.target_modules is None and family is None:
-        raise ValueError(
-            "patch_model: no default targets for this model; give target_modules, such as names of its linear layers"
-        )
-    wanted = config.target_modules or (family.default_targets if family else ())
     head = {id(module) for part in task_head(model) for module in part.modules()}
     there = [n for n, module in model.named_modules() if is_linear(module) and id(module) not in head]
     linears = {part: name for name in there for part in ([f"{name}.{role}" for role in split.get(name, ())] or [name])}
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    wanted = config.target_modules or (family.default_targets if family else default_targets(model_type, list(linears)))
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    if isinstance(wanted, str):
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        unread = [n for n in linears if isinstance(model.get_submodule(n.rpartition(".")[0]), readers)]
+        outputs = [n for n, module in model.named_modules() if module is output]
+        matches = [n for n in matching(wanted, linears, outputs) if n not in unread]
+        if not matches:
+            raise ValueError(f"patch_model: target_modules {wanted!r} matches no linear layer; {_some(linears)}")
+        return matches
     found: dict[str, None] = {}
     for target in wanted:
         if family is not None and target in ROLES:
@@ -248,20 +256,19 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None, split: 
             matches = [
                 name for name, whole in linears.items() if any(f".{n}".endswith(f".{target}") for n in (name, whole))
             ]
-        readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
         past = [n for n in matches if isinstance(model.get_submodule(n.rpartition(".")[0]), readers)]
         if past:
             raise ValueError(
                 f"patch_model: torch reads the weight of {past[0]} without calling it; leave {target!r} out"
             )
         if not matches:
-            some = ", ".join(list(linears)[:6])
-            raise ValueError(
-                f"patch_model: target_modules entry {target!r} matches no linear layer; "
-                + (f"there are {some}, ..." if linears else "this model has none")
-            )
+            raise ValueError(f"patch_model: target_modules entry {target!r} matches no linear layer; {_some(linears)}")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _some(linears: Collection[str]) -> str:
+    return f"there are {', '.join(list(linears)[:6])}, ..." if linears else "this model has none"
 
 
 def _put_adapters(model: nn.Module, config: APTConfig, targets: set[str], names: list[str]) -> float:
@@ -270,9 +277,11 @@ def _put_adapters(model: nn.Module, config: APTConfig, targets: set[str], names:
 
     started = time.perf_counter()
     for name in tqdm(names, desc=f"{config.method} adapters", unit="layer", delay=2.0, leave=False):
-        rank = config.rank if name in targets else 0
-        linear = model.get_submodule(name)
-        adapter = adapt(linear, config.method, rank, config.scale, config.adapter, init_std=config.tuning.init_std)
+        linear, whole = model.get_submodule(name), name.rpartition(".")[0]
+        names = [name, *([whole] if isinstance(model.get_submodule(whole), FusedLinears) else [])]
+        rank, scale = rank_and_scale(names, config.rank, config.scale, config.adapter)
+        rank = rank if name in targets else 0
+        adapter = adapt(linear, config.method, rank, scale, config.adapter, init_std=config.tuning.init_std)
         replace_module(model, name, adapter)
     return time.perf_counter() - started
 

@@ -21,9 +21,8 @@ class APTConfig:
     prune: bool | None = None  # whether units go; null: as the method does it ("apt" prunes, the others do not)
     rank: int = 8  # of every adapter at the start, at least 1
     scale: float = 2.0  # unitless, s in W + s B A (LoRA's alpha / r)
-    target_modules: tuple[str, ...] | None = (
-        None  # names, endings of names, or roles (q, v, up, ...); None: the family's
-    )
+    # names, endings of names, or roles (q, v, up, ...); one text: a regular expression or "all-linear"; None: defaults
+    target_modules: tuple[str, ...] | str | None = None
     momentum_salience: float = 0.85  # of the moving averages of salience and importance, [0, 1)
     ablation: str = "full"  # a part of the method left out, whatever its own settings say: "w/o_Ap", "w/o_AT", ...
     verify_events: bool = False  # check after each event that the logits on the latest batch did not move
@@ -45,7 +44,8 @@ class APTConfig:
         if not 0.0 <= self.momentum_salience < 1.0:
             raise ValueError(f"config: momentum_salience must be in [0, 1), got {self.momentum_salience}")
         if self.target_modules is not None:
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+            if not isinstance(self.target_modules, str):
+                object.__setattr__(self, "target_modules", tuple(self.target_modules))
             if not self.target_modules:
                 raise ValueError("config: target_modules is empty; name linear layers, or leave it out")
         for section, leaves in changes_of(self.ablation, self.pruning, self.tuning).items():

@@ -37,6 +37,7 @@ BUILT_IN = (
     "scale",
     "target_modules",
 )  # patch_model has built these; a controller cannot change them
+BUILT_ADAPTER = ("lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "num_directions", "idx")
 
 
 class Controller:
@@ -80,8 +81,8 @@ class Controller:
         model = uncompiled(model)
         state = patch_state(model)
         self.config = (config or state.config).with_overrides(**overrides)
-        for name in BUILT_IN:
-            asked, built = getattr(self.config, name), getattr(state.config, name)
+        for name in (*BUILT_IN, *BUILT_ADAPTER):
+            asked, built = (getattr(c if name in BUILT_IN else c.adapter, name) for c in (self.config, state.config))
             if asked != built:
                 raise ValueError(
                     f"controller: the model was patched with {name}={built!r}, got {asked!r}; patch it anew"

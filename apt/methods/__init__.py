@@ -3,5 +3,16 @@
 from apt.methods.adalora import RankBudget
 from apt.methods.config import MethodConfig
 from apt.methods.table import METHODS, Method, adapt, penalty
+from apt.methods.targets import default_targets, matching, rank_and_scale
 
-__all__ = ["METHODS", "Method", "MethodConfig", "RankBudget", "adapt", "penalty"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "MethodConfig",
+    "RankBudget",
+    "adapt",
+    "default_targets",
+    "matching",
+    "penalty",
+    "rank_and_scale",
+]

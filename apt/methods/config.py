@@ -7,6 +7,10 @@ from dataclasses import dataclass
 class MethodConfig:
     """What the adapters of a method start from and are held to. Each method reads its own."""
 
+    lora_alpha: float | None = None  # s is lora_alpha / r, above 0; null: s is `scale`
+    use_rslora: bool = False  # s is lora_alpha / sqrt(r)
+    rank_pattern: dict[str, int] | None = None  # name, end of a name or regular expression: r of those adapters
+    alpha_pattern: dict[str, float] | None = None  # the same: their lora_alpha
     lora_dropout: float = 0.0  # chance that an entry of the rank-r product is dropped in training, [0, 1)
     num_directions: int | None = None  # gsa: singular directions k with a gate, at least 1; null: twice the rank
     l1_weight: float = 1e-4  # gsa: lambda of lambda * sum |gate|, at least 0
@@ -27,6 +31,11 @@ class MethodConfig:
             raise ValueError(f"methods: num_directions must be at least 1, got {self.num_directions}")
         if self.l1_weight < 0.0:
             raise ValueError(f"methods: l1_weight must be at least 0, got {self.l1_weight}")
+        numbers = [*([] if self.lora_alpha is None else [self.lora_alpha]), *(self.alpha_pattern or {}).values()]
+        if any(number <= 0.0 for number in numbers) or any(rank < 1 for rank in (self.rank_pattern or {}).values()):
+            raise ValueError("methods: lora_alpha must be above 0 and ranks at least 1, in patterns too")
+        if self.use_rslora and not numbers:
+            raise ValueError("methods: use_rslora needs lora_alpha, which it divides by the root of the rank")
         lowest = {"target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "orth_reg_weight": 0}
         for name, low in lowest.items():
             value = getattr(self, name)
