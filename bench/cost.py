@@ -8,6 +8,7 @@ bench/results/cpu/cost.csv, the table beside it is drawn from them.
 
 import argparse
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,11 +28,14 @@ from apt.records import PrunePlan
 from apt.salience import unit_scores
 from apt.surgery import apply_prune_plan
 from apt.units import block_params
+from bench import against
 from bench.rows import append_rows, environment, quantiles, read_rows
 from bench.search import groups
 from bench.timing import Clock
+from bench.turns import TURNS
 
 TOKENS, BATCH, FEATURES = 27, 32, 1536  # of the demo's middling batch
+KEY = ("part", "axis", "size")  # what a row is about
 STEEP = 1.15  # a slope above this is worse than linear beyond what small sizes explain
 Case = tuple[str, float, Callable[[], Callable[[], object]]]  # axis, size, and what makes a call ready to be timed once
 
@@ -178,6 +182,7 @@ def part_rows(part: str, runs: int) -> list[dict[str, Any]]:
     for axis, size, make in CASES[part]():
         seconds = []
         for _ in range(runs + 1):
+            TURNS.change()
             call = make()
             started = time.perf_counter()
             call()
@@ -216,7 +221,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["step", *CASES], default=["step", *CASES])
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each case")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/cost.csv"))
+    against.add_option(parser)
     arguments = parser.parse_args()
+    if arguments.against:
+        print(against.compare("bench.cost", KEY, arguments.against, sys.argv[1:]))
+        return
     torch.set_num_threads(1)
     for part in arguments.parts:
         rows = step_rows(arguments.runs) if part == "step" else part_rows(part, min(arguments.runs, 7))

@@ -8,6 +8,7 @@ bench/results/cpu/inference.csv; the table beside it is drawn from them.
 
 import argparse
 import copy
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import apt
+from bench import against
 from bench.contestants import RANK, SCALE, peft_model, prune
 from bench.rows import append_rows, environment, quantiles, read_rows
 from bench.shapes import SHAPES, Shape
@@ -26,6 +28,7 @@ from bench.timing import Clock
 NEW_TOKENS = 16
 SPARSITIES = (0.3, 0.6, 0.8)
 BATCHES = (1, 32)
+KEY = ("shape", "phase", "batch", "model")  # what a row is about
 
 
 def deployed(shape: Shape, sparsity: float, layout: str) -> nn.Module:
@@ -122,7 +125,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["minilm", "smollm2-135m"])
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/inference.csv"))
+    against.add_option(parser)
     arguments = parser.parse_args()
+    if arguments.against:
+        print(against.compare("bench.inference", KEY, arguments.against, sys.argv[1:]))
+        return
     for shape in arguments.shapes:
         append_rows(arguments.out, measure(shape, arguments.runs))
     text = table(read_rows(arguments.out))

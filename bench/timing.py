@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.rows import quantiles
+from bench.turns import TURNS
 
 Call = Callable[[], object]
 CYCLES_PER_MS = 2_000_000  # of a GPU at 2 GHz; a slower one waits longer, which does no harm
@@ -47,6 +48,7 @@ class Clock:
         for run in range(self.runs):
             if run >= 5 and time.perf_counter() > stop:
                 break
+            TURNS.change()
             order = list(contestants) if run % 2 else list(reversed(contestants))
             pending = [
                 (name, self._once(contestants[name][run % len(contestants[name])], pauses[name])) for name in order

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import against
 from bench.contestants import CONTESTANTS, Contestant, frozen, peft_lora
 from bench.memory import PeakMemory
 from bench.rows import append_row, environment, quantiles, read_rows
 from bench.shapes import SHAPES
 from bench.timing import Clock
+from bench.turns import TURNS
 
+KEY = ("shape", "layers", "dtype", "contestant")  # what a row is about
 REFERENCE, LIMIT = "peft lora", "frozen"
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
 EXACT = ("full", "peft lora", "apt lora", "apt 0%")  # start as the plain model
@@ -122,12 +125,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/train_step.csv"))
     parser.add_argument("--one", action="store_true", help="measure the first contestant here and print its row")
+    against.add_option(parser)
     arguments = parser.parse_args()
+    if arguments.against:
+        print(against.compare("bench.train_step", KEY, arguments.against, sys.argv[1:]))
+        return
     if arguments.one:
         dtype = getattr(torch, arguments.dtype)
         row = measure(arguments.shapes[0], arguments.contestants[0], arguments.runs, dtype, arguments.layers)
         print("ROW " + json.dumps(row), flush=True)
         return
+    TURNS.give()  # each contestant's process takes its own
     for shape in arguments.shapes:
         for name in arguments.contestants:
             command = [sys.executable, "-m", "bench.train_step", "--one", "--shapes", shape, "--contestants", name]
