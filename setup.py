@@ -31,6 +31,7 @@ setup(
         "peft": ["peft>=0.21"],
         "gguf": ["gguf"],  # models in GGUF files
         "liger": ["liger-kernel"],  # plain norms and losses on a GPU: TrainingArguments(use_liger_kernel=True)
+        "bench": ["torch-pruning>=1.6", "peft>=0.21", "matplotlib"],  # what the benchmarks compare with and draw with
         "plots": ["matplotlib", "pandas"],
         "dev": [
             "pytest",

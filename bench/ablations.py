@@ -3,8 +3,9 @@
 ``python -m bench.ablations [--config examples/demo.yaml] [--seeds 0 1 2] [--only apt-60 w/o_AT]``
 
 Every run is one row of bench/results/cpu/ablations.csv with the answer to each test sentence; rows that are there
-already are skipped, so a grid that was stopped goes on. The Markdown table beside it is drawn from the CSV alone. The
-interval is a paired bootstrap over the test sentences, each sentence averaged over its seeds.
+already are skipped, so a grid that was stopped goes on (`bench.grid`). The Markdown table beside
+it is drawn from the CSV alone. The interval is a paired bootstrap over the test sentences, each sentence averaged over
+its seeds.
 """
 
 import argparse
@@ -14,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.arms import run_apart
-from bench.rows import append_row, read_rows
+from bench.grid import Cell, fill
+from bench.rows import read_rows
 
 DISTILLED = ["distillation.use_self_distillation=true"]
 # label: (arm, overrides, the label it is compared with)
@@ -88,14 +89,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(GRID), default=list(GRID))
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/ablations.csv"))
     arguments = parser.parse_args()
-    for seed in arguments.seeds:
-        for label in arguments.only:
-            if (label, str(seed)) in {(row["label"], row["seed"]) for row in read_rows(arguments.out)}:
-                continue
-            arm, overrides, _ = GRID[label]
-            row = {"label": label} | run_apart(arguments.config, arm, seed, overrides)
-            append_row(arguments.out, row)
-            print(f"{label} seed {seed}: accuracy {row['accuracy']:.4f}, {row['train_seconds']} s", flush=True)
+    grid = {label: Cell(*GRID[label][:2]) for label in arguments.only}
+    fill(arguments.out, arguments.config, grid, arguments.seeds, [])
     text = table(read_rows(arguments.out))
     arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -1,14 +1,18 @@
-"""One arm of a comparison: full fine-tuning, PEFT's LoRA or APT, trained on the task of a config and measured.
+"""One arm of a comparison, trained on the task of a config and measured.
 
 ``python -m bench.arms ARM SEED --config FILE [--set KEY=VALUE ...]`` prints its row as JSON; `run_apart` calls it, so
-that each run is a process of its own.
+that each run is a process of its own. Arms: full fine-tuning, PEFT's LoRA, APT, and the rivals of `bench.rivals`, which
+begin where LoRA of the same seed ended: it is trained first where bench/scratch has none of the same settings.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +22,77 @@ import torch
 from bench.rows import environment
 
 FULL_LEARNING_RATE = 5e-5  # of full fine-tuning; the adapters' own is too high for it
+SCRATCH = Path("bench/scratch/arms")
+KEPT, ROW = "model", "row.json"
 
 
-def run_apart(config_path: Path, arm: str, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """`run` in a process of its own.
+def run_apart(
+    config_path: Path, arm: str, seed: int, overrides: list[str], points: int = 0, keep: Path | None = None
+) -> dict[str, Any]:
+    """`run` in a process of its own; `run_seconds` is how long all of it took.
 
     Raises:
         SystemExit: it failed; its last words are the message.
     """
-    command = [sys.executable, "-m", "bench.arms", arm, str(seed), "--config", str(config_path), "--set", *overrides]
+    command = [sys.executable, "-m", "bench.arms", arm, str(seed), "--config", str(config_path)]
+    command += ["--points", str(points), "--set", *overrides]
+    command += ["--keep", str(keep)] if keep else []
+    started = time.perf_counter()
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
     if not found:
         raise SystemExit(f"{arm}, seed {seed} failed:\n{finished.stderr[-2000:]}")
     row: dict[str, Any] = json.loads(found[0])
-    return row
+    return row | {"run_seconds": round(time.perf_counter() - started, 1)}
 
 
-def run(config_path: Path, arm: str, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """Train one arm and measure it. An arm is "full", "lora" or "apt-PERCENT"."""
+def run(
+    config_path: Path, arm: str, seed: int, overrides: list[str], points: int = 0, keep: Path | None = None
+) -> dict[str, Any]:
+    """Train one arm and measure it.
+
+    Args:
+        config_path: model, data and settings.
+        arm: "full", "lora", "apt-PERCENT", or one of `bench.rivals.KINDS` with "-PERCENT".
+        seed: of the adapters, the head, the order of the data.
+        overrides: ``key=value`` on top of the config.
+        points: of the course that column `course` holds: seconds of training, accuracy, sparsity.
+        keep: folder in which LoRA leaves its model for the rivals; theirs is `SCRATCH`.
+    """
     from apt.config import load_config
     from apt.data import DatasetLoader
     from apt.evaluate import Evaluator, latency_ms
     from apt.tasks import build_model, build_tokenizer
+    from bench.rivals import CUT_AT_ONCE, KINDS
+    from bench.training import Course, block_parameters
 
-    sparsity = float(arm[4:]) / 100 if arm.startswith("apt-") else 0.0
+    kind, _, percent = arm.rpartition("-") if arm[-1].isdigit() else (arm, "", "0")
+    if kind not in ("full", "lora", "apt", *KINDS):
+        raise SystemExit(
+            f"no arm is called {arm!r}; there are full, lora, apt-60, {', '.join(f'{k}-60' for k in KINDS)}"
+        )
+    sparsity = float(percent) / 100
     chosen = [*overrides, f"training.seed={seed}", f"pruning.target_sparsity={sparsity}"]
+    chosen += CUT_AT_ONCE if kind == "prune" else []
     if not sparsity:
         chosen.append("pruning.num_events=0")
-    if arm == "full":
+    if kind == "full":
         chosen.append(f"training.learning_rate={FULL_LEARNING_RATE}")
     config = load_config(config_path, chosen)
     tokenizer = build_tokenizer(config)
     data = DatasetLoader(config.data, tokenizer, config.training.seed)
     torch.manual_seed(seed)  # of the adapters; the new head has the same seed in every arm
-    model = build_model(config, data.num_labels, tokenizer)
     dense = build_model(config, data.num_labels, tokenizer).eval()
-    small, row = _train(arm, model, config, data, tokenizer)
-    logits, labels = Evaluator(tokenizer, config.evaluation.inference_batch_size).predict(small, data.test)
+    evaluator = Evaluator(tokenizer, config.evaluation.inference_batch_size)
+    course = Course(evaluator, data.test, points, block_parameters(dense))
+    if kind in KINDS:
+        small, row = _retrained(kind, config_path, overrides, config, data, tokenizer, course)
+    else:
+        model = build_model(config, data.num_labels, tokenizer)
+        small, row = _trained(kind, model, config, data, tokenizer, course)
+        row |= {"course": course.column()} if points else {}
+    row["sparsity"] = round(1.0 - block_parameters(small) / course.total, 4)
+    logits, labels = evaluator.predict(small, data.test)
     correct = logits.argmax(-1) == labels
     row["accuracy"] = float(correct.mean())
     row["correct"] = np.packbits(correct).tobytes().hex()  # sentence by sentence, for paired tests
@@ -70,81 +107,83 @@ def run(config_path: Path, arm: str, seed: int, overrides: list[str]) -> dict[st
     row["speedup"] = round(times["dense"] / times["small"], 3)
     row["params"] = sum(p.numel() for p in small.parameters())
     setting = {"epochs": config.training.epochs, "test_size": len(data.test), "overrides": " ".join(overrides)}
-    return {"arm": arm, "seed": seed} | row | setting | environment()
+    row = {"arm": arm, "seed": seed} | row | setting | environment()
+    if keep:
+        small.save_pretrained(keep / KEPT)
+        (keep / ROW).write_text(json.dumps(row), encoding="utf-8")
+    return row
 
 
-def _train(arm: str, model: Any, config: Any, data: Any, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
-    """The trained model as it would be deployed (adapters merged, shrunk), and what training cost."""
-    import tempfile
-
-    from transformers import DataCollatorWithPadding, Trainer
-
+def _trained(kind: str, model: Any, config: Any, data: Any, tokenizer: Any, course: Any) -> tuple[Any, dict[str, Any]]:
+    """The model as it would be deployed (adapters merged, shrunk), and what training cost."""
     import apt
-    from apt.tasks import training_arguments
+    from bench.training import peft_lora, train
 
+    if kind == "full":
+        return _deployed(*train(model, config, data, tokenizer, course))
+    if kind == "lora":
+        return _deployed(*train(peft_lora(model, config), config, data, tokenizer, course))
+    return _deployed(*train(apt.patch_model(model, config.apt_config()), config, data, tokenizer, course, ours=True))
+
+
+def _deployed(trainer: Any, row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a finished trainer leaves for use, and columns about it."""
+    import apt
+
+    model = trainer.model
+    if hasattr(model, "merge_and_unload"):
+        return model.merge_and_unload().eval(), row
+    if not isinstance(trainer, apt.APTrainer):
+        return model.eval(), row
+    counts = apt.summary(model)
+    row["heads"], row["neurons"] = " ".join(map(str, counts.heads)), " ".join(map(str, counts.neurons))
+    row["events"] = " ".join(str(event.step) for event in trainer.controller.events)
+    row["ranks"] = sum(counts.ranks.values())
+    row |= {key: round(value, 1) for key, value in trainer.throughput().items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
-        common = {"args": training_arguments(config, Path(folder)), "train_dataset": data.train}
-        common["data_collator"] = DataCollatorWithPadding(tokenizer)
-        if arm == "full":
-            trainer = Trainer(model=model, **common)
-        elif arm == "lora":
-            model = peft_lora(model, config)
-            trainer = Trainer(model=model, **common)
-        else:
-            model = apt.patch_model(model, config.apt_config())
-            trainer = apt.APTrainer(model=model, **common)
-        row: dict[str, Any] = {"trainable_start": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-        started, cpu = time.perf_counter(), time.process_time()
-        trainer.train()
-        row["train_seconds"] = round(time.perf_counter() - started, 2)
-        row["train_cpu_seconds"] = round(time.process_time() - cpu, 2)
-        row["steps"] = trainer.state.global_step
-        row["sparsity"] = 0.0
-        if arm == "lora":
-            model = model.merge_and_unload()
-        elif arm.startswith("apt-"):
-            counts = apt.summary(model)
-            row["sparsity"] = round(counts.sparsity, 4)
-            row["heads"], row["neurons"] = " ".join(map(str, counts.heads)), " ".join(map(str, counts.neurons))
-            row["events"] = " ".join(str(event.step) for event in trainer.controller.events)
-            row["ranks"] = sum(counts.ranks.values())
-            row |= {key: round(value, 1) for key, value in trainer.throughput().items()}
-            apt.export_model(model, Path(folder) / "model")
-            model = apt.load_model(Path(folder) / "model")
-    return model.eval(), row
+        apt.export_model(model, Path(folder) / "model")
+        return apt.load_model(Path(folder) / "model").eval(), row
 
 
-def peft_lora(model: Any, config: Any) -> Any:
-    """PEFT's LoRA on the modules that the config's targets name, with the same rank and scale."""
-    import copy
+def _retrained(
+    kind: str, config_path: Path, overrides: list[str], config: Any, data: Any, tokenizer: Any, course: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A rival; what the LoRA before it cost is added, memory is that of the phase that took more."""
+    from apt.tasks import build_model
+    from bench.rivals import cut_and_retrain
 
-    from peft import LoraConfig, get_peft_model
+    seed = config.training.seed
+    folder = kept_lora(config_path, seed, overrides)
+    if not (folder / ROW).exists():
+        run_apart(config_path, "lora", seed, overrides, course.points, folder)
+    first = json.loads((folder / ROW).read_text(encoding="utf-8"))
+    start = replace(config, model=replace(config.model, name=str(folder / KEPT)))
+    model = build_model(start, data.num_labels, tokenizer)
+    small, row = _deployed(*cut_and_retrain(kind, model, config, data, tokenizer, course))
+    row |= {"course": course.column(before=first["train_seconds"])} if course.points else {}
+    row["retrain_seconds"] = row["train_seconds"]
+    for name in ("train_seconds", "train_cpu_seconds", "steps"):
+        row[name] = round(row[name] + first[name], 2)
+    return small, row | {"peak_mb": max(row["peak_mb"], first["peak_mb"])}
 
-    import apt
 
-    twin = apt.patch_model(copy.deepcopy(model), config.apt_config(), method="lora")
-    trained = [
-        name for name in ("pooler", "classifier", "score") if any(n.endswith(name) for n, _ in model.named_modules())
-    ]
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=config.training.initial_rank,
-            lora_alpha=config.training.initial_rank * config.training.scaling_factor,
-            target_modules=list(apt.summary(twin).ranks),
-            modules_to_save=trained,
-        ),
-    )
+def kept_lora(config_path: Path, seed: int, overrides: list[str]) -> Path:
+    """Where LoRA of these settings leaves its model for the rivals."""
+    settings = [config_path.read_text(encoding="utf-8"), *overrides, str(seed), torch.__version__]
+    return SCRATCH / hashlib.sha256("\n".join(settings).encode()).hexdigest()[:16]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("arm", help="full, lora or apt-PERCENT")
+    parser.add_argument("arm", help="full, lora, apt-PERCENT, prune-PERCENT, tp-magnitude-PERCENT or tp-taylor-PERCENT")
     parser.add_argument("seed", type=int)
     parser.add_argument("--config", type=Path, default=Path("examples/demo.yaml"))
+    parser.add_argument("--points", type=int, default=0, help="at which accuracy is measured during training")
+    parser.add_argument("--keep", type=Path, help="folder in which the model is left")
     parser.add_argument("--set", nargs="*", default=[], help="key=value overrides of the config")
-    arguments = parser.parse_args()
-    print("ROW " + json.dumps(run(arguments.config, arguments.arm, arguments.seed, arguments.set)), flush=True)
+    options = parser.parse_args()
+    row = run(options.config, options.arm, options.seed, options.set, options.points, options.keep)
+    print("ROW " + json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,13 @@ from transformers import Trainer, TrainerCallback
 import apt
 from apt.config import RunConfig, load_config
 from apt.data import TextLoader
-from apt.families import find_family
 from apt.language import generation_rates, greedy, perplexity
 from apt.records import Event, append_jsonl, read_jsonl
 from apt.surgery import apply_event
 from apt.tasks import build_model, build_tokenizer, training_arguments
-from bench.arms import peft_lora
 from bench.rows import append_row, append_rows, environment, quantiles, read_rows
 from bench.timing import Clock
+from bench.training import block_parameters, peft_lora
 
 ARMS: dict[str, list[str]] = {  # overrides of the config
     "dense": [],
@@ -73,22 +72,17 @@ def run(config_path: Path, arm: str, seed: int, overrides: list[str], folder: Pa
     data = TextLoader(config.data, tokenizer, seed)
     torch.manual_seed(seed)  # of the adapters
     model, batch_size = build_model(config, None, tokenizer), config.evaluation.inference_batch_size
-    total = _block_params(model)
+    total = block_parameters(model)
     row: dict[str, Any] = {"steps": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0}
     if arm != "dense":
         model, row = _train(arm, model, config, data, folder)
-    row |= {"params": sum(p.numel() for p in model.parameters()), "sparsity": 1.0 - _block_params(model) / total}
+    row |= {"params": sum(p.numel() for p in model.parameters()), "sparsity": 1.0 - block_parameters(model) / total}
     row |= perplexity(model.eval(), data.test, batch_size)
     begin = torch.tensor([data.test[0]["input_ids"][:PROMPT]])
     row["text"] = tokenizer.decode(greedy(model, begin, NEW_TOKENS)[0, begin.shape[1] :])
     setting = {"batch": config.training.batch_size, "block_length": config.data.block_length}
     setting |= {"test_documents": data.test_documents, "overrides": " ".join(overrides)}
     return {"arm": arm, "seed": seed} | row | setting | environment()
-
-
-def _block_params(model: nn.Module) -> int:
-    """Weights of attention, FFN and norms inside the layers of a plain model."""
-    return sum(p.numel() for layer in find_family(model).layers(model) for p in layer.module.parameters())
 
 
 def _train(arm: str, model: Any, config: RunConfig, data: TextLoader, folder: Path) -> tuple[Any, dict[str, Any]]:
