@@ -37,7 +37,17 @@ BUILT_IN = (
     "scale",
     "target_modules",
 )  # patch_model has built these; a controller cannot change them
-BUILT_ADAPTER = ("lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "num_directions", "idx")
+BUILT_ADAPTER = (
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_dropout",
+    "num_directions",
+    "idx",
+    "adaptive_rank",
+    "importance_threshold",
+)
 
 
 class Controller:

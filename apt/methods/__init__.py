@@ -2,17 +2,24 @@
 
 from apt.methods.adalora import RankBudget
 from apt.methods.config import MethodConfig
+from apt.methods.lowrank import Joined, LowRank, RankImportance, join, new_factors, updates
 from apt.methods.table import METHODS, Method, adapt, penalty
 from apt.methods.targets import default_targets, matching, rank_and_scale
 
 __all__ = [
     "METHODS",
+    "Joined",
+    "LowRank",
     "Method",
     "MethodConfig",
     "RankBudget",
+    "RankImportance",
     "adapt",
     "default_targets",
+    "join",
     "matching",
+    "new_factors",
     "penalty",
     "rank_and_scale",
+    "updates",
 ]

@@ -165,12 +165,21 @@ class RankBudget:
         self._grads = {}
         if not deltas or (step != self.last and (step <= settings.tinit or step % settings.deltaT)):
             return None
-        kept = self._kept({name: delta.scores() for name, delta in deltas.items()}, self.budget(step))
+        kept = self._choose(deltas, self.budget(step))
         for name, delta in deltas.items():
             delta.lora_E.masked_fill_(~kept[name], 0.0)
         if step < self.last:
             return None
         return TrimPlan(step=step, kept={name: mask.nonzero().flatten().tolist() for name, mask in kept.items()})
+
+    def _choose(self, deltas: dict[str, AdaLoRA], budget: int) -> dict[str, Tensor]:
+        if self.settings.rank_allocation == "magnitude":
+            return self._kept({name: delta.lora_E.abs() for name, delta in deltas.items()}, budget)
+        scores = {name: delta.scores() for name, delta in deltas.items()}
+        if self.settings.rank_allocation == "importance":
+            return self._kept(scores, budget)
+        each = {name: {name: score} for name, score in scores.items()}
+        return {n: self._kept(each[n], budget * len(score) // self.start)[n] for n, score in scores.items()}
 
     @staticmethod
     def _kept(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+ALLOCATIONS = ("uniform", "importance", "magnitude")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
@@ -22,6 +24,11 @@ class MethodConfig:
     beta1: float = 0.85  # adalora: of the average of |w dL/dw|, (0, 1)
     beta2: float = 0.85  # adalora: of the average distance to that, (0, 1)
     orth_reg_weight: float = 0.5  # adalora: of the penalty that keeps P and Q orthogonal, at least 0
+    # which ranks stay. adalora: of all adapters, by "importance" by "magnitude" (|lambda|), or "uniform": equally many
+    # of each. adalora_simple: of each linear, by "importance", by "magnitude" (|g a b|), or "uniform": the first ones
+    rank_allocation: str = "importance"
+    adaptive_rank: bool = True  # adalora_simple: whether importance is learned; otherwise all ranks count alike
+    importance_threshold: float = 0.1  # adalora_simple: of the importance of a rank in use, which starts at 1
     svd_cache: str | None = "auto"  # folder for decompositions; "auto": in the user's cache; null: none is kept
 
     def __post_init__(self) -> None:
@@ -43,5 +50,7 @@ class MethodConfig:
                 raise ValueError(f"methods: {name} must be at least {low}, got {value}")
         if not 0.0 < self.beta1 < 1.0 or not 0.0 < self.beta2 < 1.0:
             raise ValueError(f"methods: beta1 and beta2 must be in (0, 1), got {self.beta1} and {self.beta2}")
+        if self.rank_allocation not in ALLOCATIONS:
+            raise ValueError(f"methods: rank_allocation must be one of {ALLOCATIONS}, got {self.rank_allocation!r}")
         if self.idx < 0:
             raise ValueError(f"methods: idx must be at least 0, got {self.idx}")

@@ -9,6 +9,7 @@ from apt.adapters import APTAdapter, Delta, adapted
 from apt.methods.adalora import AdaLoRA, RankBudget, orthogonality
 from apt.methods.config import MethodConfig
 from apt.methods.gsa import GatedSpectral, sparsity
+from apt.methods.lowrank import RankImportance
 from apt.methods.spectral import SpectralA, SpectralR
 
 Make = Callable[[Tensor, int, MethodConfig], Delta]  # from the frozen weight, the rank r and the settings
@@ -33,6 +34,7 @@ METHODS: dict[str, Method] = {
     "apt": Method(prunes=True, grows=True),
     "lora": Method(),
     "adalora": Method(AdaLoRA.of, penalty=orthogonality, budget=RankBudget),
+    "adalora_simple": Method(RankImportance.of),
     "gsa": Method(GatedSpectral.of, own_scale=1.0, penalty=sparsity),
     "spectral_a": Method(SpectralA.of, own_scale=1.0),
     "spectral_r": Method(SpectralR.of, own_scale=1.0),
