@@ -30,7 +30,7 @@ setup(
         "train": ["datasets", "scikit-learn", "pandas", "pyarrow"],
         "peft": ["peft>=0.21"],
         "gguf": ["gguf"],  # models in GGUF files
-        "liger": ["liger-kernel"],  # plain norms and losses on a GPU: TrainingArguments(use_liger_kernel=True)
+        "liger": ["liger-kernel>=0.8"],  # plain norms and losses on a GPU: TrainingArguments(use_liger_kernel=True)
         "bench": ["torch-pruning>=1.6", "peft>=0.21", "matplotlib"],  # what the benchmarks compare with and draw with
         "plots": ["matplotlib", "pandas"],
         "dev": [
@@ -41,6 +41,7 @@ setup(
             "types-PyYAML",
             "peft>=0.21",
             "gguf",
+            "liger-kernel>=0.8",
             "scikit-learn",
             "scipy",
             "pandas",

@@ -96,9 +96,10 @@ def kind_of(act: nn.Module) -> Kind | None:
 def put_activations(model: nn.Module, family: Family) -> None:
     """Let the gated blocks of a patched model, where the family's table names their activation, be one op each."""
     for layer in family.layers(model):
+        there = dict(layer.module.named_modules())
         for part in layer.stack.parts:
-            if isinstance(part, FFN) and part.act is not None:
-                act, down = layer.module.get_submodule(part.act), layer.module.get_submodule(part.down)
+            if isinstance(part, FFN) and part.act is not None and part.act in there:  # a block of Liger's has none
+                act, down = there[part.act], there.get(part.down)
                 kind = kind_of(act)
                 if kind is not None and isinstance(down, APTAdapter):
                     replace_module(layer.module, part.act, GatedActivation(act, kind, down))

@@ -121,6 +121,7 @@ def predictions_of(output: Any) -> dict[str, Tensor]:
     if not named:
         raise ValueError(
             f"distillation: needs the predictions of the student, got {type(output).__name__}; hand in what the model "
-            f"returned (run.loss(model(**batch), batch)), with return_dict=True"
+            f"returned (run.loss(model(**batch), batch)), with return_dict=True and, under Liger, "
+            f"fused_linear_cross_entropy=False"
         )
     return named
