@@ -97,15 +97,8 @@ def _activation_forward(
 
 
 @_activation_forward.register_fake
-def _(
-    g_TD: Tensor,
-    u_TD: Tensor | None,
-    mask: Tensor | None,
-    valid_T: Tensor | None,
-    kind: str,
-    collect: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+def _(g_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    collect = rest[-2]
     return g_TD.new_empty(g_TD.shape), g_TD.new_empty(g_TD.shape[1] if collect else 0, dtype=torch.float32)
 
 
@@ -141,18 +134,8 @@ def _activation_backward(
 
 
 @_activation_backward.register_fake
-def _(
-    dy_TD: Tensor,
-    g_TD: Tensor,
-    u_TD: Tensor | None,
-    mask: Tensor | None,
-    valid_T: Tensor | None,
-    kind: str,
-    collect: bool,
-    needs_g: bool,
-    needs_u: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy_TD: Tensor, g_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    collect, needs_g, needs_u = rest[-4:-1]
     return (
         g_TD.new_empty(g_TD.shape if needs_g else 0),
         g_TD.new_empty(g_TD.shape if needs_u else 0),

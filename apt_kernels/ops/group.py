@@ -134,9 +134,9 @@ def _linears_backward(
 
 @_linears_backward.register_fake
 def _(
-    dys: Sequence[Tensor], x: Tensor, z: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor],
-    scale: float, needs_x: bool, backend: str | None,
-) -> list[Tensor]:  # fmt: skip
+    dys: Sequence[Tensor], x: Tensor, z: Tensor, weights: Any, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    needs_x = rest[-2]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else x.new_empty(0)
     return [grad_x, *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*a, *b))]
 

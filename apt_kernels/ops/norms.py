@@ -77,15 +77,7 @@ def _norm_forward(
 
 
 @_norm_forward.register_fake
-def _(
-    x_TD: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    eps: float,
-    centred: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_TD: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     mean_T, rstd_T = (x_TD.new_empty(x_TD.shape[0], dtype=torch.float32) for _ in range(2))
     return x_TD.new_empty(x_TD.shape), mean_T, rstd_T
 
@@ -109,10 +101,8 @@ def _norm_backward(
     selection.count("masked_norm", name)
     dx_TD = grad_weight = grad_bias = None
     if name == "torch":
-        xhat_TD, share = (
-            (x_TD.float() - mean_T[:, None]) * rstd_T[:, None],
-            eager.norm_share(weight, mask, rstd_T.dtype),
-        )
+        xhat_TD = (x_TD.float() - mean_T[:, None]) * rstd_T[:, None]
+        share = eager.norm_share(weight, mask, rstd_T.dtype)
         needs = (needs_x, needs_weight, needs_bias)
         dx_TD, grad_weight, grad_bias = eager.norm_backward(
             dy_TD.float(), xhat_TD, rstd_T[:, None], weight, share, centred, needs
@@ -134,19 +124,8 @@ def _norm_backward(
 
 
 @_norm_backward.register_fake
-def _(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    mean_T: Tensor,
-    rstd_T: Tensor,
-    centred: bool,
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy_TD: Tensor, x_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs_x, needs_weight, needs_bias = rest[-4:-1]
     D = x_TD.shape[1]
     return (
         x_TD.new_empty(x_TD.shape if needs_x else 0),

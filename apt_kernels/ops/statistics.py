@@ -219,14 +219,6 @@ def _weight_kurtosis(
 
 
 @_weight_kurtosis.register_fake
-def _(
-    weight: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: float,
-    group: int,
-    column_scale: Tensor | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float, group: int, *_: Any) -> tuple[Tensor, Tensor]:
     O, I = weight.shape
     return weight.new_empty(I // group, dtype=torch.float32), weight.new_empty(O, dtype=torch.float32)
