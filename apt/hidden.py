@@ -7,6 +7,7 @@ and continuous between (method.md 4.3).
 """
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import apt_kernels
 from apt.gates import MaskGate, ValidTokens
 
 SITES = ("read", "write")
+OWN = ("stock", "training", "kind", "eps", "n", "gated", "site")  # of a `HiddenNorm`, and of no kernel
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,25 @@ class HiddenNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.n}, kind={self.kind}, eps={self.eps}, gated={self.gated}"
+
+
+def hand_on_kernels(model: nn.Module) -> None:
+    """Give each stock norm the forward that another library has bound to the `HiddenNorm` in its place since.
+
+    Liger does so on a model that is patched already, as `transformers.Trainer` applies it; bound to the `HiddenNorm` it
+    would pass the mask and the pruned widths by.
+    """
+    for module in model.modules():
+        bound = module.__dict__.pop("forward", None) if isinstance(module, HiddenNorm) else None
+        if bound is None:
+            continue
+        stock: Any = module.stock
+        for name in ("_get_name", "extra_repr"):
+            module.__dict__.pop(name, None)
+        for name, value in vars(module).items():  # the settings of its kernel
+            if not name.startswith("_") and name not in OWN:
+                setattr(stock, name, value)
+        stock.forward = MethodType(bound.__func__, stock)
 
 
 class ReadGate:

@@ -20,6 +20,7 @@ from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
 from apt.dimensions import Group
 from apt.families import find_family
+from apt.hidden import hand_on_kernels
 from apt.methods import METHODS, RankBudget, penalty
 from apt.moments import bare_optimizer, check_optimizer
 from apt.pruner import UnitScores, move_masks, open_units, settle_masks
@@ -89,6 +90,7 @@ class Controller:
         **overrides: Any,
     ) -> None:
         model = uncompiled(model)
+        hand_on_kernels(model)
         state = patch_state(model)
         self.config = (config or state.config).with_overrides(**overrides)
         for name in (*BUILT_IN, *BUILT_ADAPTER):

@@ -10,7 +10,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from check import close
 from liger_kernel.ops import cross_entropy, geglu, rms_norm
-from liger_kernel.transformers import _apply_liger_kernel_to_instance
+from liger_kernel.transformers import LigerRMSNorm, _apply_liger_kernel_to_instance
 from tiny_models import fill_adapters, random_plan, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers.models.gemma2 import modeling_gemma2
@@ -20,6 +20,7 @@ from triton.runtime.interpreter import TensorHandle
 import apt
 from apt.distiller.losses import predictions_of
 from apt.gates import MaskGate
+from apt.hidden import HiddenNorm, hand_on_kernels
 from apt.surgery import apply_prune_plan
 
 
@@ -88,7 +89,10 @@ def test_a_step_and_the_pruned_model_equal_those_without_liger(name: str, order:
     model = tiny_model(name).float().to(device)
     plain = patched(copy.deepcopy(model))
     theirs = patched(with_liger(model)) if order.startswith("before") else with_liger(patched(model))
-    assert theirs.model.norm._get_name().startswith("LigerRMSNorm")
+    hand_on_kernels(theirs)
+    for norm in [module for module in theirs.modules() if isinstance(module, HiddenNorm)]:
+        assert norm.stock.forward.__func__ is LigerRMSNorm.forward
+        assert "forward" not in vars(norm)
     wanted, got = step(plain, name), step(theirs, name)
     assert wanted.keys() == got.keys()
     for key, value in wanted.items():
@@ -109,3 +113,12 @@ def test_distillation_without_logits_says_what_to_do(device: str) -> None:
     output = model(**batch(model, "llama_gqa"))
     with pytest.raises(ValueError, match="fused_linear_cross_entropy=False"):
         predictions_of(output)
+
+
+def test_a_run_finds_what_trainer_has_bound(device: str) -> None:
+    """`Trainer` binds Liger's forward to a model that is patched already; the controller is made after that."""
+    model = with_liger(apt.patch_model(tiny_model("llama_gqa").float().to(device), rank=2))
+    assert "forward" in vars(model.model.norm)
+    apt.Controller(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), total_steps=40)
+    assert "forward" not in vars(model.model.norm)
+    assert model.model.norm.stock.forward.__func__ is LigerRMSNorm.forward
