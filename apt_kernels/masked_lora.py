@@ -53,7 +53,8 @@ def forward(
     R, O = a_RI.shape[0], weight_OI.shape[0]
     gate_R, rows = gates(gate, dropout, seed)
     b_OP = pack(b_OR, O, tiles.padded_rank(R), x_TI.dtype, scale=scale, col_by=gate_R)
-    if implementation == "one_kernel" and not rows.there and tiles.padded_rank(R) <= max(tiles.RANKS):
+    small = tiles.padded_rank(R) <= max(tiles.one_kernel_ranks(_triton.arch(x_TI.device), x_TI.dtype))
+    if implementation == "one_kernel" and not rows.there and small:
         return _one_kernel(x_TI, weight_OI, packed_a(a_RI, x_TI.dtype, mask_in), b_OP, bias, mask_in, mask_out)
     z_TP, h_TP = down(x_TI, packed_a(a_RI, x_TI.dtype, mask_in), R, rows)
     if implementation == "split_cublas":
@@ -189,6 +190,7 @@ def _one_kernel(
             x_TI.stride(0) // unit, weight_OI.stride(0) // unit, a_PI.stride(0) // 8,
         ),
         BIAS=bias is not None, MASK_IN=mask_in is not None, MASK_OUT=mask_out is not None, UNIT=unit,
+        ranks=tiles.one_kernel_ranks(_triton.arch(x_TI.device), x_TI.dtype),
         **arithmetic(x_TI.dtype), BR=tiles.rank_block(P), GROUP=tiles.GROUP,
     )  # fmt: skip
     return y_TO, z_TP

@@ -38,10 +38,12 @@ class Rows:
         return {"GATE": self.gate_TR is not None, "DROP": self.dropout > 0.0}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: tiles.Tiles, **meta: Any) -> None:
-    """Launch where there is anything to do. A kernel with a rank block compiles for all of them the first time."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, tile: tiles.Tiles, ranks: tuple[int, ...] = tiles.RANKS, **meta: Any
+) -> None:
+    """Launch where there is anything to do. A kernel with a rank block compiles for all `ranks` the first time."""
     if meta.get("BR") in tiles.RANKS and is_first(kernel, args, tile, {**meta, "BR": None}):
-        compile_only(kernel, grid, *args, tile=tile, **meta)
+        compile_only(kernel, grid, *args, tile=tile, ranks=ranks, **meta)
     if 0 not in grid:
         kernel[grid](*args, **meta, **options(tile))
 
@@ -52,6 +54,7 @@ def launch_fitting(
     size: tuple[int, int],
     device: torch.device,
     call: Callable[[tiles.Tiles], Call],
+    ranks: tuple[int, ...] = tiles.RANKS,
     **meta: Any,
 ) -> None:
     """Launch with the tiles that fit. The first time all choices compile: other numbers of tokens will take them.
@@ -62,6 +65,7 @@ def launch_fitting(
         size: rows and columns of the result.
         device: of the tensors.
         call: the grid and the arguments with given tiles.
+        ranks: its rank blocks, where it has one.
         meta: the other constants.
     """
     tile = tiles.fitting(choices, *size, _triton.programs(device))
@@ -69,14 +73,16 @@ def launch_fitting(
     if is_first(kernel, args, choices, meta):
         for other in choices:
             other_grid, other_args = call(other)
-            compile_only(kernel, other_grid, *other_args, tile=other, **meta, **blocks(other))
-    launch(kernel, grid, *args, tile=tile, **meta, **blocks(tile))
+            compile_only(kernel, other_grid, *other_args, tile=other, ranks=ranks, **meta, **blocks(other))
+    launch(kernel, grid, *args, tile=tile, ranks=ranks, **meta, **blocks(tile))
 
 
-def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, tile: tiles.Tiles, **meta: Any) -> None:
+def compile_only(
+    kernel: Any, grid: tuple[int, ...], *args: Any, tile: tiles.Tiles, ranks: tuple[int, ...], **meta: Any
+) -> None:
     """Compile what a launch would run, and where it has a rank block the same with every other."""
-    for ranks in tiles.RANKS if meta.get("BR") in tiles.RANKS else [None]:
-        kernel.warmup(*args, grid=grid, **(meta if ranks is None else {**meta, "BR": ranks}), **options(tile))
+    for block in ranks if meta.get("BR") in tiles.RANKS else [None]:
+        kernel.warmup(*args, grid=grid, **(meta if block is None else {**meta, "BR": block}), **options(tile))
 
 
 def is_first(kernel: Any, args: tuple[Any, ...], choice: tuple[Any, ...], meta: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ PRODUCT = {  # of forward, one_kernel and backward, from large to small
 }
 # Exact float32 runs without tensor cores, and loads of one element a time take many registers: both want small tiles.
 PRODUCT_SMALL = (Tiles(64, 64, 32, 4, 3),)
+PRODUCT_FLOAT32 = (Tiles(64, 64, 16, 8, 3),)
 PRODUCT_TMA = (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3))
 TMA_RANK = 32  # ranks a step of the persistent kernels
 GROUP = 8  # rows of tiles walked together
@@ -64,7 +65,14 @@ def wants_small(arch: str, dtype: torch.dtype, unit: int) -> bool:
 
 def product(arch: str, dtype: torch.dtype, unit: int) -> tuple[Tiles, ...]:
     """The choices of the large products, from large to small. `unit` is what divides sizes and strides."""
-    return PRODUCT_SMALL if wants_small(arch, dtype, unit) else PRODUCT[arch]
+    if wants_small(arch, dtype, unit):
+        return PRODUCT_FLOAT32 if dtype == torch.float32 else PRODUCT_SMALL
+    return PRODUCT[arch]
+
+
+def one_kernel_ranks(arch: str, dtype: torch.dtype) -> tuple[int, ...]:
+    """The rank blocks of `one_kernel`: in float32 without tensor cores it holds no 64 ranks beside its tile."""
+    return RANKS[:1] if wants_small(arch, dtype, 0) else RANKS
 
 
 def fitting(choices: tuple[Tiles, ...], rows: int, cols: int, programs: int) -> Tiles:
