@@ -6,7 +6,7 @@ Three implementations with one numerics contract: operands are in the dtype of x
   what it adds to while it computes.
 * ``split_triton``: one GEMM whose inner range runs over the inputs and then over the rank; tensor descriptors on sm_90.
 * ``one_kernel``: the same, the rank-R product made anew in every tile. For few outputs at a small rank; above
-  rank 64, and with factors per row, ``split_triton`` takes over.
+  rank 64 (16 in float32), and with factors per row, ``split_triton`` takes over.
 
 Dimension key: T tokens, I in, O out, R rank, P rank padded to a multiple of 16.
 """

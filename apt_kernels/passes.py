@@ -34,7 +34,7 @@ class Rows:
         return self.gate_TR is not None or self.dropout > 0.0
 
     @property
-    def flags(self) -> dict[str, bool]:
+    def flags(self) -> dict[str, Any]:
         return {"GATE": self.gate_TR is not None, "DROP": self.dropout > 0.0}
 
 
