@@ -72,18 +72,44 @@ def pruned(sparsity: float, *, salience: bool = False) -> Callable[..., Contesta
             return _plain(model, batch)
         optimizer = _optimizer(model.train())
         run = apt.Controller(model, optimizer, NEVER, num_events=1, prune_start=0, target_sparsity=0.9)
+        return Contestant(model, controlled_step(run, model, batch, optimizer))
 
-        def step() -> None:
-            run.loss(model(**batch), batch).backward()
-            run.after_backward()
-            optimizer.step()
-            run.after_step()
-            optimizer.zero_grad()
+    return build
 
+
+def distilled(sparsity: float) -> Callable[..., Contestant]:
+    """APT after its event, taught by the dense model it was: its memory holds that of the steps up to the event."""
+
+    def build(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
+        apt.patch_model(model, rank=RANK, scale=SCALE, target_modules=targets)
+        optimizer = _optimizer(model.train())
+        run = apt.Controller(model, optimizer, NEVER, target_sparsity=sparsity, **TAUGHT)
+        step = controlled_step(run, model, batch, optimizer)
+        while not run.events:
+            step()
         return Contestant(model, step)
 
     return build
 
+
+def controlled_step(
+    run: apt.Controller, model: nn.Module, batch: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> Callable[[], None]:
+    """One optimizer step of a run."""
+
+    def step() -> None:
+        run.loss(model(**batch), batch).backward()
+        run.after_backward()
+        optimizer.step()
+        run.after_step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# One event after the second step, and a teacher from then on.
+TAUGHT: dict[str, Any] = {"use_self_distillation": True, "distill_end": NEVER - 1, "adaptive_rank_update": False}
+TAUGHT |= {"num_events": 1, "prune_start": 0, "prune_end": 2, "decay": 0, "settle": 0}
 
 CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "full": full,
@@ -93,9 +119,9 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "apt lora": lora,
     "apt 0%": pruned(0.0),
     "apt 0%, statistics": pruned(0.0, salience=True),
-    "apt 30%": pruned(0.3),
-    "apt 60%": pruned(0.6),
-    "apt 80%": pruned(0.8),
+    **{f"apt {sparsity:.0%}": pruned(sparsity) for sparsity in (0.3, 0.6, 0.8)},
+    **{f"apt {sparsity:.0%}, statistics": pruned(sparsity, salience=True) for sparsity in (0.3, 0.6, 0.8)},
+    **{f"apt {sparsity:.0%}, teacher": distilled(sparsity) for sparsity in (0.3, 0.6, 0.8)},
 }
 
 

@@ -1,8 +1,8 @@
 """What each part of the method costs alone, and how that grows: ``python -m bench.cost [--parts step gate ...]``.
 
 ``step`` takes a training step of a MiniLM-shaped encoder (random weights, AdamW) in turns: without statistics, with
-gates and salience, and while masks fall (which plans every step). Every other part is timed at growing sizes; the
-slope of log(time) over log(size) says whether it stays linear, and a steeper one is reported. Rows go to
+gates and salience, while masks fall (which plans every step), and with a teacher. Every other part is timed at growing
+sizes; the slope of log(time) over log(size) says whether it stays linear, and a steeper one is reported. Rows go to
 bench/results/cpu/cost.csv, the table beside it is drawn from them.
 """
 
@@ -29,6 +29,7 @@ from apt.salience import unit_scores
 from apt.surgery import apply_prune_plan
 from apt.units import block_params
 from bench import against
+from bench.contestants import NEVER, TAUGHT, controlled_step
 from bench.rows import append_rows, environment, quantiles, read_rows
 from bench.search import groups
 from bench.timing import Clock
@@ -36,15 +37,21 @@ from bench.turns import TURNS
 
 TOKENS, BATCH, FEATURES = 27, 32, 1536  # of the demo's middling batch
 KEY = ("part", "axis", "size")  # what a row is about
+HARDLY = 0.01  # sparsity of a student that is as slow as its teacher
 STEEP = 1.15  # a slope above this is worse than linear beyond what small sizes explain
 Case = tuple[str, float, Callable[[], Callable[[], object]]]  # axis, size, and what makes a call ready to be timed once
 
 
-def encoder() -> nn.Module:
+def encoder(layers: int = 6) -> nn.Module:
     """A classifier of the shape of MiniLM, with random weights."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    shape = {"hidden_size": 384, "num_hidden_layers": layers, "num_attention_heads": 12, "intermediate_size": 1536}
     return BertForSequenceClassification(BertConfig(**shape))
+
+
+def sentences(batch: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 30000, (batch, TOKENS), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
 
 def training_step(total_steps: int, warm: int, **settings: Any) -> Callable[[], None]:
@@ -52,16 +59,7 @@ def training_step(total_steps: int, warm: int, **settings: Any) -> Callable[[], 
     model = apt.patch_model(encoder(), target_modules=("q", "v", "up", "down")).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     run = apt.Controller(model, optimizer, total_steps, **settings)
-    ids = torch.randint(5, 30000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
-
-    def step() -> None:
-        run.loss(model(**batch), batch).backward()
-        run.after_backward()
-        optimizer.step()
-        run.after_step()
-        optimizer.zero_grad()
-
+    step = controlled_step(run, model, sentences(BATCH), optimizer)
     for _ in range(warm):
         step()
     return step
@@ -74,6 +72,7 @@ def step_rows(runs: int) -> list[dict[str, Any]]:
         "no statistics": training_step(never, 0, num_events=0, target_sparsity=0.0),
         "gates and salience": training_step(never, 0, num_events=1, prune_start=0, prune_end=0.5),
         "masks fall": training_step(long, 2, num_events=1, prune_start=0, prune_end=long, decay=long - 1, settle=0),
+        "teacher": training_step(never, 3, target_sparsity=HARDLY, **TAUGHT),
     }
     times = Clock(torch.device("cpu"), runs=runs, seconds=math.inf).interleaved({k: [c] for k, c in calls.items()})
     plain = times["no statistics"].device_ms
@@ -167,11 +166,30 @@ def checkpoint_cases() -> Iterator[Case]:
         yield "layers", layers, make
 
 
+def distillation_cases() -> Iterator[Case]:
+    """The teacher's pass and the losses of a batch, over layers and tokens; the student lost next to nothing."""
+    for axis, layers, batch in [("layers", n, 8) for n in (3, 6, 12)] + [("tokens", 6, n) for n in (8, 16, 32)]:
+        model = apt.patch_model(encoder(layers), target_modules=("q", "v", "up", "down")).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        run = apt.Controller(model, optimizer, NEVER, target_sparsity=HARDLY, **TAUGHT)
+        given = sentences(batch)
+        step = controlled_step(run, model, given, optimizer)
+        while not run.events:
+            step()
+
+        def make(model: nn.Module = model, run: apt.Controller = run, given: Any = given) -> Callable[[], object]:
+            output = model(**given)
+            return lambda: run.loss(output, given)
+
+        yield axis, layers if axis == "layers" else batch * TOKENS, make
+
+
 CASES = {
     "gate": gate_cases,
     "salience": salience_cases,
     "search": search_cases,
     "surgery": surgery_cases,
+    "distillation": distillation_cases,
     "checkpoint": checkpoint_cases,
 }
 

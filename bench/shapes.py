@@ -29,8 +29,8 @@ class Shape:
         config: Any = model.config
         size = (self.batch, self.tokens)
         ids = torch.randint(5, config.vocab_size, size, generator=torch.Generator().manual_seed(0)).to(device)
-        labels = ids if self.language_model else ids[:, 0] % 2
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        writes = self.language_model or config.is_encoder_decoder
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids if writes else ids[:, 0] % 2}
 
 
 def _bert(hidden: int, heads: int, vocab: int = 30522) -> Callable[[int], nn.Module]:
@@ -54,10 +54,22 @@ def _llama(hidden: int, heads: int, groups: int, neurons: int, vocab: int) -> Ca
     return build
 
 
+def _t5(hidden: int, heads: int, neurons: int, vocab: int = 32128) -> Callable[[int], nn.Module]:
+    def build(layers: int) -> nn.Module:
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        sizes = {"d_model": hidden, "num_heads": heads, "d_kv": hidden // heads, "d_ff": neurons, "vocab_size": vocab}
+        tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "use_cache": False}
+        return T5ForConditionalGeneration(T5Config(**sizes, **tokens, num_layers=layers))
+
+    return build
+
+
 ENCODER, DECODER = ("q", "v", "up"), ("q", "v")
 SHAPES = {
     "minilm": Shape(_bert(384, 12), (*ENCODER, "down"), batch=32, tokens=27, layers=6, of=6),
     "bert-base": Shape(_bert(768, 12), ENCODER, batch=16, tokens=64, layers=3, of=12),
+    "t5-base": Shape(_t5(768, 12, 3072), ENCODER, batch=8, tokens=32, layers=2, of=12),  # of encoder and decoder each
     "smollm2-135m": Shape(_llama(576, 9, 3, 1536, 8192), DECODER, 4, 128, layers=4, of=30, language_model=True),
     "llama-2-7b": Shape(_llama(4096, 32, 32, 11008, 32000), DECODER, 1, 128, layers=1, of=32, language_model=True),
 }
