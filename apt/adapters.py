@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ class Delta(nn.Module, ABC):
     def rank(self) -> int: ...
 
     @property
-    def num_active(self) -> int:
-        """Ranks that change the output at present."""
+    def num_active(self) -> float:
+        """Ranks that change the output at present; a mean where it depends on the example."""
         return self.rank
 
     @abstractmethod
@@ -46,6 +46,13 @@ class Delta(nn.Module, ABC):
 
     def settle(self) -> None:
         """Let go of what only the choice of ranks needed: it is made."""
+
+
+class RowGate(Protocol):
+    """Gates that depend on the example, beside those that an update has of its own."""
+
+    def rows(self, x: Tensor, rank: int) -> Tensor:
+        """Gates of an input ``[..., I]``: ``[..., R]``, or ``[R]``."""
 
 
 class APTAdapter(nn.Module):
@@ -100,6 +107,7 @@ class APTAdapter(nn.Module):
         self.register_buffer("teacher_B", None, persistent=False)
         self.lora_A, self.lora_B = None, None
         self.delta: Delta | None = None
+        self.row_gate: RowGate | None = None
         if rank:
             self.lora_A = nn.Parameter(self._new_rows(rank, "lora"))
             self.lora_B = nn.Parameter(torch.zeros(self.n_out, rank, device=self.weight.device, dtype=self._dtype))
@@ -166,7 +174,7 @@ class APTAdapter(nn.Module):
 
     def drop_adapter(self) -> None:
         """Remove the adapter; what it added is gone too."""
-        self.lora_A = self.lora_B = self.delta = None
+        self.lora_A = self.lora_B = self.delta = self.row_gate = None
 
     def view(self) -> tuple[Tensor, Tensor | None]:
         """The live part of weight and bias: ``[n_out, n_in]`` and ``[n_out]``."""
@@ -189,10 +197,16 @@ class APTAdapter(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """``W + s B diag(g) A`` of the live part, a fresh ``[n_out, n_in]``, added in at least float32."""
+        """``W + s B diag(g) A`` of the live part, a fresh ``[n_out, n_in]``, added in at least float32.
+
+        Raises:
+            ValueError: the update depends on the example.
+        """
         weight, _ = self.view()
         if not self.rank:
             return weight.clone(memory_format=torch.contiguous_format)
+        if self.row_gate is not None:
+            raise ValueError("APTAdapter: an update that depends on the example cannot be merged into a weight")
         a, b = self.factors()
         delta = self.scale * (b @ a)
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
@@ -223,6 +237,9 @@ class APTAdapter(nn.Module):
             return F.linear(x, weight, bias)
         a, b, gate = (self.lora_A, self.lora_B, None) if self.delta is None else self.delta.factors()
         assert a is not None and b is not None  # noqa: PT018
+        if self.row_gate is not None:
+            rows = self.row_gate.rows(x, a.shape[0])
+            gate = rows if gate is None else rows * gate
         # The seed comes from torch's generator, so that checkpointing drops the same entries again.
         dropout, seed = (self.dropout, int(torch.randint(2**31 - 1, ()))) if self.drops else (0.0, None)
         return apt_kernels.masked_lora_linear(

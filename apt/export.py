@@ -20,12 +20,14 @@ from apt.dimensions import hidden_group, live_views, resize_dimensions
 from apt.distiller import TRANSFORM
 from apt.families import Attention, Family, find_family
 from apt.fused import FusedLinears, plain_linear, replace_module, replaced, restore_plain, split_fused
+from apt.gate_files import has_gates, load_gates, save_gates
 from apt.linears import features, is_conv1d, make_linear, weight_and_bias
+from apt.methods import GATES
 from apt.patch import Summary, summary
 from apt.stock import stock_config
 from apt.units import num_units, part_linears
 
-FORMAT = 2  # of apt_export.json: 2 has hidden dimensions; a reader refuses what is newer than itself
+FORMAT = 3  # of apt_export.json: 2 has hidden dimensions, 3 gates; a reader refuses what is newer than itself
 CARD, WEIGHTS = "apt_export.json", "model.safetensors"
 
 
@@ -35,7 +37,8 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     The folder holds ``config.json``, ``model.safetensors`` under the stock parameter names, and ``apt_export.json``
     with the number of units in every group and of hidden dimensions. `load_model` reads it. Where a stock configuration
     describes the result ("stock" in that file), as with ``layout="uniform"``, it is the one that is saved, and
-    ``AutoModel`` loads the folder too. The model in memory is not changed.
+    ``AutoModel`` loads the folder too. Gates that depend on the example (method "dynacsg") cannot be merged: they lie
+    beside the weights, and `load_model` puts them back. The model in memory is not changed.
 
     Args:
         model: patched by `apt.patch_model`, a Hugging Face model.
@@ -71,9 +74,10 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     if generation is not None:
         generation.save_pretrained(partial)
     save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    gates = save_gates(model, partial) if has_gates(model) else None
     narrower = 0 < counts.hidden < int(getattr(config, "hidden_size", 0))  # than the saved config says
     card = {
-        "format": FORMAT if narrower else 1,
+        "format": 3 if gates is not None else 2 if narrower else 1,
         "apt_version": __version__,
         "class": type(model).__name__,
         "stock": reason is None,
@@ -81,6 +85,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         "units": counts.units,
         "head_order": _head_order(model, counts.units),
         **({"hidden": counts.hidden} if narrower else {}),
+        **({} if gates is None else {"gates": gates}),
         "sparsity": counts.sparsity,
         "params_before": counts.params_before,
         "params_after": counts.params_after,
@@ -97,6 +102,8 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
 def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tuple[Any, str | None]:
     """A copy of the config that describes the model, or of its own and what that cannot say."""
     state = patch_state(model)
+    if has_gates(model):
+        return copy.deepcopy(model.config), "it has gates that depend on the example"
     if state.family is None or not counts.units:
         return copy.deepcopy(model.config), None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -105,6 +112,8 @@ def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tu
 
 def load_model(folder: str | Path) -> nn.Module:
     """Load an export as a plain model of its stock class, in evaluation mode, with the layer sizes it was saved with.
+
+    A model with gates that depend on the example comes patched, as it was trained.
 
     Raises:
         ValueError: the folder is not an export, a file is truncated or corrupt, or a newer version made it.
@@ -135,12 +144,15 @@ def load_model(folder: str | Path) -> nn.Module:
             f"load_model: {folder / WEIGHTS} does not fit the model: {(absent + list(unexpected))[0]} is off"
         )
     plain: nn.Module = model.eval().requires_grad_(True)
+    if card.get("gates") is not None:
+        load_gates(plain, folder, card["gates"])
     return plain
 
 
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned, a tied tensor once."""
     ours, done, dtypes = dict(replaced(model)), set(), patch_state(model).dtypes
+    merge = not has_gates(model)
     group = hidden_group(model, patch_state(model).family)
     live = {id(stored): view for stored, view in live_views(model, group)}
     state: dict[str, Tensor] = {}
@@ -148,7 +160,7 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         parent, _, leaf = name.rpartition(".")
-        if parent == TRANSFORM:  # it served training alone
+        if parent == TRANSFORM or name.startswith(f"{GATES}."):  # it served training alone, or has its own file
             continue
         place = parent  # a part of a fused projection lies deeper, and so does what an adapter is made from
         while place and place not in ours:
@@ -157,7 +169,7 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(linear, FusedLinears):
             if place not in done:
                 done.add(place)
-                plain = plain_linear(linear, merge=True).state_dict()
+                plain = plain_linear(linear, merge=merge).state_dict()
                 state.update({f"{place}.{part}": _copy(value) for part, value in plain.items()})
             continue
         if linear is not None and (place != parent or leaf not in ("weight", "bias")):
@@ -167,7 +179,7 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
                 continue
             seen.add(tensor.data_ptr())
         if linear is not None and leaf == "weight":
-            tensor = plain_linear(linear, merge=True).get_parameter("weight")
+            tensor = plain_linear(linear, merge=merge).get_parameter("weight")
         elif name in parameters:
             tensor = live.get(id(parameters[name]), tensor)
         state[name] = _copy(tensor.to(dtypes.get(name, tensor.dtype)))

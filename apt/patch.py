@@ -25,7 +25,16 @@ from apt.families import ROLES, Family, find_family
 from apt.fused import FusedLinears, fused_places, replace_module, restore_plain, split_fused
 from apt.gates import MaskGate, ValidTokens
 from apt.linears import is_linear
-from apt.methods import adapt, default_targets, matching, rank_and_scale
+from apt.methods import (
+    METHODS,
+    adapt,
+    default_targets,
+    layers_above,
+    matching,
+    place_gates,
+    rank_and_scale,
+    remove_gates,
+)
 from apt.surgery import free_tails
 from apt.task_head import narrow, task_head, widen
 from apt.units import block_params, num_units, part_linears, unit_gates
@@ -50,7 +59,7 @@ def patch_model(
     Args:
         model: a Hugging Face model, any module where nothing is pruned, or a PEFT LoRA model; compiled already or not.
         config: None is the default; `method` and `overrides` apply on top.
-        method: "apt", "lora", "adalora", "gsa", "spectral_a" or "spectral_r" (`apt.methods`).
+        method: "apt", "lora", "adalora", "gsa", "spectral_a", "spectral_r" or "dynacsg" (`apt.methods`).
         overrides: leaves of the config by name.
 
     Returns:
@@ -71,11 +80,14 @@ def patch_model(
     if method != "apt" or config is None:
         overrides = {"method": method, **overrides}
     config = (config or APTConfig()).with_overrides(**overrides)
-    family = find_family(model) if config.prunes else _family_or_none(model)
+    per_example = METHODS[config.method].per_example
+    family = find_family(model) if config.prunes or per_example else _family_or_none(model)
     if family is not None and not family.layers(model):
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
     split, head = _to_split(model, config, family), task_head(model)
     targets = _targets(model, config, family, split)
+    if per_example and family is not None:
+        targets = _with_gates(model, config, family, targets)
     replaced = _prunable(model, family, split) if config.prunes and family is not None else targets
     hf_config = getattr(model, "config", None)
     state = PatchState(
@@ -105,6 +117,9 @@ def patch_model(
             place_dimensions(model, family, state.valid)
         hook = _ValidTokenHook(model, family, state.valid)
         state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+    if per_example and family is not None:
+        group = hidden_group(model, family)
+        state.hooks += place_gates(model, family, config.adapter, None if group is None else group.gate)
     for module in head:
         module.requires_grad_(True)
     state.dtypes, hooks = widen(model, head)
@@ -130,7 +145,13 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
         unfuse(model)
         return given
     state = patch_state(model)
+    if merge and METHODS[state.config.method].per_example:
+        raise ValueError(
+            f"unpatch_model: the update of method {state.config.method!r} depends on the example, so no weight can "
+            f"hold it; keep the model patched, or save it with apt.export_model, which keeps the gates"
+        )
     release(model)
+    remove_gates(model)
     free_tails(model)
     restore_activations(model)
     if state.hidden and state.family is not None:
@@ -267,6 +288,16 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None, split: 
     return list(found)
 
 
+def _with_gates(model: nn.Module, config: APTConfig, family: Family, targets: list[str]) -> list[str]:
+    """Those of the targets that lie in a layer with gates."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    above = tuple(f"{paths[id(layer.module)]}." for layer in layers_above(model, family, config.adapter))
+    found = [name for name in targets if name.startswith(above)]
+    if not found:
+        raise ValueError(f"patch_model: no target lies above layer {config.adapter.context_layer}, where gates begin")
+    return found
+
+
 def _some(linears: Collection[str]) -> str:
     return f"there are {', '.join(list(linears)[:6])}, ..." if linears else "this model has none"
 
@@ -317,7 +348,8 @@ class Summary:
     hidden: int  # hidden dimensions; 0 where they cannot be removed
     masked: int  # units whose mask is below 1
     ranks: dict[str, int]  # of every adapter
-    active: dict[str, int]  # ranks that change the output, adapter by adapter: gates that have left 0
+    # Ranks that change the output, adapter by adapter: gates that have left 0, or that an example opens, on average.
+    active: dict[str, float]
     init_seconds: float  # that the start of the adapters took, decompositions included
 
     @property
@@ -344,7 +376,7 @@ class Summary:
                 *(f"{title:<11} {' '.join(map(str, counts))}" for title, counts in rows.items()),
                 f"hidden      {self.hidden or 'stay'}",
                 f"ranks       {spread}",
-                *([f"active      {sum(active)} of {sum(ranks)} gates"] if sum(active) != sum(ranks) else []),
+                *([f"active      {sum(active):g} of {sum(ranks)} gates"] if sum(active) != sum(ranks) else []),
             ]
         )
 

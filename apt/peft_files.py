@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from apt.adapters import APTAdapter, adapted, exchange
 from apt.controller import patch_state
 from apt.fused import FusedLinears, replaced, scaled_factors
+from apt.gate_files import has_gates
 from apt.linears import is_linear
 from apt.patch import summary
 from apt.task_head import task_head
@@ -44,9 +45,15 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         overwrite: replace a folder that exists.
 
     Raises:
-        ValueError: units were pruned or are masked, there is no adapter, or the folder exists.
+        ValueError: units were pruned or are masked, the update depends on the example, there is no adapter, or the
+            folder exists.
     """
     folder, counts = Path(folder), summary(model)
+    if has_gates(model):
+        raise ValueError(
+            f"save_adapter: the update of method {patch_state(model).config.method!r} depends on the example, which a "
+            f"LoRA file cannot say; use apt.export_model, which keeps its gates beside the weights"
+        )
     if counts.masked or counts.sparsity > 0.0:
         raise ValueError(
             "save_adapter: a LoRA file cannot say that parts of the base are gone; use apt.export_model, which saves "

@@ -37,6 +37,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "peft_fusion",
     "task_head",
     "patch",
+    "gate_files",
     "config",
     "data",
     "tasks",

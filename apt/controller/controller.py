@@ -39,15 +39,9 @@ BUILT_IN = (
     "target_modules",
 )  # patch_model has built these; a controller cannot change them
 BUILT_ADAPTER = (
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "lora_dropout",
-    "num_directions",
-    "idx",
-    "adaptive_rank",
-    "importance_threshold",
+    *("lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "num_directions", "idx"),
+    *("adaptive_rank", "importance_threshold"),
+    *("gate_alpha", "gate_temperature", "context", "context_layer", "hyper_params"),
 )
 
 

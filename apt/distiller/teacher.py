@@ -12,6 +12,7 @@ from apt.adapters import APTAdapter, adapted
 from apt.dimensions import hidden_group, outer_dims
 from apt.distiller.layers import TRANSFORM
 from apt.families import Attention, EmptyAttention, Family, Layer
+from apt.methods import mark_prompt
 
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
@@ -135,6 +136,7 @@ class Teacher:
             inputs["decoder_input_ids"] = make(labels=batch["labels"])
         if "use_cache" in inspect.signature(model.forward).parameters:
             inputs["use_cache"] = False  # nothing is generated
+        mark_prompt(self.model, batch.get("labels"))
         with self._dense():
             return model(**inputs, return_dict=True)
 

@@ -157,6 +157,7 @@ OPT_POST = HiddenTable(
     outputs=OPT.outputs,
     unless=OPT_UNLESS,
 )
+READERS = ("apt_gates.read",)  # linears that methods put beside the model; they gate the stream themselves
 TABLES = (BERT, DEBERTA, DISTILBERT, GEMMA, GPT2, LLAMA, OPT, OPT_POST, PHI3, T5)
 
 
@@ -255,7 +256,7 @@ def _outside(model: nn.Module, table: HiddenTable) -> Iterator[Part]:
     for entries, gated, site in norms:
         for name, module in found(entries):
             yield Part(name, module, "norm", gated=gated, site=site)
-    writes, reads, through_gate = (dict(found(e)) for e in (table.outputs, table.inputs, table.gated_inputs))
+    writes, reads, through_gate = (dict(found(e)) for e in (table.outputs, table.inputs + READERS, table.gated_inputs))
     for name, module in {**reads, **through_gate, **writes}.items():
         if not hasattr(module, "weight"):  # a head of several layers under the name of one
             continue

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 ALLOCATIONS = ("uniform", "importance", "magnitude")
+CONTEXTS = ("first", "mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +15,16 @@ class MethodConfig:
     rank_pattern: dict[str, int] | None = None  # name, end of a name or regular expression: r of those adapters
     alpha_pattern: dict[str, float] | None = None  # the same: their lora_alpha
     lora_dropout: float = 0.0  # chance that an entry of the rank-r product is dropped in training, [0, 1)
-    num_directions: int | None = None  # gsa: singular directions k with a gate, at least 1; null: twice the rank
+    # gsa, dynacsg: singular directions with a gate, at least 1; null: of gsa twice the rank, of dynacsg the rank
+    num_directions: int | None = None
     l1_weight: float = 1e-4  # gsa: lambda of lambda * sum |gate|, at least 0
     idx: int = 0  # spectral_a, spectral_r: which block of r singular directions, 0 the largest
+    gate_alpha: float = 0.1  # dynacsg: by how much an open gate raises its singular value, a fraction
+    gate_temperature: float = 1.0  # dynacsg: of the sigmoid that gradients pass, above 0
+    l0_weight: float = 1e-4  # dynacsg: lambda of lambda * expected number of open gates, at least 0
+    context: str = "first"  # dynacsg: what an encoder's gates depend on, "first" token or "mean" of the tokens
+    context_layer: int = 0  # dynacsg: after which layer that is read, at least 0; the layers above have gates
+    hyper_params: int = 65536  # dynacsg: numbers of the network that opens the gates, about; at least 1
     target_r: int | None = None  # adalora: mean rank at the end, at least 1; null: two thirds of the first
     tinit: int = 0  # adalora: optimizer steps before the budget falls, at least 0
     tfinal: int = 0  # adalora: optimizer steps at the end with final ranks, at least 0
@@ -44,6 +52,7 @@ class MethodConfig:
         if self.use_rslora and not numbers:
             raise ValueError("methods: use_rslora needs lora_alpha, which it divides by the root of the rank")
         lowest = {"target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "orth_reg_weight": 0}
+        lowest |= {"l0_weight": 0, "context_layer": 0, "hyper_params": 1}
         for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -52,5 +61,9 @@ class MethodConfig:
             raise ValueError(f"methods: beta1 and beta2 must be in (0, 1), got {self.beta1} and {self.beta2}")
         if self.rank_allocation not in ALLOCATIONS:
             raise ValueError(f"methods: rank_allocation must be one of {ALLOCATIONS}, got {self.rank_allocation!r}")
+        if self.context not in CONTEXTS:
+            raise ValueError(f"methods: context must be one of {list(CONTEXTS)}, got {self.context!r}")
+        if not self.gate_temperature > 0.0:
+            raise ValueError(f"methods: gate_temperature must be above 0, got {self.gate_temperature}")
         if self.idx < 0:
             raise ValueError(f"methods: idx must be at least 0, got {self.idx}")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from apt.adapters import APTAdapter, Delta, adapted
 from apt.methods.adalora import AdaLoRA, RankBudget, orthogonality
 from apt.methods.config import MethodConfig
+from apt.methods.dynacsg import DynamicSpectral, expected_gates
 from apt.methods.gsa import GatedSpectral, sparsity
 from apt.methods.lowrank import RankImportance
 from apt.methods.spectral import SpectralA, SpectralR
@@ -28,6 +29,7 @@ class Method:
     budget: Budget | None = None  # which ranks go while the model trains
     prunes: bool = False  # unless the setting `prune` says otherwise
     grows: bool = False  # whether ranks grow
+    per_example: bool = False  # gates depend on the example: the layers above one have them, and nothing merges
 
 
 METHODS: dict[str, Method] = {
@@ -38,6 +40,7 @@ METHODS: dict[str, Method] = {
     "gsa": Method(GatedSpectral.of, own_scale=1.0, penalty=sparsity),
     "spectral_a": Method(SpectralA.of, own_scale=1.0),
     "spectral_r": Method(SpectralR.of, own_scale=1.0),
+    "dynacsg": Method(DynamicSpectral.of, own_scale=1.0, penalty=expected_gates, per_example=True),
 }
 
 

@@ -1,0 +1,155 @@
+"""Dynamic conditional spectral gates: one small network opens singular directions, example by example."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapters import Delta, adapted
+from apt.families import Attention, Family, Layer, base_model
+from apt.hidden import HiddenGate
+from apt.linears import features
+from apt.methods.config import MethodConfig
+from apt.methods.context import (
+    CaptureHook,
+    ContextGate,
+    GateContext,
+    Generate,
+    InputHook,
+    LabelHook,
+    PositionHook,
+)
+from apt.methods.hypernetwork import HyperNetwork
+from apt.methods.svd import singular_triplets
+
+NAME = "apt_gates"  # of the network in the model
+
+
+class DynamicSpectral(Delta):
+    """``W = U S V^T`` with ``S_i (1 + alpha g_i)`` for the r_b largest, g in {0, 1} of each example.
+
+    ``A = V^T``, ``B = U``, ``g = alpha S`` are frozen; the adapted linear multiplies by the gates of its `row_gate`.
+    """
+
+    U: Tensor  # [n_out, r_b]
+    S: Tensor  # [r_b]
+    Vh: Tensor  # [r_b, n_in]
+
+    def __init__(self, u: Tensor, s: Tensor, vh: Tensor, alpha: float) -> None:
+        super().__init__()
+        for name, tensor in (("U", u), ("S", s), ("Vh", vh)):
+            self.register_buffer(name, tensor)
+        self.alpha = alpha
+        self.context: GateContext | None = None  # that gates it
+
+    @classmethod
+    def of(cls, weight: Tensor, rank: int, settings: MethodConfig) -> "DynamicSpectral":
+        """For a weight ``[O, I]``: the largest directions, as many as there are where there are fewer."""
+        count = min(settings.num_directions or rank, *weight.shape)
+        return cls(*singular_triplets(weight, count, settings.svd_cache), settings.gate_alpha)
+
+    @property
+    def rank(self) -> int:
+        return self.S.numel()
+
+    @property
+    def num_active(self) -> float:
+        """Of an example, the mean over those seen in evaluation since the last step of training."""
+        return 0.0 if self.context is None else self.context.num_active(self.rank)
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.Vh, self.U, self.alpha * self.S
+
+    def side(self, axis: str) -> list[Tensor]:
+        return [self.U] if axis == "out" else [self.Vh]
+
+    def extra_repr(self) -> str:
+        return f"directions={self.rank}, alpha={self.alpha}"
+
+
+def expected_gates(deltas: Sequence[Delta], settings: MethodConfig) -> Tensor | None:
+    """``l0_weight`` times the number of gates that an example is expected to open, the mean over the last batch."""
+    context = next((delta.context for delta in deltas if isinstance(delta, DynamicSpectral)), None)
+    logits = None if context is None or not settings.l0_weight else context.logits()
+    return None if logits is None else settings.l0_weight * torch.sigmoid(logits).sum(-1).mean()
+
+
+def layers_above(model: nn.Module, family: Family, settings: MethodConfig) -> list[Layer]:
+    """The layers whose linears have gates: those after layer l of the first stack, and every other stack.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers, last = family.layers(model), settings.context_layer
+    first = [layer for layer in layers if layer.stack is layers[0].stack]
+    if last >= len(first) or len(layers) == last + 1:
+        raise ValueError(
+            f"methods: context_layer {last} leaves no layer above it for gates; the model has {len(first)} layers, so "
+            f"use at most {len(first) - (2 if len(first) == len(layers) else 1)}"
+        )
+    return layers[last + 1 :]
+
+
+def place_gates(
+    model: nn.Module, family: Family, settings: MethodConfig, hidden: HiddenGate | None = None
+) -> list[Any]:
+    """Put the network, the reading of contexts and the gates into a model whose linears are adapted already.
+
+    Returns:
+        Handles of the hooks.
+    """
+    linears = [linear for _, linear in adapted(model) if isinstance(linear.delta, DynamicSpectral)]
+    layers = family.layers(model)
+    count = max((linear.rank for linear in linears), default=1)
+    hyper = HyperNetwork(_width(layers), count, settings.hyper_params, linears[0].weight)
+    model.add_module(NAME, hyper.train(model.training))
+    classifies = type(model).__name__.endswith("SequenceClassification")  # it answers once all was read
+    modules = [layer.module for layer in layers]
+    context = GateContext(hyper, settings, modules, prompts=family.decoder and not classifies, hidden=hidden)
+    for linear in linears:
+        linear.row_gate = ContextGate(context)
+        linear.delta.context = context  # type: ignore[union-attr]
+    base = base_model(model)
+    several = len({layer.stack for layer in layers}) > 1  # an encoder before a decoder: its own arguments count
+    reader = base.get_submodule(layers[0].stack.layers.rpartition(".")[0]) if several else base
+    hooks = [
+        model.register_forward_pre_hook(LabelHook(model, context), with_kwargs=True),
+        reader.register_forward_pre_hook(InputHook(reader, context), with_kwargs=True),
+        modules[settings.context_layer].register_forward_hook(CaptureHook(context)),
+    ]
+    for layer in layers:
+        for part in layer.stack.parts:
+            attention = layer.module.get_submodule(part.module) if isinstance(part, Attention) else None
+            if attention is not None and PositionHook.argument in inspect.signature(attention.forward).parameters:
+                hooks.append(attention.register_forward_pre_hook(PositionHook(attention, context), with_kwargs=True))
+    if context.prompts and hasattr(model, "generate"):
+        model.generate = Generate(model, context)  # type: ignore[assignment]
+    return hooks
+
+
+def mark_prompt(model: nn.Module, labels: Tensor | None) -> None:
+    """Let the next pass without labels end its prompts where these labels begin to count; nothing without gates."""
+    for _, linear in adapted(model):
+        if isinstance(linear.row_gate, ContextGate):
+            linear.row_gate.context.labels = labels
+            return
+
+
+def remove_gates(model: nn.Module) -> None:
+    """Take the network out again; the hooks are the caller's."""
+    if hasattr(model, NAME):
+        delattr(model, NAME)
+    model.__dict__.pop("generate", None)
+
+
+def _width(layers: Sequence[Layer]) -> int:
+    """Hidden dimensions, from the first linear that reads or writes them."""
+    for layer in layers:
+        for part in layer.stack.parts:
+            for role, name in part.linears.items():
+                linear = layer.module.get_submodule(name) if name in dict(layer.module.named_modules()) else None
+                if linear is not None:
+                    return features(linear)[0 if role == part.reader else 1]
+    raise ValueError("methods: the model has no linear left that reads its hidden dimensions")
