@@ -184,8 +184,8 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "card without units": (lambda f: edit_card(f, units=None), rf"{CARD} is corrupt"),
     "card without a checksum": (lambda f: edit_card(f, sha256=None), rf"{CARD} is corrupt"),
     "newer format": (
-        lambda f: edit_card(f, format=3, apt_version="9.9"),
-        r"has format 3, written by apt-lm 9\.9; .*upgrade",
+        lambda f: edit_card(f, format=4, apt_version="9.9"),
+        r"has format 4, written by apt-lm 9\.9; .*upgrade",
     ),
     "unknown class": (lambda f: edit_card(f, **{"class": "NoSuchModel"}), "has no class 'NoSuchModel'; upgrade it"),
     "other sizes": (lambda f: edit_card(f, units=dict.fromkeys(UNITS, 2)), "does not fit"),
