@@ -1,6 +1,7 @@
 """A finished model to a folder that others load, and back: merged, shrunk, safetensors and JSON only."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,16 +17,17 @@ from torch import Tensor, nn
 
 from apt import __version__
 from apt.controller import patch_state, uncompiled
-from apt.dimensions import hidden_group, live_views, resize_dimensions
+from apt.dimensions import has_dimensions, hidden_group, live_views, resize_dimensions
 from apt.distiller import TRANSFORM
 from apt.families import Attention, Family, find_family
+from apt.families.hidden import hidden_parts, hidden_size
 from apt.fused import FusedLinears, plain_linear, replace_module, replaced, restore_plain, split_fused
 from apt.gate_files import has_gates, load_gates, save_gates
 from apt.linears import features, is_conv1d, make_linear, weight_and_bias
 from apt.methods import GATES
 from apt.patch import Summary, summary
-from apt.stock import stock_config
-from apt.units import num_units, part_linears
+from apt.stock import first_difference, stock_config
+from apt.units import num_units, part_linears, present_units
 
 FORMAT = 3  # of apt_export.json: 2 has hidden dimensions, 3 gates; a reader refuses what is newer than itself
 CARD, WEIGHTS = "apt_export.json", "model.safetensors"
@@ -58,7 +60,8 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    tensors = _merged_state(model)
+    tensors = merged_state(model)
+    counts = _with_sizes(model, counts, tensors)
     config, reason = _config(model, counts, tensors)
     if reason is not None and state.config.pruning.layout == "uniform":
         warnings.warn(
@@ -97,6 +100,16 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         shutil.rmtree(folder)
     os.rename(partial, folder)
     return folder
+
+
+def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> Summary:
+    """The counts with the sizes of a model that was pruned before it was patched: its config does not say them."""
+    family = patch_state(model).family
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if family is None or counts.units or first_difference(type(model), model.config, shapes) is None:
+        return counts
+    hidden = hidden_size(hidden_parts(model, family)) if has_dimensions(model, family) else 0
+    return dataclasses.replace(counts, units=present_units(model, family), hidden=hidden)
 
 
 def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tuple[Any, str | None]:
@@ -149,7 +162,7 @@ def load_model(folder: str | Path) -> nn.Module:
     return plain
 
 
-def _merged_state(model: nn.Module) -> dict[str, Tensor]:
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned, a tied tensor once."""
     ours, done, dtypes = dict(replaced(model)), set(), patch_state(model).dtypes
     merge = not has_gates(model)

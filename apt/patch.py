@@ -24,7 +24,7 @@ from apt.distiller import TRANSFORM, release
 from apt.families import ROLES, Family, find_family
 from apt.fused import FusedLinears, fused_places, replace_module, restore_plain, split_fused
 from apt.gates import MaskGate, ValidTokens
-from apt.linears import is_linear
+from apt.linears import features, is_linear
 from apt.methods import (
     METHODS,
     adapt,
@@ -311,7 +311,7 @@ def _put_adapters(model: nn.Module, config: APTConfig, targets: set[str], names:
         linear, whole = model.get_submodule(name), name.rpartition(".")[0]
         names = [name, *([whole] if isinstance(model.get_submodule(whole), FusedLinears) else [])]
         rank, scale = rank_and_scale(names, config.rank, config.scale, config.adapter)
-        rank = rank if name in targets else 0
+        rank = rank if name in targets and all(features(linear)) else 0  # of a layer that lost all, nothing is left
         adapter = adapt(linear, config.method, rank, scale, config.adapter, init_std=config.tuning.init_std)
         replace_module(model, name, adapter)
     return time.perf_counter() - started

@@ -38,7 +38,7 @@ def stock_config(
     if reason is None:
         try:
             read = type(config).from_dict(config.to_dict())  # which is where a config checks its numbers
-            reason = _first_difference(type(model), read, shapes)
+            reason = first_difference(type(model), read, shapes)
         except (ValueError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
     return (config, None) if reason is None else (unchanged, reason)
@@ -89,7 +89,7 @@ def _set_width(config: Any, model: nn.Module, family: Family, hidden: int) -> st
     return None
 
 
-def _first_difference(kind: Any, config: Any, shapes: dict[str, Size]) -> str | None:
+def first_difference(kind: Any, config: Any, shapes: dict[str, Size]) -> str | None:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):

@@ -6,11 +6,12 @@ rows of the up (and gate) projection and its column of the down projection. Wher
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from apt.adapters import APTAdapter
-from apt.families import FFN, Attention, Family, Layer
+from apt.families import FFN, Attention, EmptyAttention, Family, Layer
 from apt.gates import MaskGate
 from apt.hidden import HiddenNorm
 from apt.linears import features
@@ -108,6 +109,22 @@ def num_units(layer: Layer, part: Attention | FFN) -> int:
     """Heads (KV groups) or neurons of one part of a layer, from the rows of its linears."""
     rows, _ = features(part_linears(layer, part)[part.counted])
     return rows // (head_size(layer.module.get_submodule(part.module)) if isinstance(part, Attention) else 1)
+
+
+def present_units(model: nn.Module, family: Family) -> dict[str, int]:
+    """Heads (KV groups) and neurons of every part of any model, patched or not, from what its last linears read."""
+    config: Any = model.config
+    heads = int(config.num_attention_heads)
+    together = heads // int(getattr(config, "num_key_value_heads", None) or heads)  # query heads of a group
+    counts = {}
+    for layer in family.layers(model):
+        for part in layer.stack.parts:
+            count, reader = 0, part_linears(layer, part).get(part.reader)
+            module = layer.module.get_submodule(part.module) if isinstance(part, Attention) else None
+            if reader is not None and not isinstance(module, EmptyAttention):
+                count = features(reader)[1] // (1 if module is None else head_size(module) * together)
+            counts[f"{layer.name}.{part.units}"] = count
+    return counts
 
 
 def find_units(model: nn.Module, family: Family, *, min_heads: int = 0, min_neurons: int = 0) -> list[UnitGroup]:

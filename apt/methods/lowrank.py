@@ -119,7 +119,7 @@ class Joined(Delta):
         return sum(part.rank for part in self.deltas())
 
     @property
-    def num_active(self) -> int:
+    def num_active(self) -> float:
         return sum(part.num_active for part in self.deltas())
 
     def factors(self) -> Triplet:

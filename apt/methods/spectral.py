@@ -34,7 +34,8 @@ class _Spectral(Delta):
 
 
 def _block(weight: Tensor, rank: int, settings: MethodConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and V^T of directions ``idx r`` up to ``(idx + 1) r``."""
+    """U, S and V^T of directions ``idx r`` up to ``(idx + 1) r``; of a weight with fewer than r, all."""
+    rank = rank if settings.idx else min(rank, *weight.shape)
     first, last = settings.idx * rank, (settings.idx + 1) * rank
     if last > min(weight.shape):
         raise ValueError(
