@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.ablations import DISTILLED
 from bench.ablations import GRID as ABLATIONS
 from bench.grid import Cell, Rows, fill, hours
+from bench.plan import results
 from bench.rows import read_rows
 
 SPARSITIES = (40, 60, 70, 80, 90)
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="key=value overrides of the config, for every run")
     parser.add_argument("--points", type=int, default=POINTS, help="at which accuracy is taken during a run")
     parser.add_argument("--hours", action="store_true", help="say how long it takes, by the rows there are")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/accuracy.csv"))
+    parser.add_argument("--out", type=Path, default=results("accuracy"))
     arguments = parser.parse_args()
     grid = {label: GRID[label] for label in arguments.only}
     if not arguments.hours:

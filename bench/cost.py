@@ -28,7 +28,7 @@ from apt.records import PrunePlan
 from apt.salience import unit_scores
 from apt.surgery import apply_prune_plan
 from apt.units import block_params
-from bench import against
+from bench import against, plan
 from bench.contestants import NEVER, TAUGHT, controlled_step
 from bench.rows import append_rows, environment, quantiles, read_rows
 from bench.search import groups
@@ -240,12 +240,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each case")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/cost.csv"))
     against.add_option(parser)
+    plan.add_options(parser)
     arguments = parser.parse_args()
     if arguments.against:
         print(against.compare("bench.cost", KEY, arguments.against, sys.argv[1:]))
         return
     torch.set_num_threads(1)
-    for part in arguments.parts:
+    for part in (unit["part"] for unit in plan.todo([{"part": part} for part in arguments.parts], arguments)):
         rows = step_rows(arguments.runs) if part == "step" else part_rows(part, min(arguments.runs, 7))
         append_rows(arguments.out, [row | environment() for row in rows])
         for row in rows:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import apt
-from bench import against
+from bench import against, plan
 from bench.contestants import RANK, SCALE, peft_model, prune
 from bench.rows import append_rows, environment, quantiles, read_rows
 from bench.shapes import SHAPES, Shape
@@ -124,14 +124,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["minilm", "smollm2-135m"])
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/inference.csv"))
+    parser.add_argument("--out", type=Path, default=plan.results("inference"))
     against.add_option(parser)
+    plan.add_options(parser)
     arguments = parser.parse_args()
     if arguments.against:
         print(against.compare("bench.inference", KEY, arguments.against, sys.argv[1:]))
         return
-    for shape in arguments.shapes:
-        append_rows(arguments.out, measure(shape, arguments.runs))
+    for unit in plan.todo([{"shape": shape} for shape in arguments.shapes], arguments):
+        append_rows(arguments.out, measure(unit["shape"], arguments.runs))
     text = table(read_rows(arguments.out))
     arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

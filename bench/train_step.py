@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import against
+from bench import against, plan
 from bench.contestants import CONTESTANTS, Contestant, frozen, peft_lora
 from bench.memory import PeakMemory
 from bench.rows import append_row, environment, quantiles, read_rows
@@ -123,9 +123,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/train_step.csv"))
+    parser.add_argument("--out", type=Path, default=plan.results("train_step"))
     parser.add_argument("--one", action="store_true", help="measure the first contestant here and print its row")
     against.add_option(parser)
+    plan.add_options(parser)
     arguments = parser.parse_args()
     if arguments.against:
         print(against.compare("bench.train_step", KEY, arguments.against, sys.argv[1:]))
@@ -136,19 +137,24 @@ def main() -> None:
         print("ROW " + json.dumps(row), flush=True)
         return
     TURNS.give()  # each contestant's process takes its own
-    for shape in arguments.shapes:
-        for name in arguments.contestants:
-            command = [sys.executable, "-m", "bench.train_step", "--one", "--shapes", shape, "--contestants", name]
-            command += ["--runs", str(arguments.runs), "--dtype", arguments.dtype]
-            command += ["--layers", str(arguments.layers)] if arguments.layers else []
-            finished = subprocess.run(command, capture_output=True, text=True, check=False)
-            found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
-            if not found:
-                print(f"{shape}, {name}: failed, {finished.stderr.strip().splitlines()[-1:]}", flush=True)
-                continue
-            row = json.loads(found[0])
-            append_row(arguments.out, row)
-            print(f"{shape}, {name}: {row['ms_p50']} ms, {row['over_peft']} of PEFT, {row['peak_mb']} MB", flush=True)
+    layers = {shape: str(arguments.layers or SHAPES[shape].layers) for shape in arguments.shapes}
+    units = [
+        {"shape": shape, "contestant": name, "dtype": arguments.dtype, "layers": layers[shape]}
+        for shape in arguments.shapes
+        for name in arguments.contestants
+    ]
+    for unit in plan.todo(units, arguments):
+        shape, name = unit["shape"], unit["contestant"]
+        command = [sys.executable, "-m", "bench.train_step", "--one", "--shapes", shape, "--contestants", name]
+        command += ["--runs", str(arguments.runs), "--dtype", arguments.dtype, "--layers", unit["layers"]]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
+        if not found:
+            print(f"{shape}, {name}: failed, {finished.stderr.strip().splitlines()[-1:]}", flush=True)
+            continue
+        row = json.loads(found[0])
+        append_row(arguments.out, row)
+        print(f"{shape}, {name}: {row['ms_p50']} ms, {row['over_peft']} of PEFT, {row['peak_mb']} MB", flush=True)
     text = table(read_rows(arguments.out))
     arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -1,0 +1,68 @@
+"""Tables and pictures of every result there is, and the page that shows them: ``python -m bench.report``.
+
+For each machine (a folder in bench/results) that has rows of a benchmark, its table and picture are drawn from the CSV
+beside it. In docs/results.md what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` is replaced by the
+command that measures it, and the tables; text around the marks stays. What no machine has measured reads `unmeasured`.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from os.path import relpath
+from pathlib import Path
+
+from bench import accuracy, cost, inference, train_step
+from bench.grid import Rows
+from bench.plots import save
+from bench.rows import read_rows
+
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "train_step": train_step.table,
+    "inference": inference.table,
+    "cost": cost.table,
+    "accuracy": accuracy.table,
+}
+BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def section(name: str, results: Path, page: Path) -> str:
+    """What the page says about one benchmark."""
+    lines = ["", f"Measure it with `python -m bench.{name}`, draw it with `python -m bench.report`.", ""]
+    files = sorted(results.glob(f"*/{name}.csv"))
+    for file in files:
+        rows = read_rows(file)
+        text, picture = TABLES[name](rows), file.with_suffix(".png")
+        file.with_suffix(".md").write_text(text, encoding="utf-8")
+        save(name, rows, picture)
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in rows if row["commit"]))
+        lines += [f"#### {file.parent.name}, commit {commits or 'unknown'}", "", text.rstrip("\n"), ""]
+        lines += [f"![{name} on {file.parent.name}]({relpath(picture, page.parent)})", ""]
+        lines += [f"Rows: [{file.name}]({relpath(file, page.parent)}).", ""]
+    return "\n".join(lines if files else [*lines, "`unmeasured`", ""])
+
+
+def rewrite(page: Path, results: Path) -> None:
+    """Replace what stands between the marks of a page.
+
+    Raises:
+        ValueError: a mark names no benchmark, or the page lacks the marks of one.
+    """
+    text = page.read_text(encoding="utf-8")
+    named = [match[1] for match in BLOCK.findall(text)]
+    if sorted(named) != sorted(TABLES):
+        raise ValueError(f"{page}: it needs one <!-- bench:NAME --> ... <!-- /bench --> for each of {list(TABLES)}")
+    new = BLOCK.sub(lambda match: match[1] + section(match[2], results, page) + match[3], text)
+    page.write_text(new, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("bench/results"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    arguments = parser.parse_args()
+    rewrite(arguments.page, arguments.results)
+    print(f"{arguments.page} is up to date with {arguments.results}")
+
+
+if __name__ == "__main__":
+    main()
