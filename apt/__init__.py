@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from apt.export import export_model, load_model
     from apt.patch import patch_model, summary, unpatch_model
     from apt.peft_files import load_adapter, save_adapter
+    from apt.prompts import PrefixTuning, PTuningEmbedding
     from apt.pruner import AdaptivePruner
     from apt.schedule import SparsityScheduler
     from apt.trainer import APTrainer
@@ -27,6 +28,8 @@ _ROOMS = {
     "AdaptivePruner": "pruner",
     "AdaptiveTuner": "tuner",
     "Controller": "controller",
+    "PTuningEmbedding": "prompts",
+    "PrefixTuning": "prompts",
     "SelfDistiller": "distiller",
     "SparsityScheduler": "schedule",
     "export_model": "export",
@@ -44,6 +47,8 @@ __all__ = [
     "AdaptivePruner",
     "AdaptiveTuner",
     "Controller",
+    "PTuningEmbedding",
+    "PrefixTuning",
     "SelfDistiller",
     "SparsityScheduler",
     "export_model",

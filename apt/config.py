@@ -14,6 +14,7 @@ import yaml
 from apt.controller import APTConfig, changes_of
 from apt.distiller import DistillationConfig
 from apt.methods import METHODS, MethodConfig
+from apt.prompts import PromptConfig
 from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
 
@@ -165,6 +166,7 @@ class RunConfig:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     adapter: MethodConfig = field(default_factory=MethodConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -181,6 +183,7 @@ class RunConfig:
             method=self.model.method,
             prune=self.model.prune,
             adapter=self.adapter,
+            prompt=self.prompt,
             rank=self.training.initial_rank,
             scale=self.training.scaling_factor,
             target_modules=tuple(targets) if isinstance(targets, list) else targets,

@@ -24,12 +24,15 @@ from apt.families.hidden import hidden_parts, hidden_size
 from apt.fused import FusedLinears, plain_linear, replace_module, replaced, restore_plain, split_fused
 from apt.gate_files import has_gates, load_gates, save_gates
 from apt.linears import features, is_conv1d, make_linear, weight_and_bias
-from apt.methods import GATES
+from apt.methods import GATES, METHODS
 from apt.patch import Summary, summary
+from apt.prompts import PROMPT, PTuningEmbedding, place_plain_prompt, placed_prompt
 from apt.stock import first_difference, stock_config
 from apt.units import num_units, part_linears, present_units
 
-FORMAT = 3  # of apt_export.json: 2 has hidden dimensions, 3 gates; a reader refuses what is newer than itself
+FORMAT = (
+    4  # of apt_export.json: 2 has hidden dimensions, 3 gates, 4 a prompt; a reader refuses what is newer than itself
+)
 CARD, WEIGHTS = "apt_export.json", "model.safetensors"
 
 
@@ -40,7 +43,8 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     with the number of units in every group and of hidden dimensions. `load_model` reads it. Where a stock configuration
     describes the result ("stock" in that file), as with ``layout="uniform"``, it is the one that is saved, and
     ``AutoModel`` loads the folder too. Gates that depend on the example (method "dynacsg") cannot be merged: they lie
-    beside the weights, and `load_model` puts them back. The model in memory is not changed.
+    beside the weights, and `load_model` puts them back. A prompt is kept without the network that makes it, and
+    `load_model` puts it to work. The model in memory is not changed.
 
     Args:
         model: patched by `apt.patch_model`, a Hugging Face model.
@@ -77,10 +81,10 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     if generation is not None:
         generation.save_pretrained(partial)
     save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    gates = save_gates(model, partial) if has_gates(model) else None
+    gates, prompt = save_gates(model, partial) if has_gates(model) else None, placed_prompt(model)
     narrower = 0 < counts.hidden < int(getattr(config, "hidden_size", 0))  # than the saved config says
     card = {
-        "format": 3 if gates is not None else 2 if narrower else 1,
+        "format": 4 if prompt is not None else 3 if gates is not None else 2 if narrower else 1,
         "apt_version": __version__,
         "class": type(model).__name__,
         "stock": reason is None,
@@ -89,6 +93,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         "head_order": _head_order(model, counts.units),
         **({"hidden": counts.hidden} if narrower else {}),
         **({} if gates is None else {"gates": gates}),
+        **({} if prompt is None else {"prompt": _describe(prompt)}),
         "sparsity": counts.sparsity,
         "params_before": counts.params_before,
         "params_after": counts.params_after,
@@ -117,6 +122,8 @@ def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tu
     state = patch_state(model)
     if has_gates(model):
         return copy.deepcopy(model.config), "it has gates that depend on the example"
+    if counts.virtual_tokens:
+        return copy.deepcopy(model.config), "a stock configuration has no virtual tokens"
     if state.family is None or not counts.units:
         return copy.deepcopy(model.config), None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -145,6 +152,8 @@ def load_model(folder: str | Path) -> nn.Module:
         model = _model_class(card["class"])(config)
         if card["units"]:
             _resize(model, find_family(model), card)
+        if card.get("prompt") is not None:
+            place_plain_prompt(model, find_family(model), *_prompt_of(card["prompt"]))
     try:
         unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
@@ -173,7 +182,8 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         parent, _, leaf = name.rpartition(".")
-        if parent == TRANSFORM or name.startswith(f"{GATES}."):  # it served training alone, or has its own file
+        if parent == TRANSFORM or name.startswith((f"{GATES}.", f"{PROMPT}.")):
+            continue  # it served training alone, has its own file, or comes below
             continue
         place = parent  # a part of a fused projection lies deeper, and so does what an adapter is made from
         while place and place not in ours:
@@ -196,7 +206,24 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         elif name in parameters:
             tensor = live.get(id(parameters[name]), tensor)
         state[name] = _copy(tensor.to(dtypes.get(name, tensor.dtype)))
+    prompt = placed_prompt(model)
+    if prompt is not None:
+        state.update({f"{PROMPT}.{name}": _copy(tensor) for name, tensor in prompt.plain().state_dict().items()})
     return state
+
+
+def _describe(prompt: nn.Module) -> dict[str, Any]:
+    """What `load_model` must know of a prompt beside its numbers."""
+    method = "p_tuning" if isinstance(prompt, PTuningEmbedding) else "prefix_tuning"
+    return {"method": method, "virtual_tokens": prompt.num_virtual_tokens}
+
+
+def _prompt_of(entry: Any) -> tuple[str, int]:
+    """Method and virtual tokens of what `_describe` wrote."""
+    method, count = (entry.get(name) for name in ("method", "virtual_tokens")) if isinstance(entry, dict) else (None, 0)
+    if method not in METHODS or not METHODS[method].prompt or not isinstance(count, int) or count < 1:
+        raise ValueError(f"load_model: {CARD} is corrupt (prompt is off); export the model again")
+    return method, count
 
 
 def _copy(tensor: Tensor) -> Tensor:

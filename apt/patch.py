@@ -35,6 +35,7 @@ from apt.methods import (
     rank_and_scale,
     remove_gates,
 )
+from apt.prompts import PROMPT, place_prompt, placed_prompt, remove_prompt
 from apt.surgery import free_tails
 from apt.task_head import narrow, task_head, widen
 from apt.units import block_params, num_units, part_linears, unit_gates
@@ -59,7 +60,8 @@ def patch_model(
     Args:
         model: a Hugging Face model, any module where nothing is pruned, or a PEFT LoRA model; compiled already or not.
         config: None is the default; `method` and `overrides` apply on top.
-        method: "apt", "lora", "adalora", "gsa", "spectral_a", "spectral_r" or "dynacsg" (`apt.methods`).
+        method: "apt", "lora", "adalora", "gsa", "spectral_a", "spectral_r" or "dynacsg" (`apt.methods`); or "p_tuning"
+            or "prefix_tuning" (`apt.prompts`): no adapter, but a prompt and the task head train.
         overrides: leaves of the config by name.
 
     Returns:
@@ -81,11 +83,14 @@ def patch_model(
         overrides = {"method": method, **overrides}
     config = (config or APTConfig()).with_overrides(**overrides)
     per_example = METHODS[config.method].per_example
-    family = find_family(model) if config.prunes or per_example else _family_or_none(model)
+    needs_family = config.prunes or per_example or config.prompts
+    family = find_family(model) if needs_family else _family_or_none(model)
     if family is not None and not family.layers(model):
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
+    if placed_prompt(model) is not None and (config.prunes or config.prompts):
+        raise ValueError("patch_model: this model came with a prompt, so it can be neither pruned nor given another")
     split, head = _to_split(model, config, family), task_head(model)
-    targets = _targets(model, config, family, split)
+    targets = [] if config.prompts else _targets(model, config, family, split)
     if per_example and family is not None:
         targets = _with_gates(model, config, family, targets)
     replaced = _prunable(model, family, split) if config.prunes and family is not None else targets
@@ -107,6 +112,8 @@ def patch_model(
         in_full = {id(module) for part in head for module in part.modules()}
         outer = outer_linears(model, family)
         replaced = [*replaced, *(name for name in outer if id(model.get_submodule(name)) not in in_full)]
+    if config.prompts and family is not None:
+        state.hooks += place_prompt(model, family, config.method, config.prompt)
     state.init_seconds = _put_adapters(model, config, set(targets), sorted(set(targets) | set(replaced)))
     if family is not None:
         _share_inputs(model, family)
@@ -150,6 +157,10 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
             f"unpatch_model: the update of method {state.config.method!r} depends on the example, so no weight can "
             f"hold it; keep the model patched, or save it with apt.export_model, which keeps the gates"
         )
+    if state.config.prompts:
+        if merge:
+            raise ValueError("unpatch_model: a prompt cannot be merged into weights; apt.export_model keeps it")
+        remove_prompt(model)
     release(model)
     remove_gates(model)
     free_tails(model)
@@ -214,7 +225,7 @@ def _to_split(model: nn.Module, config: APTConfig, family: Family | None) -> Spl
     To prune, all are; for adapters alone those of which a part is asked for by its role. An adapter on a fused
     projection that is named as a whole is one adapter.
     """
-    if family is None:
+    if family is None or config.prompts:
         return {}
     named = () if isinstance(config.target_modules, str) else config.target_modules or family.default_targets
     wanted = set(ROLES if config.prunes else named)
@@ -350,6 +361,7 @@ class Summary:
     ranks: dict[str, int]  # of every adapter
     # Ranks that change the output, adapter by adapter: gates that have left 0, or that an example opens, on average.
     active: dict[str, float]
+    virtual_tokens: int  # of the prompt; 0 where there is none
     init_seconds: float  # that the start of the adapters took, decompositions included
 
     @property
@@ -376,6 +388,7 @@ class Summary:
                 *(f"{title:<11} {' '.join(map(str, counts))}" for title, counts in rows.items()),
                 f"hidden      {self.hidden or 'stay'}",
                 f"ranks       {spread}",
+                *([f"prompt      {self.virtual_tokens} virtual tokens"] if self.virtual_tokens else []),
                 *([f"active      {sum(active):g} of {sum(ranks)} gates"] if sum(active) != sum(ranks) else []),
             ]
         )
@@ -387,7 +400,9 @@ def summary(model: nn.Module) -> Summary:
     state = patch_state(model)
     modules = dict(adapted(model))
     group = hidden_group(model, state.family)
-    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{TRANSFORM}."))
+    ours, prompt = (f"{TRANSFORM}.", f"{PROMPT}."), placed_prompt(model)
+    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(ours))
+    kept = 0 if prompt is None else sum(p.numel() for p in prompt.plain().parameters())  # in an export
     tails = sum(stored.numel() - live.numel() for stored, live in live_views(model, group))
     adapters = sum(p.numel() for m in modules.values() for p in m.adapter_parameters())
     gates: dict[str, MaskGate | None] = {}
@@ -399,12 +414,13 @@ def summary(model: nn.Module) -> Summary:
     return Summary(
         sparsity=sparsity,
         params_before=state.params_before,
-        params_after=parameters - tails - adapters,
+        params_after=parameters - tails - adapters + kept,
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         units={name: 0 if gate is None else gate.num_units for name, gate in gates.items()},
         hidden=0 if group is None else group.num_units,
         masked=sum(int((gate.mask < 1).sum()) for gate in masks if gate is not None),
         ranks={name: module.rank for name, module in modules.items() if module.rank},
         active={name: m.rank if m.delta is None else m.delta.num_active for name, m in modules.items() if m.rank},
+        virtual_tokens=0 if prompt is None else prompt.num_virtual_tokens,
         init_seconds=state.init_seconds,
     )

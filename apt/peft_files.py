@@ -63,7 +63,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         raise ValueError(f"save_adapter: {folder} exists; give another folder or overwrite=True")
     adapters = {name: factors for name, module in replaced(model) if len((factors := scaled_factors(module))[0])}
     if not adapters:
-        raise ValueError("save_adapter: the model has no adapter")
+        more = "; a prompt is no LoRA, apt.export_model keeps it" if counts.virtual_tokens else ""
+        raise ValueError(f"save_adapter: the model has no adapter{more}")
     top = max(len(a) for a, _ in adapters.values())
     rank = top if compact else next((r for r in RANKS if r >= top), top)
     tensors = {}

@@ -8,17 +8,19 @@ from torch import Tensor, nn
 from apt.distiller import LayerTransform
 from apt.families import base_model
 from apt.methods import HyperNetwork
+from apt.prompts import placed_prompt
 
 
 def task_head(model: nn.Module) -> list[nn.Module]:
     """What trains in full: all outside the base model, and its pooler; but a language-model head is frozen.
 
-    Tr of self-distillation and the network behind gates are no part of the task.
+    Tr of self-distillation, the network behind gates and a prompt are no part of the task.
     """
     base = base_model(model)
     if base is model:  # T5 for questions has its head beside its stacks
         return [module for name, module in model.named_children() if name == "qa_outputs"]
-    outside = [m for m in model.children() if m is not base and not isinstance(m, LayerTransform | HyperNetwork)]
+    ours = (base, placed_prompt(model))
+    outside = [m for m in model.children() if m not in ours and not isinstance(m, LayerTransform | HyperNetwork)]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         return [module for module in outside if all(part is not output for part in module.modules())]

@@ -7,10 +7,17 @@ from typing import Any
 from apt.controller.ablations import changes_of
 from apt.distiller import DistillationConfig
 from apt.methods import METHODS, MethodConfig
+from apt.prompts import PromptConfig
 from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
 
-ALIASES = {"r": "rank", "init_r": "rank"}  # PEFT's words for leaves of ours
+ALIASES = {  # PEFT's words, and others, for leaves of ours
+    "r": "rank",
+    "init_r": "rank",
+    "prefix_length": "num_virtual_tokens",
+    "encoder_hidden_size": "hidden_dimension",
+    "encoder_dropout": "dropout_probability",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +34,7 @@ class APTConfig:
     ablation: str = "full"  # a part of the method left out, whatever its own settings say: "w/o_Ap", "w/o_AT", ...
     verify_events: bool = False  # check after each event that the logits on the latest batch did not move
     adapter: MethodConfig = field(default_factory=MethodConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -38,6 +46,11 @@ class APTConfig:
             raise ValueError(
                 f"config: method {self.method!r} prunes; for adapters alone choose 'lora' or another, and "
                 f"for ranks that grow alone target_sparsity=0"
+            )
+        if self.prompts and (self.prune or self.target_modules is not None):
+            raise ValueError(
+                f"config: method {self.method!r} trains a prompt alone: leave out prune and target_modules; a model "
+                f"that is pruned already can be given a prompt"
             )
         if self.rank < 1:
             raise ValueError(f"config: rank must be at least 1, got {self.rank}")
@@ -55,6 +68,11 @@ class APTConfig:
     def prunes(self) -> bool:
         """Whether units go, so that every linear of a layer is adapted and its gates are in place."""
         return METHODS[self.method].prunes if self.prune is None else self.prune
+
+    @property
+    def prompts(self) -> bool:
+        """Whether a prompt trains, and no adapter."""
+        return METHODS[self.method].prompt
 
     @property
     def grows(self) -> bool:

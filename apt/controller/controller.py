@@ -37,6 +37,7 @@ BUILT_IN = (
     "rank",
     "scale",
     "target_modules",
+    "prompt",
 )  # patch_model has built these; a controller cannot change them
 BUILT_ADAPTER = (
     *("lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "num_directions", "idx"),

@@ -30,6 +30,7 @@ class Method:
     prunes: bool = False  # unless the setting `prune` says otherwise
     grows: bool = False  # whether ranks grow
     per_example: bool = False  # gates depend on the example: the layers above one have them, and nothing merges
+    prompt: bool = False  # whether it adapts no linear but gives the model a prompt (`apt.prompts`)
 
 
 METHODS: dict[str, Method] = {
@@ -41,6 +42,8 @@ METHODS: dict[str, Method] = {
     "spectral_a": Method(SpectralA.of, own_scale=1.0),
     "spectral_r": Method(SpectralR.of, own_scale=1.0),
     "dynacsg": Method(DynamicSpectral.of, own_scale=1.0, penalty=expected_gates, per_example=True),
+    "p_tuning": Method(prompt=True),
+    "prefix_tuning": Method(prompt=True),
 }
 
 

@@ -44,7 +44,8 @@ def test_every_setting_survives_yaml(minimal: Path, tmp_path: Path) -> None:
 def test_demo_is_what_the_issue_asks_for() -> None:
     config = load_config(DEMO)
     assert set(yaml.safe_load(DEMO.read_text(encoding="utf-8"))) == {"output_dir", *SECTIONS} - {
-        "adapter"
+        "adapter",
+        "prompt",
     }  # APT has none of its own
     assert (config.output_dir, config.data.test_size, config.data.max_length) == ("runs/demo", 2000, 64)
     assert (config.training.learning_rate, config.training.batch_size, config.training.weight_decay) == (1e-3, 32, 0.0)

@@ -18,6 +18,7 @@ from tiny_models import GENERATORS, NAMES, fill_adapters, free_heads, random_pla
 
 import apt
 import apt.export
+from apt.export import FORMAT
 from apt.surgery import apply_prune_plan
 
 ROOT = Path(__file__).parents[2]
@@ -184,8 +185,12 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "card without units": (lambda f: edit_card(f, units=None), rf"{CARD} is corrupt"),
     "card without a checksum": (lambda f: edit_card(f, sha256=None), rf"{CARD} is corrupt"),
     "newer format": (
-        lambda f: edit_card(f, format=4, apt_version="9.9"),
-        r"has format 4, written by apt-lm 9\.9; .*upgrade",
+        lambda f: edit_card(f, format=FORMAT + 1, apt_version="9.9"),
+        rf"has format {FORMAT + 1}, written by apt-lm 9\.9; .*upgrade",
+    ),
+    "a prompt of no method": (
+        lambda f: edit_card(f, prompt={"method": "charm", "virtual_tokens": 3}),
+        rf"{CARD} is corrupt \(prompt is off\)",
     ),
     "unknown class": (lambda f: edit_card(f, **{"class": "NoSuchModel"}), "has no class 'NoSuchModel'; upgrade it"),
     "other sizes": (lambda f: edit_card(f, units=dict.fromkeys(UNITS, 2)), "does not fit"),

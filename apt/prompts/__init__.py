@@ -1,0 +1,16 @@
+"""P-tuning and prefix tuning: virtual tokens before the text, or keys and values before those of every layer."""
+
+from apt.prompts.config import PromptConfig
+from apt.prompts.modules import PrefixTuning, PTuningEmbedding
+from apt.prompts.place import PROMPT, place_plain_prompt, place_prompt, placed_prompt, remove_prompt
+
+__all__ = [
+    "PROMPT",
+    "PTuningEmbedding",
+    "PrefixTuning",
+    "PromptConfig",
+    "place_plain_prompt",
+    "place_prompt",
+    "placed_prompt",
+    "remove_prompt",
+]
