@@ -30,11 +30,17 @@ def patched(kind: str, dtype: torch.dtype = torch.float64, **settings: Any) -> A
     opens, draw = model.apt_gates.open, torch.Generator().manual_seed(4)
     with torch.no_grad():
         opens.weight.copy_(torch.randn(opens.weight.shape, generator=draw))
-        run(model, tiny_batch(kind))
-        context = context_of(model)
-        opens.bias.sub_(model.apt_gates(context._latest.context).mean(0))  # open in about half of the examples
-        context._forget()
+    spread(model, tiny_batch(kind))
     return model
+
+
+@torch.no_grad()
+def spread(model: Any, batch: dict[str, Tensor]) -> None:
+    """Let each gate be open in about half of the examples of a batch."""
+    run(model, batch)
+    context = context_of(model)
+    model.apt_gates.open.bias.sub_(model.apt_gates(context._latest.context).mean(0))  # type: ignore[union-attr]
+    context._forget()
 
 
 def context_of(model: nn.Module) -> GateContext:
@@ -133,6 +139,7 @@ def test_about_64k_parameters_train_beside_the_head() -> None:
 def test_generation_with_a_cache_is_a_full_recomputation(kind: str, beams: int) -> None:
     """The gates are those of the prompt at every step: with a cache, without one, and with them held fixed."""
     model, ids = patched(kind), tiny_batch(kind)["input_ids"][:3, :5].clamp(min=1)
+    spread(model, {"input_ids": ids, "labels": torch.full_like(ids, -100)})
     assert len(own_prompt_gates(model, ids).unique(dim=0)) > 1
     ids = torch.cat([torch.zeros_like(ids[:, :2]), ids], 1)  # padding on the left
     mask = (ids != 0).long()
