@@ -117,6 +117,6 @@ def test_every_run_of_the_grid_has_its_place() -> None:
     assert sum(cell.seeds for cell in GRID.values()) == len(GRID) + 2 * len(accuracy.THREE)
     apt = {label for label in GRID if series(label) == "apt"}
     assert apt == {"w/o_Ap", "apt-40", "apt-60", "apt-70", "apt-80", "apt-90"}
-    assert {label for label in GRID if not series(label)} == {"w/o_AT", "uniform_growth"}
-    assert series("w/o_Ds") == series("apt-40 alone") == "apt alone"
+    assert {label for label in GRID if not series(label)} == {"w/o_AT", "w/o_Ds", "uniform_growth"}
+    assert series("apt-60 alone") == series("apt-40 alone") == "apt alone"
     assert series("tp-taylor-90") == "tp-taylor"
