@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from apt.adapters import APTAdapter
     from apt.controller import APTConfig, Controller
     from apt.distiller import SelfDistiller
+    from apt.efficient_finetuning import EfficientFineTuningManager
     from apt.export import export_model, load_model
     from apt.patch import patch_model, summary, unpatch_model
     from apt.peft_files import load_adapter, save_adapter
@@ -28,6 +29,7 @@ _ROOMS = {
     "AdaptivePruner": "pruner",
     "AdaptiveTuner": "tuner",
     "Controller": "controller",
+    "EfficientFineTuningManager": "efficient_finetuning",
     "PTuningEmbedding": "prompts",
     "PrefixTuning": "prompts",
     "SelfDistiller": "distiller",
@@ -47,6 +49,7 @@ __all__ = [
     "AdaptivePruner",
     "AdaptiveTuner",
     "Controller",
+    "EfficientFineTuningManager",
     "PTuningEmbedding",
     "PrefixTuning",
     "SelfDistiller",

@@ -90,7 +90,7 @@ def patch_model(
     if placed_prompt(model) is not None and (config.prunes or config.prompts):
         raise ValueError("patch_model: this model came with a prompt, so it can be neither pruned nor given another")
     split, head = _to_split(model, config, family), task_head(model)
-    targets = [] if config.prompts else _targets(model, config, family, split)
+    targets = [] if config.prompts else find_targets(model, config, family, split)
     if per_example and family is not None:
         targets = _with_gates(model, config, family, targets)
     replaced = _prunable(model, family, split) if config.prunes and family is not None else targets
@@ -157,7 +157,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
             f"unpatch_model: the update of method {state.config.method!r} depends on the example, so no weight can "
             f"hold it; keep the model patched, or save it with apt.export_model, which keeps the gates"
         )
-    if state.config.prompts:
+    if any(name.startswith(f"{PROMPT}.") and name not in state.requires_grad for name, _ in model.named_parameters()):
         if merge:
             raise ValueError("unpatch_model: a prompt cannot be merged into weights; apt.export_model keeps it")
         remove_prompt(model)
@@ -255,19 +255,20 @@ def _places(model: nn.Module, family: Family, split: Split) -> list[tuple[str, s
                 name = paths[id(there[part.fused_linear])]
                 found += [(role, f"{name}.{role}") for role in split.get(name, ())]
             linears = part_linears(layer, part).items()
-            found += [(role, paths[id(linear)]) for role, linear in linears if is_linear(linear)]
+            found += [(role, paths[id(linear)]) for role, linear in linears if _holds_adapter(linear)]
     return found
 
 
-def _targets(model: nn.Module, config: APTConfig, family: Family | None, split: Split) -> list[str]:
-    """Full names of the linears that get an adapter.
+def find_targets(model: nn.Module, config: APTConfig, family: Family | None, split: Split) -> list[str]:
+    """Full names of the linears, plain or adapted, that get an adapter.
 
-    A target is a role of the family's table, the full name of a module, or an ending of it after a dot; the name of a
-    projection that is split stands for all its parts. One text is a regular expression for full names, or "all-linear".
-    The pooler and what lies outside the base model is trained in full, so it gets no adapter.
+    A target is a role of the family's table, the full name of a linear, or an ending of it after a dot; the name of a
+    projection that is split stands for all its parts. Where no linear is called so, it is the name, or a part of the
+    name, of a module around linears, and stands for all of them. One text is a regular expression for full names, or
+    "all-linear". The pooler and what lies outside the base model is trained in full, so it gets no adapter.
     """
     head = {id(module) for part in task_head(model) for module in part.modules()}
-    there = [n for n, module in model.named_modules() if is_linear(module) and id(module) not in head]
+    there = [n for n, m in model.named_modules() if _holds_adapter(m) and id(m) not in head]
     linears = {part: name for name in there for part in ([f"{name}.{role}" for role in split.get(name, ())] or [name])}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     wanted = config.target_modules or (family.default_targets if family else default_targets(model_type, list(linears)))
@@ -288,6 +289,7 @@ def _targets(model: nn.Module, config: APTConfig, family: Family | None, split: 
             matches = [
                 name for name, whole in linears.items() if any(f".{n}".endswith(f".{target}") for n in (name, whole))
             ]
+        matches = matches or [name for name in linears if f".{target}." in f".{name}"]
         past = [n for n in matches if isinstance(model.get_submodule(n.rpartition(".")[0]), readers)]
         if past:
             raise ValueError(
@@ -307,6 +309,10 @@ def _with_gates(model: nn.Module, config: APTConfig, family: Family, targets: li
     if not found:
         raise ValueError(f"patch_model: no target lies above layer {config.adapter.context_layer}, where gates begin")
     return found
+
+
+def _holds_adapter(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, APTAdapter)
 
 
 def _some(linears: Collection[str]) -> str:

@@ -52,7 +52,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "report",
     "run_folder",
     "run",
-    "manager",
+    "efficient_finetuning",
     "cli",
     "__main__",
 ]

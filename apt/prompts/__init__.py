@@ -2,7 +2,7 @@
 
 from apt.prompts.config import PromptConfig
 from apt.prompts.modules import PrefixTuning, PTuningEmbedding
-from apt.prompts.place import PROMPT, place_plain_prompt, place_prompt, placed_prompt, remove_prompt
+from apt.prompts.place import PROMPT, place_plain_prompt, place_prompt, placed_prompt, prefix_sizes, remove_prompt
 
 __all__ = [
     "PROMPT",
@@ -12,5 +12,6 @@ __all__ = [
     "place_plain_prompt",
     "place_prompt",
     "placed_prompt",
+    "prefix_sizes",
     "remove_prompt",
 ]

@@ -72,7 +72,7 @@ def _new_prompt(model: nn.Module, family: Family, method: str, settings: PromptC
             mlp_layers=settings.mlp_layers,
             layer_norm=settings.layer_norm,
         )
-    sizes = _prefix_sizes(model, family)
+    sizes = prefix_sizes(model, family)
     return PrefixTuning(
         len(sizes),
         [heads for heads, _ in sizes],
@@ -118,7 +118,7 @@ def _embeddings(reader: Any) -> nn.Embedding:
     return found
 
 
-def _prefix_sizes(model: nn.Module, family: Family) -> list[tuple[int, int]]:
+def prefix_sizes(model: nn.Module, family: Family) -> list[tuple[int, int]]:
     """Heads of keys and values, and the size of a head, of each layer that gets a prefix: 0 and 0 where none is left.
 
     Raises:

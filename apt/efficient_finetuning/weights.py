@@ -1,0 +1,101 @@
+"""What was trained, in one safetensors file, and back into a model that was prepared in the same way."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SAMPLES = 8  # entries of each frozen tensor that the file keeps, to tell its model from another
+BASE = "base::"  # before the names of these
+NARROW = 2.0**-7  # relative distance of a number and its bfloat16 form
+
+
+def save_weights(model: nn.Module, path: str | Path) -> Path:
+    """Write every trainable parameter to a safetensors file, whatever the suffix, and what tells the model from others.
+
+    It is written under a temporary name, then renamed.
+
+    Raises:
+        ValueError: nothing trains.
+    """
+    path, trained = Path(path), {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("save_efficient_weights: nothing in this model trains; apply a method first")
+    tensors = {name: p.detach().cpu().contiguous() for name, p in trained.items()} | _samples(model)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters() if not p.requires_grad}
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, partial, metadata={"format": "pt", "frozen": json.dumps(shapes)})
+    os.replace(partial, path)
+    return path
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Read them back. Everything is compared before anything is changed.
+
+    Raises:
+        ValueError: the file is no safetensors file, or of another model; the first difference is named.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(
+            f"load_efficient_weights: {path} is no safetensors file ({error}); files that would have to be unpickled "
+            f"are not read"
+        ) from None
+    if "frozen" not in metadata:
+        raise ValueError(f"load_efficient_weights: {path} was not written by save_efficient_weights")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    stored = {name: list(t.shape) for name, t in tensors.items() if not name.startswith(BASE)}
+    reason = _first_difference(json.loads(metadata["frozen"]), _shapes(frozen), "frozen")
+    reason = reason or _first_difference(stored, _shapes(trained), "trained")
+    reason = reason or next((why for n, p in frozen.items() if (why := _other_numbers(n, p, tensors))), None)
+    if reason is not None:
+        raise ValueError(f"load_efficient_weights: {path} holds weights of another model: {reason}")
+    for name, parameter in trained.items():
+        parameter.copy_(tensors[name])
+
+
+def _shapes(parameters: dict[str, nn.Parameter]) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in parameters.items()}
+
+
+def _first_difference(stored: dict[str, list[int]], here: dict[str, list[int]], kind: str) -> str | None:
+    for name in [*stored, *here]:
+        if name not in here:
+            return f"{name}, {kind} there, is not {kind} in this model"
+        if name not in stored:
+            return f"{name}, {kind} in this model, is not {kind} there"
+        if stored[name] != here[name]:
+            return f"{name} is {stored[name]} there and {here[name]} here"
+    return None
+
+
+def _samples(model: nn.Module) -> dict[str, Tensor]:
+    frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad and p.numel())
+    return {BASE + name: _spread(parameter) for name, parameter in frozen}
+
+
+def _spread(parameter: Tensor) -> Tensor:
+    """A few entries, evenly spread."""
+    places = torch.arange(SAMPLES) * (parameter.numel() - 1) // (SAMPLES - 1)
+    return parameter.detach().flatten()[places.to(parameter.device)].cpu().contiguous()
+
+
+def _other_numbers(name: str, parameter: Tensor, tensors: dict[str, Tensor]) -> str | None:
+    if not parameter.numel():
+        return None
+    there, here = tensors[BASE + name], _spread(parameter)
+    same = torch.equal(there, here)
+    if there.dtype != here.dtype:  # a model in another precision is the same model
+        same = torch.allclose(there.double(), here.double(), rtol=NARROW, atol=1e-6)
+    return None if same else f"the frozen {name} has other numbers"
