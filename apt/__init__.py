@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from apt.distiller import SelfDistiller
     from apt.efficient_finetuning import EfficientFineTuningManager
     from apt.export import export_model, load_model
+    from apt.fusion import fuse_adapters
     from apt.patch import patch_model, summary, unpatch_model
     from apt.peft_files import load_adapter, save_adapter
     from apt.prompts import PrefixTuning, PTuningEmbedding
@@ -35,6 +36,7 @@ _ROOMS = {
     "SelfDistiller": "distiller",
     "SparsityScheduler": "schedule",
     "export_model": "export",
+    "fuse_adapters": "fusion",
     "load_adapter": "peft_files",
     "load_model": "export",
     "patch_model": "patch",
@@ -55,6 +57,7 @@ __all__ = [
     "SelfDistiller",
     "SparsityScheduler",
     "export_model",
+    "fuse_adapters",
     "load_adapter",
     "load_model",
     "patch_model",

@@ -48,6 +48,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "trainer",
     "stock",
     "export",
+    "fusion",
     "peft_files",
     "report",
     "run_folder",
