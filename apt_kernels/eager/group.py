@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt_kernels.eager.linear import onto
+
 Grad = Tensor | None
 
 
@@ -36,7 +38,7 @@ def lora_linears(
     for weight_OI, b_OR, bias, own in zip(weights, b, biases, _columns(a), strict=True):
         y_TO = x_TI @ weight_OI.T if bias is None else torch.addmm(bias.to(dtype), x_TI, weight_OI.T)
         if b_OR.shape[1]:
-            y_TO.addmm_(z_TR[:, own], b_OR.to(dtype).T, alpha=scale)
+            y_TO = onto(y_TO, z_TR[:, own], b_OR.to(dtype).T, scale)
         outputs.append(y_TO)
     return outputs, z_TR
 

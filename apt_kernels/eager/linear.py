@@ -25,6 +25,16 @@ def _gated(z_TR: Tensor, gate: Tensor | None, dropout: float, seed: int) -> Tens
     return z_TR if gate is None else z_TR * gate.to(z_TR.dtype)
 
 
+def onto(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``y + scale * left @ right``, in the memory of y; a compiler finds that memory by itself.
+
+    In torch 2.11 the output of a traced `torch.autograd.Function` has no gradient if it was written in place.
+    """
+    if torch.compiler.is_compiling():
+        return torch.addmm(y, left, right, alpha=scale)
+    return y.addmm_(left, right, alpha=scale)
+
+
 def lora_linear(
     x_TI: Tensor,
     weight_OI: Tensor,
@@ -43,9 +53,9 @@ def lora_linear(
     xm_TI = x_TI if mask_in is None else x_TI * mask_in.to(dtype)
     z_TR = xm_TI @ a_RI.to(dtype).T
     y_TO = xm_TI @ weight_OI.T if bias is None else torch.addmm(bias.to(dtype), xm_TI, weight_OI.T)
-    y_TO.addmm_(_gated(z_TR, gate, dropout, seed), b_OR.to(dtype).T, alpha=scale)
+    y_TO = onto(y_TO, _gated(z_TR, gate, dropout, seed), b_OR.to(dtype).T, scale)
     if mask_out is not None:
-        y_TO.mul_(mask_out.to(dtype))
+        y_TO = y_TO * mask_out.to(dtype) if torch.compiler.is_compiling() else y_TO.mul_(mask_out.to(dtype))
     return y_TO, z_TR
 
 
