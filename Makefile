@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder test check bench bench-accuracy bench-finetune bench-gpu gpu clean
+.PHONY: help demo decoder test check bench bench-accuracy bench-adapters bench-finetune bench-gpu gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: $(STAMPS)/dev ## step, answers and costs on this CPU in 25 minutes, with 
 bench-accuracy: $(STAMPS)/dev $(STAMPS)/demo ## accuracy against what it costs, hours; resumes; ARGS="..." is passed on
 	$(PY) -m bench.accuracy $(ARGS)
 	$(PY) -m bench.report
+
+bench-adapters: $(STAMPS)/dev $(STAMPS)/demo ## every adapter method beside PEFT's, hours; resumes; ARGS="..." is passed on
+	$(PY) -m bench.adapters $(ARGS)
 
 bench-finetune: $(STAMPS)/dev $(STAMPS)/demo ## PEFT LoRA, full fine-tuning and APT, three seeds; resumes; ARGS="..."
 	$(PY) -m bench.finetune $(ARGS)

@@ -73,13 +73,13 @@ def _compare(mine: dict[str, dict[str, str]], theirs: dict[str, dict[str, str]])
     seeds = [seed for seed in mine if seed in theirs]
     if not seeds:
         return "-", "- | -"
-    ours, others = (np.mean([_correct(table[seed]) for seed in seeds], axis=0) for table in (mine, theirs))
+    ours, others = (np.mean([correct(table[seed]) for seed in seeds], axis=0) for table in (mine, theirs))
     low, high = paired_bootstrap(ours, others)
     points = 100.0 * (ours.mean() - others.mean())
     return f"{ours.mean() / others.mean():.4f}", f"{points:+.2f} | {100 * low:+.2f} to {100 * high:+.2f}"
 
 
-def _correct(row: dict[str, str]) -> NDArray[np.float64]:
+def correct(row: dict[str, str]) -> NDArray[np.float64]:
     """1 where a test sentence was answered rightly, else 0."""
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), dtype=np.uint8))
     return bits[: int(row["test_size"])].astype(np.float64)

@@ -43,6 +43,21 @@ def _bert(hidden: int, heads: int, vocab: int = 30522) -> Callable[[int], nn.Mod
     return build
 
 
+def _deberta(hidden: int, heads: int, vocab: int = 128100) -> Callable[[int], nn.Module]:
+    """DeBERTa-v3: disentangled attention with shared keys, no positions added to the embeddings."""
+
+    def build(layers: int) -> nn.Module:
+        from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+        sizes = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 4 * hidden}
+        positions = {"relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm"}
+        positions |= {"share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+        config = DebertaV2Config(**sizes, **positions, num_hidden_layers=layers, vocab_size=vocab, type_vocab_size=0)
+        return DebertaV2ForSequenceClassification(config)
+
+    return build
+
+
 def _llama(hidden: int, heads: int, groups: int, neurons: int, vocab: int) -> Callable[[int], nn.Module]:
     def build(layers: int) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,4 +87,5 @@ SHAPES = {
     "t5-base": Shape(_t5(768, 12, 3072), ENCODER, batch=8, tokens=32, layers=2, of=12),  # of encoder and decoder each
     "smollm2-135m": Shape(_llama(576, 9, 3, 1536, 8192), DECODER, 4, 128, layers=4, of=30, language_model=True),
     "llama-2-7b": Shape(_llama(4096, 32, 32, 11008, 32000), DECODER, 1, 128, layers=1, of=32, language_model=True),
+    "deberta-v3-base": Shape(_deberta(768, 12), ENCODER, batch=8, tokens=64, layers=3, of=12),
 }

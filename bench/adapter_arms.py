@@ -1,0 +1,250 @@
+"""One adapter method, ours or PEFT's: trained on the task of a config, or stepped on a model of a known shape.
+
+``python -m bench.adapter_arms ARM SEED --config FILE [--set KEY=VALUE ...]`` or ``ARM 0 --shape NAME`` prints its row
+as JSON; `bench.adapters` calls it, so that each row comes from a process of its own.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import apt
+from bench.contestants import controlled_step
+from bench.memory import PeakMemory
+from bench.rows import environment, quantiles
+from bench.shapes import SHAPES
+from bench.training import Course, block_parameters, train
+
+RANK, SCALE, TOKENS, MLP = 8, 2.0, 20, 512  # of all adapters; of all prompts, and P-tuning's network
+FIRST_RANK = 12  # of AdaLoRA, which ends at RANK
+GATES_AND_PROMPTS = 1e-2  # learning rate of what starts small or has few numbers; adapters have the config's
+HEADS = ("pooler", "classifier", "score")  # train in full in every arm, as in ours
+WARM_STEPS = 3
+OWN = (
+    "adapter.",
+    "prompt.",
+    "pruning.",
+    "tuning.",
+    "distillation.",
+    "training.initial_rank",
+    "training.scaling_factor",
+)
+OWN += ("model.method", "model.prune", "ablation")  # what no override may change
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method, by whom it is computed, and what it needs other than the config's settings."""
+
+    method: str
+    peft: bool = False
+    learning_rate: float | None = None
+
+
+ARMS = {
+    "lora": Arm("lora"),
+    "adalora": Arm("adalora"),
+    "adalora_simple": Arm("adalora_simple"),
+    "gsa": Arm("gsa", learning_rate=GATES_AND_PROMPTS),
+    "dynacsg": Arm("dynacsg"),
+    "spectral_a": Arm("spectral_a"),
+    "spectral_r": Arm("spectral_r"),
+    "p_tuning": Arm("p_tuning", learning_rate=GATES_AND_PROMPTS),
+    "prefix_tuning": Arm("prefix_tuning", learning_rate=GATES_AND_PROMPTS),
+    "peft lora": Arm("lora", peft=True),
+    "peft adalora": Arm("adalora", peft=True),
+    "peft p_tuning": Arm("p_tuning", peft=True, learning_rate=GATES_AND_PROMPTS),
+    "peft prefix_tuning": Arm("prefix_tuning", peft=True, learning_rate=GATES_AND_PROMPTS),
+}
+PROMPTS = ("p_tuning", "prefix_tuning")
+
+
+def settings(arm: Arm, total_steps: int, targets: tuple[str, ...] | None) -> dict[str, Any]:
+    """What `apt.patch_model` is given, beside the method."""
+    if arm.method == "p_tuning":
+        return {"num_virtual_tokens": TOKENS, "hidden_dimension": MLP, "mlp_layers": 3, "layer_norm": False}
+    if arm.method == "prefix_tuning":
+        return {"num_virtual_tokens": TOKENS}
+    chosen: dict[str, Any] = {"rank": RANK, "scale": SCALE, "target_modules": targets}
+    return chosen | ({"rank": FIRST_RANK, **budget(total_steps)} if arm.method == "adalora" else {})
+
+
+def budget(total_steps: int) -> dict[str, int]:
+    """AdaLoRA's schedule: full for a tenth of the run, final for the last three tenths."""
+    times = {"tinit": total_steps // 10, "tfinal": 3 * total_steps // 10, "deltaT": max(1, total_steps // 50)}
+    return {"target_r": RANK, **times}
+
+
+def peft_model(method: str, model: Any, names: list[str], total_steps: int) -> Any:
+    """PEFT's model of a method, with the numbers of `settings`; pooler and classifier train too."""
+    from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+
+    heads = [end for end in HEADS if any(name.endswith(end) for name, _ in model.named_modules())]
+    config: Any
+    if method == "lora":
+        config = LoraConfig(r=RANK, lora_alpha=RANK * SCALE, target_modules=names, modules_to_save=heads)
+    elif method == "adalora":
+        config = AdaLoraConfig(
+            init_r=FIRST_RANK,
+            lora_alpha=FIRST_RANK * SCALE,
+            target_modules=names,
+            modules_to_save=heads,
+            total_step=total_steps,
+            **budget(total_steps),
+        )
+    elif method == "p_tuning":
+        prompt = {"num_virtual_tokens": TOKENS, "task_type": "SEQ_CLS", "modules_to_save": heads}
+        config = PromptEncoderConfig(encoder_hidden_size=MLP, **prompt)
+    else:
+        config = PrefixTuningConfig(num_virtual_tokens=TOKENS, task_type="SEQ_CLS", modules_to_save=heads)
+    return get_peft_model(model, config)
+
+
+def linears(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
+    """Full names of the linears that get an adapter, for PEFT, which knows no roles."""
+    import copy
+
+    with torch.device("meta"):
+        twin = copy.deepcopy(model).to("meta")
+    return list(apt.summary(apt.patch_model(twin, method="lora", target_modules=targets)).ranks)
+
+
+class Allocating(Course):
+    """Calls what PEFT's AdaLoRA must be called with after every step, before gradients are gone."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def run(config_path: Path, name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """Train an arm on the task of a config and measure it."""
+    from apt.config import load_config
+    from apt.data import DatasetLoader
+    from apt.evaluate import Evaluator
+    from apt.tasks import build_model, build_tokenizer
+
+    arm = ARMS[name]
+    fixed = [override for override in overrides if override.startswith(OWN)]
+    if fixed:
+        raise SystemExit(f"settings of the methods are those of bench/adapter_arms.py, for PEFT too: leave out {fixed}")
+    chosen = [*overrides, f"training.seed={seed}", "pruning.target_sparsity=0", "pruning.num_events=0"]
+    if arm.learning_rate is not None:
+        chosen.append(f"training.learning_rate={arm.learning_rate}")
+    config = load_config(config_path, chosen)
+    tokenizer = build_tokenizer(config)
+    data = DatasetLoader(config.data, tokenizer, config.training.seed)
+    rounds = -(-len(data.train) // (config.training.batch_size * config.training.gradient_accumulation_steps))
+    steps = config.training.max_steps if config.training.max_steps > 0 else int(config.training.epochs * rounds)
+    model = build_model(config, data.num_labels, tokenizer)
+    torch.manual_seed(seed)  # of the adapters; the new head has the same seed in every arm
+    targets = config.apt_config().target_modules
+    assert not isinstance(targets, str)
+    total = block_parameters(model)
+    model = prepared(arm, model, steps, targets)
+    evaluator = Evaluator(tokenizer, config.evaluation.inference_batch_size)
+    kind = Allocating if (arm.method, arm.peft) == ("adalora", True) else Course
+    trainer, row = train(model, config, data, tokenizer, kind(evaluator, data.test, 0, total), ours=not arm.peft)
+    logits, labels = evaluator.predict(trainer.model, data.test)
+    correct = logits.argmax(-1) == labels
+    row |= {"accuracy": float(correct.mean()), "correct": np.packbits(correct).tobytes().hex()}
+    row |= {"file_bytes": file_bytes(trainer.model, arm), "learning_rate": config.training.learning_rate}
+    row["trainable"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    if not arm.peft:
+        counts = apt.summary(trainer.model)
+        row |= {"ranks": sum(counts.ranks.values()), "active": sum(counts.active.values())}
+        row["init_seconds"] = round(counts.init_seconds, 2)
+    row |= {"test_size": len(data.test), "overrides": " ".join(overrides)}
+    return {"arm": name, "seed": seed, "shape": ""} | row | environment()
+
+
+def prepared(arm: Arm, model: nn.Module, steps: int, targets: tuple[str, ...] | None) -> Any:
+    """The model of an arm, ready to train."""
+    if arm.peft:
+        return peft_model(arm.method, model, [] if arm.method in PROMPTS else linears(model, targets), steps)
+    return apt.patch_model(model, method=arm.method, target_sparsity=0.0, num_events=0, **settings(arm, steps, targets))
+
+
+def file_bytes(model: Any, arm: Arm) -> int:
+    """Size of the file that holds what was trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not arm.peft:
+            path = apt.EfficientFineTuningManager(model).save_efficient_weights(Path(folder) / "weights.safetensors")
+            return path.stat().st_size
+        model.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+
+
+def step(shape_name: str, name: str, runs: int) -> dict[str, Any]:
+    """Time and memory of training steps on random weights of a known shape; what cannot be done says why."""
+    arm, shape = ARMS[name], SHAPES[shape_name]
+    start = {"arm": name, "seed": 0, "shape": shape_name, "overrides": ""}
+    total_steps = 100 * (WARM_STEPS + runs)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model: Any = prepared(arm, shape.model().to(device), total_steps, shape.targets).train()
+        batch = shape.inputs(model, device)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        one_step = _peft_step(arm, model, batch, optimizer)
+        if one_step is None:
+            one_step = controlled_step(apt.Controller(model, optimizer, total_steps), model, batch, optimizer)
+        times = []
+        with PeakMemory() as peak:
+            for _ in range(WARM_STEPS + runs):
+                started = time.perf_counter()
+                one_step()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times.append((time.perf_counter() - started) * 1e3)
+    except (ValueError, TypeError) as error:  # such as a model that takes no prefixes
+        return start | {"refused": str(error).replace("\n", " ")[:200]} | environment()
+    p20, p50, p80 = (round(value, 3) for value in quantiles(times[WARM_STEPS:]))
+    row = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "runs": runs, "peak_mb": round(peak.mb, 1)}
+    row["trainable_start"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    row |= {"layers": shape.layers, "of": shape.of, "file_bytes": file_bytes(model, arm)}
+    return start | row | environment()
+
+
+def _peft_step(arm: Arm, model: Any, batch: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
+    """A step of PEFT's model; None for ours."""
+    if not arm.peft:
+        return None
+    done = 0
+
+    def one_step() -> None:
+        nonlocal done
+        model(**batch).loss.backward()
+        optimizer.step()
+        done += 1
+        if arm.method == "adalora":
+            model.base_model.update_and_allocate(done)
+        optimizer.zero_grad()
+
+    return one_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arm", choices=list(ARMS))
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--config", type=Path, default=Path("examples/demo.yaml"))
+    parser.add_argument("--shape", choices=list(SHAPES), help="time and memory on random weights, without a task")
+    parser.add_argument("--runs", type=int, default=7, help="timed steps of a shape")
+    parser.add_argument("--set", nargs="*", default=[], help="key=value overrides of the config")
+    options = parser.parse_args()
+    if options.shape:
+        row = step(options.shape, options.arm, options.runs)
+    else:
+        row = run(options.config, options.arm, options.seed, options.set)
+    print("ROW " + json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
