@@ -9,6 +9,12 @@ from typing import NoReturn
 
 from apt.config import load_config
 
+FLAGS = {  # of train and config, in the words of the documents -> the setting
+    "model_type": "model.architectures",
+    "dataset": "dataset",
+    "sparsity_level": "pruning.target_sparsity",
+    "ablation": "ablation",
+}
 USER_ERRORS = (ValueError, ImportError, OSError, FloatingPointError)
 
 
@@ -46,8 +52,7 @@ def _run(argv: list[str] | None) -> None:
 
         print_report(arguments.run)
         return
-    ablation = getattr(arguments, "ablation", None)
-    flags = [] if ablation is None else [f"ablation={ablation}"]
+    flags = [f"{key}={value}" for name, key in FLAGS.items() if (value := getattr(arguments, name, None)) is not None]
     config = load_config(arguments.config, [*arguments.overrides, *rest, *flags])
     if arguments.command == "config":
         print(config.to_yaml(), end="")
@@ -74,10 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings on top, e.g. target_sparsity=0.8"
         )
+    for command in (training, showing):
+        command.add_argument("--model_type", metavar="NAME", help="another model: roberta, t5, llama, or any name")
+        command.add_argument("--dataset", metavar="NAME", help="another data set, as dataset=NAME")
+        command.add_argument("--sparsity_level", metavar="FRACTION", help="another target_sparsity")
+        ablation = "leave out a part of the method: w/o_Ap, w/o_AT, w/o_Ds, ..."
+        command.add_argument("--ablation", metavar="NAME", help=ablation)
     training.add_argument("--overwrite", action="store_true", help="replace a finished run once this one has succeeded")
-    training.add_argument(
-        "--ablation", metavar="NAME", help="leave out a part of the method: w/o_Ap, w/o_AT, w/o_Ds, ..."
-    )
     training.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint, if any; a finished run stays"
     )

@@ -13,7 +13,9 @@ import yaml
 
 from apt.controller import APTConfig, changes_of
 from apt.distiller import DistillationConfig
+from apt.document_keys import DOCUMENT_KEYS, counterparts, translate
 from apt.methods import METHODS, MethodConfig
+from apt.moments import OPTIMIZERS
 from apt.prompts import PromptConfig
 from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
@@ -65,7 +67,7 @@ class DataConfig:
 
     datasets: str  # on the hub (glue/sst2), a csv, tsv, jsonl, parquet or txt file, a folder of them, package:NAME/path
     text_columns: list[str] | None = None  # one, or two for sentence pairs; null: found by their names
-    label_column: str = "label"
+    label_column: str = "label"  # holds the labels
     filter: dict[str, Any] | None = None  # column: value; only rows with all of these values are read
     drop_duplicates: bool = False  # of a text only the first row stays
     test_size: int | None = None  # sentences, documents, at least 1; held out where the data has no test split
@@ -102,7 +104,8 @@ class TrainingSettings:
     max_steps: int = -1  # optimizer steps, at least 1; -1: as epochs says
     batch_size: int = 32  # sentences, blocks of one forward pass, at least 1
     gradient_accumulation_steps: int = 1  # batches of one optimizer step, at least 1
-    weight_decay: float = 0.0  # of AdamW, at least 0
+    optimizer: str = "adamw"  # of torch: "adamw", "adam", "sgd", "nadam", ...; its moments follow every event
+    weight_decay: float = 0.0  # of the optimizer, at least 0
     max_grad_norm: float = 1.0  # gradients are clipped to it; 0: never
     warmup_ratio: float = 0.06  # fraction of the steps in which the learning rate rises, [0, 1)
     lr_schedule: str = "linear"  # any scheduler of transformers: linear, cosine, constant_with_warmup, ...
@@ -113,6 +116,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         ones = ("initial_rank", "batch_size", "gradient_accumulation_steps", "logging_steps")
         zeros = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "save_steps", "seed")
+        _one_of("training.optimizer", self.optimizer, OPTIMIZERS)
         _at_least("training", self, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
         if not 0.0 <= self.momentum_salience < 1.0 or not self.warmup_ratio < 1.0:
             raise ValueError(
@@ -204,15 +208,16 @@ SECTIONS: dict[str, Any] = {  # section -> its dataclass
 }
 TOP = [entry.name for entry in fields(RunConfig) if entry.name not in SECTIONS]
 KEYS = TOP + [f"{section}.{leaf.name}" for section, room in SECTIONS.items() for leaf in fields(room)]
+KNOWN = [*KEYS, *DOCUMENT_KEYS]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML file and put ``key=value`` settings on top of it.
 
-    A key is ``section.leaf``, ``output_dir``, the name of a leaf that only one section has, or a shorthand: ``model=``
-    for ``model.name``, ``dataset=`` for ``data.datasets``. As the columns, filter, duplicates and test size in a file
-    belong to its own data set, ``dataset=`` puts them back to their defaults unless the overrides set them too. Values
-    are YAML.
+    A key is ``section.leaf``, ``output_dir``, the name of a leaf that only one section has, one of `DOCUMENT_KEYS`, or
+    a shorthand: ``model=`` for ``model.name``, ``dataset=`` for ``data.datasets``. As the columns, filter, duplicates
+    and test size in a file belong to its own data set, ``dataset=`` puts them back to their defaults unless the
+    overrides set them too. Values are YAML.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -223,8 +228,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         if key == "dataset":
             values = {name: value for name, value in values.items() if name not in _keys("data", OF_ONE_SOURCE)}
         full = _full_key(key)
-        values[full] = text if _hint(full) is str else _yaml_value(full, text)
-    return _build({key: _convert(key, value, _hint(key)) for key, value in values.items()})
+        for other in counterparts(full):
+            values.pop(other, None)
+        values[full] = text if full in KEYS and _hint(full) is str else _yaml_value(full, text)
+    return _build({key: _convert(key, value, _hint(key)) for key, value in translate(values).items()})
 
 
 def _keys(section: str, leaves: Iterable[str]) -> set[str]:
@@ -248,8 +255,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             continue
         if not isinstance(content, dict | None):
             raise ValueError(f"config: section {name} must hold keys and values, got {content!r:.60}")
-        values.update({_known(f"{name}.{leaf}", KEYS): value for leaf, value in (content or {}).items()})
+        values.update(_leaves(name, content or {}))
+    translate(values)  # says what is wrong with the file itself, which overrides may hide
     return values
+
+
+def _leaves(section: str, content: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a section; one that holds keys in the documents (``model.adapter``) is taken apart."""
+    found: dict[str, Any] = {}
+    for leaf, value in content.items():
+        key = f"{section}.{leaf}"
+        inner = isinstance(value, dict) and any(known.startswith(f"{key}.") for known in DOCUMENT_KEYS)
+        found.update(_leaves(key, value) if inner else {_known(key, KNOWN): value})
+    return found
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -270,8 +288,8 @@ def _full_key(key: str) -> str:
     """The full name of a key as an override gives it."""
     key = SHORTHANDS.get(key, key)
     if "." in key or key in KEYS:
-        return _known(key, KEYS)
-    matches = [full for full in KEYS if full.endswith("." + key)]
+        return _known(key, KNOWN)
+    matches = [full for full in KNOWN if full.endswith("." + key)]
     if len(matches) > 1:
         raise ValueError(f"config: {key!r} is in several sections; give {' or '.join(matches)}")
     return matches[0] if matches else _known(key, KEYS)

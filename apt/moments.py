@@ -8,6 +8,7 @@ HANDLED = tuple(
     getattr(torch.optim, name)
     for name in ("AdamW", "Adam", "SGD", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta")
 )
+OPTIMIZERS = {kind.__name__.lower(): kind for kind in HANDLED}
 # Moments that divide the step. Zeros there would make new entries jump: the mean of their neighbours stands in.
 SCALES = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum")
 REASONS = {"factor": "keeps one moment a row and one a column", "bit": "keeps its moments in quantised blocks"}

@@ -30,6 +30,7 @@ from apt.tasks import (
     choose_device,
     compute_metrics,
     load_data,
+    optimizer_class,
     training_arguments,
 )
 from apt.trainer import APTrainer
@@ -117,6 +118,7 @@ def _fit(
         processing_class=tokenizer,
         compute_metrics=compute_metrics if config.model.task == "classification" else None,
         event_log=partial / EVENTS,
+        optimizer_cls_and_kwargs=optimizer_class(config.training),
     )
     trainer.remove_callback(ProgressCallback)
     bar = _Bar()

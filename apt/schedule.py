@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SCHEDULES = ("cubic",)
 Point = float | int  # a float is a fraction of the run (or of an interval), an int is an absolute number of steps
 
 
@@ -54,7 +55,7 @@ class SparsityScheduler:
     settle: Point = 0.2
 
     def __post_init__(self) -> None:
-        if self.schedule_type != "cubic":
+        if self.schedule_type not in SCHEDULES:
             raise ValueError(f"schedule: schedule_type must be 'cubic', got {self.schedule_type!r}")
         start, steps = to_steps(self.prune_start, self.total_steps), self.events
         if not 0.0 <= self.target_sparsity < 1.0:

@@ -18,9 +18,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from apt.config import HardwareConfig, RunConfig
+from apt.config import HardwareConfig, RunConfig, TrainingSettings
 from apt.data import DatasetLoader, TextLoader, resolve_model
 from apt.data.sources import GGUF
+from apt.moments import OPTIMIZERS
 
 METRIC_OF = {"classification": "accuracy", "language_modeling": "perplexity"}  # the one that a report shows first
 
@@ -115,6 +116,13 @@ def choose_device(hardware: HardwareConfig) -> torch.device:
         raise ValueError("hardware: device is 'cuda', but torch finds no GPU; use 'auto' or 'cpu'")
     wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted if hardware.device == "auto" else hardware.device)
+
+
+def optimizer_class(training: TrainingSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """The optimizer of a run and its settings; None is the Trainer's own AdamW. The Trainer adds the weight decay."""
+    if training.optimizer == "adamw":
+        return None
+    return OPTIMIZERS[training.optimizer], {"lr": training.learning_rate}
 
 
 def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:

@@ -32,6 +32,7 @@ class TuningConfig:
     tune_start: Point | None = None  # float: fraction of the run; int: optimizer step; null: prune_start
     tune_end: Point | None = None  # the last growth, where the budget is full; null: prune_end
     num_tuning_events: int | None = None  # growths, 0 or more; null: num_events, so ranks grow as units go
+    growth_frequency: int | None = None  # instead of it: optimizer steps between two growths, about; at least 1
 
     def __post_init__(self) -> None:
         if self.budget_ratio < 1.0 or self.max_rank < 1:
@@ -52,6 +53,10 @@ class TuningConfig:
                 raise ValueError(f"tuning: {name} must be a fraction in [0, 1] or a number of steps, got {point}")
         if self.num_tuning_events is not None and self.num_tuning_events < 0:
             raise ValueError(f"tuning: num_tuning_events must be at least 0, got {self.num_tuning_events}")
+        if self.growth_frequency is not None and self.growth_frequency < 1:
+            raise ValueError(f"tuning: growth_frequency must be at least 1, got {self.growth_frequency}")
+        if self.growth_frequency is not None and self.num_tuning_events is not None:
+            raise ValueError("tuning: num_tuning_events and growth_frequency are one setting; give one of them")
         if self.init_std is not None and self.init_std <= 0.0:
             raise ValueError(f"tuning: init_std must be above 0, got {self.init_std}")
 

@@ -38,6 +38,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "task_head",
     "patch",
     "gate_files",
+    "document_keys",
     "config",
     "data",
     "tasks",

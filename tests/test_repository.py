@@ -1,8 +1,10 @@
 """What the text of the repository promises: no path of one machine, examples that parse, links that lead somewhere."""
 
 import ast
+import os
 import re
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -44,6 +46,15 @@ def test_no_path_of_a_development_machine() -> None:
         if path.is_file() and pattern in path.read_bytes()
     ]
     assert not found
+
+
+def test_the_page_of_settings_is_what_the_code_says() -> None:
+    """Made in a process of its own, as it imports the package."""
+    code = "import make_settings as m, sys; sys.exit(m.page() != m.PAGE.read_text(encoding='utf-8'))"
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "docs")))
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, f"docs/settings.md is stale; run: python docs/make_settings.py {run.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

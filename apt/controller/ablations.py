@@ -15,6 +15,7 @@ ABLATIONS: dict[str, Changes] = {
             "target_sparsity": 0.0,
             "target_speedup": None,
             "num_events": 0,
+            "update_frequency": None,
             "prune_before_tuning": False,
         },
         "distillation": {"use_self_distillation": False},
@@ -38,6 +39,7 @@ def changes_of(ablation: str, pruning: PruningConfig, tuning: TuningConfig) -> C
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"config: unknown ablation {ablation!r}; {hint}there are {', '.join(ABLATIONS)}")
     changes = {section: dict(leaves) for section, leaves in ABLATIONS[ablation].items()}
-    if ablation == "w/o_Ap" and tuning.num_tuning_events is None:
-        changes["tuning"] = {"num_tuning_events": pruning.num_events}  # when they would have grown with pruning
+    if ablation == "w/o_Ap" and tuning.num_tuning_events is None and tuning.growth_frequency is None:
+        often = pruning.update_frequency  # ranks grow when they would have grown with pruning
+        changes["tuning"] = {"num_tuning_events": pruning.num_events} if often is None else {"growth_frequency": often}
     return changes

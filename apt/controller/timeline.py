@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from apt.controller.config import APTConfig
-from apt.schedule import SparsityScheduler, TuningSchedule
+from apt.schedule import SparsityScheduler, TuningSchedule, to_steps
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Timeline:
     def of(cls, config: APTConfig, total_steps: int) -> "Timeline":
         """The timeline of a run of so many optimizer steps; a run too short for its events raises ValueError."""
         pruning, tuning = config.pruning, config.tuning
-        growths = pruning.num_events if tuning.num_tuning_events is None else tuning.num_tuning_events
+        start = pruning.prune_start if tuning.tune_start is None else tuning.tune_start
+        end = pruning.prune_end if tuning.tune_end is None else tuning.tune_end
+        growths = pruning.events_in(total_steps) if tuning.num_tuning_events is None else tuning.num_tuning_events
+        if tuning.growth_frequency is not None:
+            window = to_steps(end, total_steps) - to_steps(start, total_steps)
+            growths = max(1, window // tuning.growth_frequency)
         return cls(
             pruning.schedule(total_steps),
-            TuningSchedule(
-                total_steps,
-                pruning.prune_start if tuning.tune_start is None else tuning.tune_start,
-                pruning.prune_end if tuning.tune_end is None else tuning.tune_end,
-                growths if config.grows else 0,
-            ),
+            TuningSchedule(total_steps, start, end, growths if config.grows else 0),
             pruning.prune_before_tuning and pruning.target_saving > 0.0,
         )
 

@@ -13,7 +13,7 @@ TEACHER_DTYPES = ("bf16", "fp16")
 class DistillationConfig:
     """Self-distillation: the dense model as it stood before the first mask fell teaches the one that shrinks."""
 
-    use_self_distillation: bool = False
+    use_self_distillation: bool = False  # whether there is a teacher
     teacher_layer_mapping: str = "nearest"  # who learns from an emptied layer: "nearest" alive one; "cofi": any alive
     num_teacher_layers: int = 4  # blocks of layers, of each of which one is drawn at random for every batch; at least 1
     distill_loss_weight_start: float = 0.0  # mu where its ramp begins, [0, 1]; the task's loss weighs 1 - mu

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from apt.hidden import SITES
 from apt.salience import KURTOSES, SALIENCES
-from apt.schedule import Point, SparsityScheduler
+from apt.schedule import SCHEDULES, Point, SparsityScheduler, to_steps
 
 UNIT_TYPES = ("head", "neuron", "hidden")
 BALANCES = ("type", "none")
@@ -23,6 +23,8 @@ class PruningConfig:
     sparsity_warmup: Point = 0.0  # after prune_start, while only ranks grow
     prune_end: Point = 0.40  # the last event
     num_events: int = 5  # 0 or more
+    update_frequency: int | None = None  # instead of it: optimizer steps between two events, about; at least 1
+    scheduler: str = "cubic"  # how sparsity rises over the events: the paper's cubic
     decay: Point = 0.6  # masks fall for so long before an event; float: fraction of the interval; int: steps
     settle: Point = 0.2  # and rest at 0 or 1 for so long
     round_to: int = 8  # neurons of a layer, and hidden dimensions, come in multiples of this
@@ -51,6 +53,7 @@ class PruningConfig:
             "hidden_sites": SITES,
             "kurtosis": (None, *KURTOSES),
             "balance": BALANCES,
+            "scheduler": SCHEDULES,
             "layout": LAYOUTS,
         }
         for name, known in choices.items():
@@ -64,6 +67,8 @@ class PruningConfig:
             raise ValueError("pruning: num_events, min_heads and min_neurons must be at least 0")
         if self.round_to < 1 or self.min_hidden < 1:
             raise ValueError("pruning: round_to and min_hidden must be at least 1")
+        if self.update_frequency is not None and self.update_frequency < 1:
+            raise ValueError(f"pruning: update_frequency must be at least 1, got {self.update_frequency}")
         if self.calibration_batches < 1:
             raise ValueError(f"pruning: calibration_batches must be at least 1, got {self.calibration_batches}")
         if self.salience == "magnitude" and self.kurtosis not in (None, "off"):
@@ -74,7 +79,8 @@ class PruningConfig:
             raise ValueError("pruning: latency_batch_size and latency_length must be at least 1")
         if self.target_speedup is not None and "hidden" in self.unit_types:
             raise ValueError("pruning: target_speedup prices heads and neurons; leave 'hidden' out of unit_types")
-        if self.num_events == 0 and self.target_saving > 0.0 and not self.prune_before_tuning:
+        without = self.num_events == 0 and self.update_frequency is None
+        if without and self.target_saving > 0.0 and not self.prune_before_tuning:
             goal = "target_sparsity" if self.target_speedup is None else "target_speedup"
             raise ValueError(f"pruning: {goal} {getattr(self, goal)} needs num_events of at least 1, got 0")
 
@@ -82,6 +88,13 @@ class PruningConfig:
     def target_saving(self) -> float:
         """What should be gone at the end, as a fraction: of the block parameters, or of the time of a forward pass."""
         return self.target_sparsity if self.target_speedup is None else 1.0 - 1.0 / self.target_speedup
+
+    def events_in(self, total_steps: int) -> int:
+        """How many events a run of so many optimizer steps has."""
+        if self.update_frequency is None:
+            return self.num_events
+        window = to_steps(self.prune_end, total_steps) - to_steps(self.prune_start, total_steps)
+        return max(1, window // self.update_frequency)
 
     def schedule(self, total_steps: int) -> SparsityScheduler:
         """The schedule of a run of that many optimizer steps; a run that is too short raises ValueError.
@@ -92,10 +105,11 @@ class PruningConfig:
         return SparsityScheduler(
             total_steps,
             self.target_saving,
+            schedule_type=self.scheduler,
             prune_start=self.prune_start,
             prune_end=self.prune_end,
             sparsity_warmup=self.sparsity_warmup,
-            num_events=0 if self.prune_before_tuning else self.num_events,
+            num_events=0 if self.prune_before_tuning else self.events_in(total_steps),
             decay=self.decay,
             settle=self.settle,
         )
