@@ -58,4 +58,8 @@ def _labels(batch: Mapping[str, Any], shifted: bool) -> Any:
     if "shift_labels" in batch:
         return batch["shift_labels"]
     labels = batch.get("labels")
+    if (
+        isinstance(labels, torch.Tensor) and labels.is_floating_point()
+    ):  # numbers to be learnt, of which every one counts
+        return torch.zeros_like(labels, dtype=torch.long)
     return labels[..., 1:] if shifted and isinstance(labels, torch.Tensor) else labels

@@ -23,7 +23,11 @@ from apt.tuner import TuningConfig
 SHORTHANDS = {"model": "model.name", "dataset": "data.datasets"}
 OF_ONE_SOURCE = ("text_columns", "label_column", "filter", "drop_duplicates", "test_size")  # they go with a data set
 OFF_IS_TEXT = ("pruning.kurtosis",)  # YAML 1.1 reads a bare off as false
-TASKS = ("classification", "language_modeling")
+TASKS = {  # and what each is scored by, the one that a report shows first in front
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman", "mse"),
+    "language_modeling": ("perplexity",),
+}
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -46,7 +50,7 @@ class ModelConfig:
     """Which model, and how it is adapted."""
 
     name: str  # on the hub, a local folder, a .gguf file, or package:NAME/path
-    task: str = "classification"  # of sentences; "language_modeling": of plain text, scored by perplexity
+    task: str = "classification"  # of sentences; "regression": a number for each; "language_modeling": of plain text
     method: str = (
         "apt"  # "lora", "adalora", "gsa", "spectral_a", "spectral_r": adapters alone, unless prune says otherwise
     )
@@ -59,6 +63,8 @@ class ModelConfig:
         _one_of("model.method", self.method, METHODS)
         _one_of("model.task", self.task, TASKS)
         _at_least("model", self, {"num_labels": 2})
+        if self.task != "classification" and self.num_labels is not None:
+            raise ValueError(f"config: model.num_labels counts classes, but model.task is {self.task!r}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +140,7 @@ class TrainingSettings:
 class EvaluationConfig:
     """What is measured at the end."""
 
+    metrics: list[str] | None = None  # of the task's, the one a report shows first in front; null: all of the task
     inference_batch_size: int = 32  # sentences, blocks, at least 1; of the latency and of the scores
     inference_length: int = 64  # tokens of each sentence in the latency, at least 1
     generated_tokens: int = 32  # of each prompt in the timing of generation (language models), at least 2
@@ -143,6 +150,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         ones = ("inference_batch_size", "inference_length", "inference_repeats")
         _at_least("evaluation", self, dict.fromkeys(ones, 1) | {"event_timing_steps": 0, "generated_tokens": 2})
+        if self.metrics == []:
+            raise ValueError("config: evaluation.metrics must name a metric at least; null is all of the task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +186,8 @@ class RunConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
+        for name in self.evaluation.metrics or ():
+            _one_of(f"evaluation.metrics, with model.task={self.model.task},", name, TASKS[self.model.task])
         for section, leaves in changes_of(self.ablation, self.pruning, self.tuning).items():
             object.__setattr__(self, section, dataclasses.replace(getattr(self, section), **leaves))
 

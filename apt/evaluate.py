@@ -14,9 +14,9 @@ from apt.adapters import adapted
 from apt.clock import evaluating, medians_ms
 from apt.data import Examples
 from apt.language import perplexity
+from apt.metrics import classification_metrics, regression_metrics
 from apt.records import Event
 from apt.surgery import apply_event
-from apt.tasks import compute_metrics
 
 SMALLEST_TIMED = 0.03  # fraction of the block parameters; what removes less is lost in the noise of a step
 
@@ -27,7 +27,7 @@ class Evaluator:
     Args:
         tokenizer: of the model; it pads.
         batch_size: sentences or blocks of one forward pass.
-        task: "classification" or "language_modeling".
+        task: as `model.task` names it.
     """
 
     def __init__(self, tokenizer: Any, batch_size: int = 32, task: str = "classification") -> None:
@@ -36,8 +36,8 @@ class Evaluator:
         self.collator = DataCollatorWithPadding(tokenizer)
         self.batch_size, self.task = batch_size, task
 
-    def predict(self, model: nn.Module, data: Examples) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Logits ``[N, C]`` and labels ``[N]`` in the order of the data, on the device of the model.
+    def predict(self, model: nn.Module, data: Examples) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Logits ``[N, C]`` and labels ``[N]``, in the order of the data, on the device of the model.
 
         Batches are made of sentences of like length, so little is computed for padding.
         """
@@ -55,11 +55,12 @@ class Evaluator:
         return logits, np.asarray(data.columns["labels"])
 
     def evaluate(self, model: nn.Module, data: Examples) -> dict[str, float]:
-        """The metrics of the task: `accuracy` and others, or `perplexity`, `loss` and `test_tokens`."""
+        """All metrics of the task; with `perplexity` its `loss` and `test_tokens`."""
         if self.task == "language_modeling":
             with evaluating(model):
                 return perplexity(model, data, self.batch_size)
-        return compute_metrics(self.predict(model, data))
+        metrics = regression_metrics if self.task == "regression" else classification_metrics
+        return metrics(self.predict(model, data))
 
 
 def latency_ms(

@@ -10,6 +10,7 @@ from rich.table import Table
 from apt.records import Event, read_jsonl
 
 METRICS, EVENTS, TIMINGS = "metrics.json", "events.jsonl", "event_timing.json"
+SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman", "mse")
 WIDTH = 100  # columns, where the output is no terminal and so has no width
 
 
@@ -55,9 +56,10 @@ def _results(metrics: dict[str, Any], folder: Path) -> Table:
     table = Table(title=f"{folder}: {metrics.get('method', '')}", title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
-    for name in ("accuracy", "f1"):
+    of = f"{metrics.get('test_size', 0):,} {metrics.get('unit', 'sentences')}"
+    for name in sorted(SCORES, key=lambda name: name != metrics.get("metric")):
         if name in metrics:
-            table.add_row(f"{name} on {metrics.get('test_size', 0):,} sentences", f"{metrics[name]:.4f}")
+            table.add_row(f"{name} on {of}", f"{metrics[name]:.4f}")
     if "perplexity" in metrics:
         table.add_row(f"perplexity on {metrics['test_tokens']:,} tokens", f"{metrics['perplexity']:.3f}")
     if metrics.get("ablation", "full") != "full":

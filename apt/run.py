@@ -24,12 +24,13 @@ from apt.records import write_json
 from apt.report import print_report
 from apt.run_folder import CHECKPOINTS, METRICS, begin, find_checkpoint, give_name, is_done, is_whole, partial_of
 from apt.tasks import (
-    METRIC_OF,
     build_model,
     build_tokenizer,
+    check_lengths,
     choose_device,
-    compute_metrics,
+    chosen_scores,
     load_data,
+    metric_names,
     optimizer_class,
     training_arguments,
 )
@@ -60,9 +61,11 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     tokenizer = build_tokenizer(config)
     data = load_data(config, tokenizer)
     print(f"{len(data.train):,} {data.unit} to train on, {len(data.test):,} to test on", file=sys.stderr)
+    model = build_model(config, data.num_labels, tokenizer, data.label_names)
+    check_lengths(data, model)
     if checkpoint is None:
         begin(partial, config)
-    trainer, seconds = _fit(config, tokenizer, data, partial, checkpoint)
+    trainer, seconds = _fit(config, model, tokenizer, data, partial, checkpoint)
     metrics = _measure(config, tokenizer, data, partial, trainer)
     if checkpoint is not None:
         # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
@@ -106,17 +109,20 @@ class _Bar(ProgressCallback):
 
 
 def _fit(
-    config: RunConfig, tokenizer: Any, data: DatasetLoader | TextLoader, partial: Path, checkpoint: str | None
+    config: RunConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    data: DatasetLoader | TextLoader,
+    partial: Path,
+    checkpoint: str | None,
 ) -> tuple[APTrainer, float]:
     """Patch and train the model; returns the trainer and the seconds of training."""
-    model = build_model(config, data.num_labels, tokenizer, data.label_names)
     trainer = APTrainer(
         model=patch_model(model, config.apt_config()),
         args=training_arguments(config, partial / CHECKPOINTS),
         train_dataset=data.train,
         data_collator=data.collator,
         processing_class=tokenizer,
-        compute_metrics=compute_metrics if config.model.task == "classification" else None,
         event_log=partial / EVENTS,
         optimizer_cls_and_kwargs=optimizer_class(config.training),
     )
@@ -137,7 +143,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Export the model, load it again, and measure what was loaded; writes the model and the timings of the events."""
     settings, device = config.evaluation, choose_device(config.hardware)
-    metric = METRIC_OF[config.model.task]
+    metric = metric_names(config)[0]
     evaluator = Evaluator(tokenizer, settings.inference_batch_size, config.model.task)
     model = trainer.model
     assert model is not None
@@ -150,7 +156,7 @@ def _measure(
     latency = _latency(config, dense, small, len(tokenizer))
     if config.model.task == "language_modeling":
         latency |= _generation(config, dense, small, data)
-    scores = evaluator.evaluate(small, data.test)
+    scores = chosen_scores(config, evaluator.evaluate(small, data.test))
     if trainer.controller.events and settings.event_timing_steps:
         write_json(partial / TIMINGS, _event_timing(config, tokenizer, data, trainer, dense))
     return {
@@ -158,6 +164,7 @@ def _measure(
         "ablation": config.ablation,
         "model": config.model.name,
         "data": config.data.datasets,
+        "metric": metric,
         **scores,
         f"{metric}_before_export": trained,
         **_goal(config, trainer),
@@ -171,6 +178,7 @@ def _measure(
         "self_distillation": None if distillation is None else distillation.account(),
         "train_size": len(data.train),
         "test_size": len(data.test),
+        "unit": data.unit,
         "seed": config.training.seed,
         "device": str(device),
         "versions": _versions(),
@@ -264,5 +272,6 @@ def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
     hf_config: Any = model.config
     data = load_data(config, tokenizer, num_labels=hf_config.num_labels)
     evaluator = Evaluator(tokenizer, config.evaluation.inference_batch_size, config.model.task)
-    scores = evaluator.evaluate(model, data.test)
+    check_lengths(data, model)
+    scores = chosen_scores(config, evaluator.evaluate(model, data.test))
     return {**scores, "test_size": len(data.test), "folder": str(folder), "data": config.data.datasets}

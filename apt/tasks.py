@@ -1,12 +1,10 @@
-"""What a batch means: a task's data, model, tokenizer and metrics, and the Trainer's arguments."""
+"""What a batch means: a task's data, model, tokenizer and names of metrics, and the Trainer's arguments."""
 
 import importlib.util
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -18,19 +16,38 @@ from transformers import (
     TrainingArguments,
 )
 
-from apt.config import HardwareConfig, RunConfig, TrainingSettings
+from apt.config import TASKS, HardwareConfig, RunConfig, TrainingSettings
 from apt.data import DatasetLoader, TextLoader, resolve_model
 from apt.data.sources import GGUF
 from apt.moments import OPTIMIZERS
 
-METRIC_OF = {"classification": "accuracy", "language_modeling": "perplexity"}  # the one that a report shows first
+GLUE_METRICS = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}  # what GLUE's page shows, where it is not accuracy
+OF_SENTENCES = ("classification", "regression")
+
+
+def metric_names(config: RunConfig) -> list[str]:
+    """What a run is scored by, what a report shows first in front: as asked, as GLUE does it, or all of the task."""
+    if config.evaluation.metrics is not None:
+        return config.evaluation.metrics
+    names = TASKS[config.model.task]
+    first = GLUE_METRICS.get(config.data.datasets.rpartition("/")[2].lower())
+    return [first, *(name for name in names if name != first)] if first in names else list(names)
+
+
+def chosen_scores(config: RunConfig, scores: dict[str, float]) -> dict[str, float]:
+    """The scores asked for, in their order, and whatever else was counted on the way."""
+    names = metric_names(config)
+    others = {name: value for name, value in scores.items() if name not in TASKS[config.model.task]}
+    return {name: scores[name] for name in names} | others
 
 
 def load_data(config: RunConfig, tokenizer: Any, *, num_labels: int | None = None) -> DatasetLoader | TextLoader:
     """The data of a run, as its task reads it; `num_labels` classes, or as many as `config` or the data says."""
     if config.model.task == "language_modeling":
         return TextLoader(config.data, tokenizer, config.training.seed)
-    return DatasetLoader(config.data, tokenizer, config.training.seed, num_labels=num_labels or config.model.num_labels)
+    regression = config.model.task == "regression"
+    classes = num_labels or config.model.num_labels
+    return DatasetLoader(config.data, tokenizer, config.training.seed, num_labels=classes, regression=regression)
 
 
 def build_tokenizer(config: RunConfig) -> Any:
@@ -51,7 +68,7 @@ def build_tokenizer(config: RunConfig) -> Any:
 def build_model(
     config: RunConfig, num_labels: int | None, tokenizer: Any, label_names: list[str] | None = None
 ) -> nn.Module:
-    """The pretrained model in float32 on the CPU: a language model with its own head, or a classifier with a new one.
+    """The pretrained model in float32 on the CPU: a language model with its own head, else one with a new head.
 
     A new head is drawn with `training.seed`.
 
@@ -64,6 +81,8 @@ def build_model(
         assert isinstance(model, nn.Module)
         return model
     labels: dict[str, Any] = {"num_labels": num_labels}
+    if config.model.task == "regression":
+        labels["problem_type"] = "regression"
     if label_names is not None and len(label_names) == num_labels:
         labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
     with torch.random.fork_rng(devices=[]):
@@ -94,20 +113,30 @@ def _load(kind: Any, name: str, **settings: Any) -> Any:
         raise ValueError(f"model: {name} cannot be loaded: {reason}") from None
 
 
-def compute_metrics(prediction: Iterable[Any]) -> dict[str, float]:
-    """Accuracy of a classifier in [0, 1], and with two classes F1 of class 1 (0 where there is neither it nor a guess).
+def check_lengths(data: DatasetLoader | TextLoader, model: nn.Module) -> None:
+    """Raise ValueError where a row of the data has more tokens than the model has positions."""
+    most, limit = (
+        max(len(ids) for part in (data.train, data.test) for ids in part.columns["input_ids"]),
+        positions(model),
+    )
+    if limit is not None and most > limit:
+        raise ValueError(
+            f"data: a sequence of {most} tokens is longer than the {limit} positions of the model; set "
+            f"{data.length_setting} to at most {limit}"
+        )
 
-    Args:
-        prediction: logits ``[N, C]`` and labels ``[N]``, as arrays; a Trainer's `EvalPrediction` is such a pair.
-    """
-    logits, labels = prediction
-    classes = np.asarray(logits).argmax(axis=-1)
-    metrics = {"accuracy": float((classes == labels).mean())}
-    if np.shape(logits)[-1] == 2:
-        hits = int(((classes == 1) & (labels == 1)).sum())
-        claimed = int((classes == 1).sum() + (labels == 1).sum())
-        metrics["f1"] = 2.0 * hits / claimed if claimed else 0.0
-    return metrics
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens of a sequence a model has positions for; None where they are relative and any number goes."""
+    for name, module in model.named_modules():
+        # RoBERTa and its like count positions from behind the number of the padding token.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    config: Any = model.config
+    if hasattr(config, "relative_attention_num_buckets") or not getattr(config, "position_biased_input", True):
+        return None  # T5; DeBERTa v2 and v3
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit
 
 
 def choose_device(hardware: HardwareConfig) -> torch.device:
@@ -129,7 +158,7 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
     """The Trainer's arguments; `folder` gets its checkpoints."""
     training, hardware = config.training, config.hardware
     on_cpu = choose_device(hardware).type == "cpu"
-    by_length = config.data.group_by_length and config.model.task == "classification"  # blocks are of one length
+    by_length = config.data.group_by_length and config.model.task in OF_SENTENCES  # blocks are of one length
     return TrainingArguments(
         output_dir=str(folder),
         learning_rate=training.learning_rate,

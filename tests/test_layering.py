@@ -42,6 +42,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "config",
     "data",
     "tasks",
+    "metrics",
     "language",
     "evaluate",
     "checkpoint",

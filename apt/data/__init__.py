@@ -1,10 +1,11 @@
 """Sentences with labels, or plain text, from the hub, from files or from inside an installed package, as tokens."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from apt.config import DataConfig
 from apt.data.examples import TOKENIZER_BATCH, Examples
-from apt.data.labels import Labels
+from apt.data.labels import Labels, numbers
 from apt.data.rows import chosen_rows, sample, split, text_columns
 from apt.data.sources import Table, read_tables, resolve_model
 from apt.data.text import NOT_A_TARGET, TextLoader, collate_blocks
@@ -21,6 +22,7 @@ class DatasetLoader:
         seed: draws the sentences where `config.max_train_samples` asks for fewer than there are. The split is drawn
             with `config.split_seed`, so that runs of several seeds are tested on the same sentences.
         num_labels: classes; None means as many as the training data has.
+        regression: labels are numbers of any kind, and `num_labels` is 1.
 
     Attributes: `train` and `test` (`Examples`), `num_labels`, `label_names` (None where labels are plain numbers), and
     `collator`, which pads a batch to its longest sentence.
@@ -32,25 +34,38 @@ class DatasetLoader:
     """
 
     unit = "sentences"
+    length_setting = "data.max_length"
 
-    def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0, *, num_labels: int | None = None) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        seed: int = 0,
+        *,
+        num_labels: int | None = None,
+        regression: bool = False,
+    ) -> None:
         from transformers import DataCollatorWithPadding
 
         self.config = config
         tables = read_tables(config.datasets)
         columns = {name: text_columns(table, config) for name, table in tables.items()}
         tables = {name: chosen_rows(table, config, columns[name]) for name, table in tables.items()}
-        labels = Labels(tables["train"], config.label_column, num_labels)
-        self.num_labels, self.label_names = labels.num_labels, labels.names
+        self.label_names: list[str] | None = None
+        self.num_labels = 1
+        self._labels_of: Callable[[Table], Sequence[float]] = lambda table: numbers(table, config.label_column)
+        if not regression:
+            labels = Labels(tables["train"], config.label_column, num_labels)
+            self.num_labels, self.label_names, self._labels_of = labels.num_labels, labels.names, labels.of
         train, test = split(tables, config)
         train = sample(train, config.max_train_samples, seed)
         test = sample(test, config.max_test_samples, config.split_seed)
-        self.train = self._tokenise(train, columns["train"], labels, tokenizer)
-        self.test = self._tokenise(test, columns.get("test", columns["train"]), labels, tokenizer)
+        self.train = self._tokenise(train, columns["train"], tokenizer)
+        self.test = self._tokenise(test, columns.get("test", columns["train"]), tokenizer)
         self.collator = DataCollatorWithPadding(tokenizer)
 
-    def _tokenise(self, table: Table, columns: list[str], labels: Labels, tokenizer: Any) -> Examples:
-        tokens: dict[str, list[Any]] = {"labels": labels.of(table)}
+    def _tokenise(self, table: Table, columns: list[str], tokenizer: Any) -> Examples:
+        tokens: dict[str, list[Any]] = {"labels": list(self._labels_of(table))}
         for start in range(0, len(table), TOKENIZER_BATCH):
             texts = [table.columns[name][start : start + TOKENIZER_BATCH] for name in columns]
             batch = tokenizer(*texts, truncation=True, max_length=self.config.max_length)

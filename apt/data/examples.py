@@ -14,7 +14,7 @@ class Examples(Dataset[dict[str, Any]]):
         self.columns = columns
 
     def __len__(self) -> int:
-        return len(self.columns["labels"])
+        return len(self.columns["input_ids"])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: values[index] for name, values in self.columns.items()}

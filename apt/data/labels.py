@@ -1,5 +1,6 @@
-"""What a label is: a whole number from 0 on, or a name, which counts in sorted order."""
+"""What a label is: a class (a whole number from 0 on, or a name, which counts in sorted order), or any number."""
 
+import math
 from typing import Any
 
 from apt.data.sources import Table
@@ -41,8 +42,8 @@ class Labels:
         for row, number in enumerate(numbers):
             if not 0 <= number < self.num_labels:
                 raise ValueError(
-                    f"{self._place(table, row)} label {number} is out of range; with {self.num_labels} labels they go "
-                    f"from 0 to {self.num_labels - 1} (model.num_labels sets how many)"
+                    f"{_place(table, row, self.column)} label {number} is out of range; with {self.num_labels} labels "
+                    f"they go from 0 to {self.num_labels - 1} (model.num_labels sets how many)"
                 )
         return numbers
 
@@ -50,23 +51,43 @@ class Labels:
         numbers = []
         for row, cell in enumerate(table.column(self.column)):
             if cell is None or cell == "":
-                raise ValueError(f"{self._place(table, row)} the label is missing")
+                raise ValueError(f"{_place(table, row, self.column)} the label is missing")
             if self.by_name:
                 assert self.names is not None
                 if str(cell) not in self.names:
                     known = ", ".join(self.names[:8])
-                    raise ValueError(f"{self._place(table, row)} label {cell!r} is not one of {known}")
+                    raise ValueError(
+                        f"{_place(table, row, self.column)} label {cell!r} is not one of {known}, the labels of the "
+                        f"training data"
+                    )
                 numbers.append(self.names.index(str(cell)))
             # A csv that went through a table of floats says 1.0.
             elif _is_number(cell) and float(cell).is_integer():
                 numbers.append(int(float(cell)))
             else:
-                place = self._place(table, row)
-                raise ValueError(f"{place} label {cell!r} is not a whole number; classes are numbered from 0")
+                raise ValueError(
+                    f"{_place(table, row, self.column)} label {cell!r} is not a whole number; classes are numbered "
+                    f"from 0, and model.task=regression learns other numbers"
+                )
         return numbers
 
-    def _place(self, table: Table, row: int) -> str:
-        return f"data: {table.source}, line {table.lines[row]}, column {self.column!r}:"
+
+def numbers(table: Table, column: str) -> list[float]:
+    """The labels of a table as finite numbers, or ValueError for the first row that has none."""
+    found = []
+    for row, cell in enumerate(table.column(column)):
+        if cell is None or cell == "":
+            raise ValueError(f"{_place(table, row, column)} the label is missing")
+        if isinstance(cell, bool) or not _is_number(cell) or not math.isfinite(float(cell)):
+            raise ValueError(
+                f"{_place(table, row, column)} label {cell!r} is no number; model.task=regression needs one"
+            )
+        found.append(float(cell))
+    return found
+
+
+def _place(table: Table, row: int, column: str) -> str:
+    return f"data: {table.source}, line {table.lines[row]}, column {column!r}:"
 
 
 def _is_number(cell: Any) -> bool:

@@ -15,6 +15,7 @@ GLUE_COLUMNS = {
     "mnli": ["premise", "hypothesis"],
     "qnli": ["question", "sentence"],
     "rte": ["sentence1", "sentence2"],
+    "stsb": ["sentence1", "sentence2"],
     "wnli": ["sentence1", "sentence2"],
 }
 PAIR_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))

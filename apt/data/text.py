@@ -37,6 +37,7 @@ class TextLoader:
     """
 
     unit = "blocks"
+    length_setting = "data.block_length"
     num_labels = None
     label_names = None
 

@@ -193,6 +193,22 @@ def test_labels_of_the_test_split_and_the_number_of_labels(tmp_path: Path, token
         load(tmp_path, tokenizer, test_size=None)
 
 
+def test_numbers_as_labels(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_csv(tmp_path / "a.csv", [("good", "0.5"), ("bad", "-1.25"), ("word1", "3")])
+    config = DataConfig(datasets=str(path), test_size=1)
+    data = DatasetLoader(config, tokenizer, regression=True)
+    assert (data.num_labels, data.label_names) == (1, None)
+    assert sorted(data.train.columns["labels"] + data.test.columns["labels"]) == [-1.25, 0.5, 3.0]
+    batch = data.collator([data.train[0], data.train[1]])
+    assert batch["labels"].is_floating_point()
+    for cell, words in (("", "the label is missing"), ("x", "'x' is no number"), ("nan", "'nan' is no number")):
+        write_csv(path, [("good", "0.5"), ("bad", cell), ("word1", "3")])
+        with pytest.raises(ValueError, match=rf"a.csv, line 3, column 'label'.*{words}"):
+            DatasetLoader(config, tokenizer, regression=True)
+    with pytest.raises(ValueError, match=r"no column 'score'; there are text, label"):
+        DatasetLoader(DataConfig(datasets=str(path), test_size=1, label_column="score"), tokenizer, regression=True)
+
+
 def test_sizes_that_cannot_be(tmp_path: Path, tokenizer: Any) -> None:
     path = write_csv(tmp_path / "a.csv", sentences(5))
     with pytest.raises(ValueError, match=r"no test split; set data.test_size"):

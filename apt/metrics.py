@@ -1,0 +1,44 @@
+"""Scores of predictions against what they should be, by scikit-learn and scipy. Pure functions of arrays and texts."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def classification_metrics(prediction: Iterable[Any]) -> dict[str, float]:
+    """`accuracy` and `f1` in [0, 1], and `matthews`, the correlation of Matthews, in [-1, 1].
+
+    With two classes F1 is that of class 1, with more the mean over the classes. What has nothing to count is 0.
+
+    Args:
+        prediction: logits ``[N, C]`` and labels ``[N]``, as arrays; a Trainer's `EvalPrediction` is such a pair.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    logits, labels = map(np.asarray, prediction)
+    classes = logits.argmax(axis=-1)
+    average = "binary" if logits.shape[-1] == 2 else "macro"
+    return {
+        "accuracy": float(accuracy_score(labels, classes)),
+        "f1": float(f1_score(labels, classes, average=average, zero_division=0.0)),
+        "matthews": float(matthews_corrcoef(labels, classes)) if len({*labels, *classes}) > 1 else 0.0,
+    }
+
+
+def regression_metrics(prediction: Iterable[Any]) -> dict[str, float]:
+    """`pearson` and `spearman`, correlations in [-1, 1], and `mse`, the mean squared error in squared units of a label.
+
+    Where the predictions or the labels are all the same, nothing goes along with them: both correlations are 0.
+
+    Args:
+        prediction: predicted numbers ``[N]`` or ``[N, 1]`` and labels ``[N]``, as arrays.
+    """
+    from scipy.stats import pearsonr, spearmanr
+
+    values, labels = (np.asarray(each, dtype=np.float64).reshape(-1) for each in prediction)
+    error = float(np.square(values - labels).mean())
+    if np.ptp(values) == 0.0 or np.ptp(labels) == 0.0:
+        return {"pearson": 0.0, "spearman": 0.0, "mse": error}
+    correlations = float(pearsonr(values, labels).statistic), float(spearmanr(values, labels).statistic)
+    return {"pearson": correlations[0], "spearman": correlations[1], "mse": error}
