@@ -21,12 +21,14 @@ from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
 
 SHORTHANDS = {"model": "model.name", "dataset": "data.datasets"}
-OF_ONE_SOURCE = ("text_columns", "label_column", "filter", "drop_duplicates", "test_size")  # they go with a data set
+# These go with a data set.
+OF_ONE_SOURCE = ("text_columns", "label_column", "target_column", "filter", "drop_duplicates", "test_size")
 OFF_IS_TEXT = ("pruning.kurtosis",)  # YAML 1.1 reads a bare off as false
 TASKS = {  # and what each is scored by, the one that a report shows first in front
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman", "mse"),
     "language_modeling": ("perplexity",),
+    "instruction_following": ("perplexity",),
 }
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -50,7 +52,9 @@ class ModelConfig:
     """Which model, and how it is adapted."""
 
     name: str  # on the hub, a local folder, a .gguf file, or package:NAME/path
-    task: str = "classification"  # of sentences; "regression": a number for each; "language_modeling": of plain text
+    # "classification" of sentences, "regression": a number for each, "language_modeling" of plain text,
+    # "instruction_following": a language model on instructions, whose responses alone it learns
+    task: str = "classification"
     method: str = (
         "apt"  # "lora", "adalora", "gsa", "spectral_a", "spectral_r": adapters alone, unless prune says otherwise
     )
@@ -74,6 +78,7 @@ class DataConfig:
     datasets: str  # on the hub (glue/sst2), a csv, tsv, jsonl, parquet or txt file, a folder of them, package:NAME/path
     text_columns: list[str] | None = None  # one, or two for sentence pairs; null: found by their names
     label_column: str = "label"  # holds the labels
+    target_column: str | None = None  # with what a model is to say; null: found by its name
     filter: dict[str, Any] | None = None  # column: value; only rows with all of these values are read
     drop_duplicates: bool = False  # of a text only the first row stays
     test_size: int | None = None  # sentences, documents, at least 1; held out where the data has no test split

@@ -17,6 +17,7 @@ from apt.language import perplexity
 from apt.metrics import classification_metrics, regression_metrics
 from apt.records import Event
 from apt.surgery import apply_event
+from apt.tasks import OF_TOKENS
 
 SMALLEST_TIMED = 0.03  # fraction of the block parameters; what removes less is lost in the noise of a step
 
@@ -56,7 +57,7 @@ class Evaluator:
 
     def evaluate(self, model: nn.Module, data: Examples) -> dict[str, float]:
         """All metrics of the task; with `perplexity` its `loss` and `test_tokens`."""
-        if self.task == "language_modeling":
+        if self.task in OF_TOKENS:
             with evaluating(model):
                 return perplexity(model, data, self.batch_size)
         metrics = regression_metrics if self.task == "regression" else classification_metrics

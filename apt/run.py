@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, ProgressCallback
 
 from apt import __version__
 from apt.config import RunConfig
-from apt.data import DatasetLoader, TextLoader
+from apt.data import Loader
 from apt.evaluate import Evaluator, latency_ms, time_events
 from apt.export import export_model, load_model
 from apt.language import generation_metrics
@@ -24,6 +24,7 @@ from apt.records import write_json
 from apt.report import print_report
 from apt.run_folder import CHECKPOINTS, METRICS, begin, find_checkpoint, give_name, is_done, is_whole, partial_of
 from apt.tasks import (
+    OF_TOKENS,
     build_model,
     build_tokenizer,
     check_lengths,
@@ -112,7 +113,7 @@ def _fit(
     config: RunConfig,
     model: nn.Module,
     tokenizer: Any,
-    data: DatasetLoader | TextLoader,
+    data: Loader,
     partial: Path,
     checkpoint: str | None,
 ) -> tuple[APTrainer, float]:
@@ -138,9 +139,7 @@ def _fit(
     return trainer, seconds
 
 
-def _measure(
-    config: RunConfig, tokenizer: Any, data: DatasetLoader | TextLoader, partial: Path, trainer: APTrainer
-) -> dict[str, Any]:
+def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, trainer: APTrainer) -> dict[str, Any]:
     """Export the model, load it again, and measure what was loaded; writes the model and the timings of the events."""
     settings, device = config.evaluation, choose_device(config.hardware)
     metric = metric_names(config)[0]
@@ -154,7 +153,7 @@ def _measure(
     small = load_model(partial / MODEL).to(device)
     dense = build_model(config, data.num_labels, tokenizer).to(device)
     latency = _latency(config, dense, small, len(tokenizer))
-    if config.model.task == "language_modeling":
+    if config.model.task in OF_TOKENS:
         latency |= _generation(config, dense, small, data)
     scores = chosen_scores(config, evaluator.evaluate(small, data.test))
     if trainer.controller.events and settings.event_timing_steps:
@@ -214,23 +213,21 @@ def _latency(config: RunConfig, dense: nn.Module, small: nn.Module, vocab_size: 
     }
 
 
-def _generation(
-    config: RunConfig, dense: nn.Module, small: nn.Module, data: DatasetLoader | TextLoader
-) -> dict[str, Any]:
+def _generation(config: RunConfig, dense: nn.Module, small: nn.Module, data: Loader) -> dict[str, Any]:
     settings = config.evaluation
     return generation_metrics(
         dense,
         small,
         data.test,
         batch_size=settings.inference_batch_size,
-        length=min(settings.inference_length, config.data.block_length),
+        length=min(settings.inference_length, max(map(len, data.test.columns["input_ids"]))),
         new_tokens=settings.generated_tokens,
         repeats=settings.inference_repeats,
     )
 
 
 def _event_timing(
-    config: RunConfig, tokenizer: Any, data: DatasetLoader | TextLoader, trainer: APTrainer, dense: nn.Module
+    config: RunConfig, tokenizer: Any, data: Loader, trainer: APTrainer, dense: nn.Module
 ) -> dict[str, Any]:
     """Steps before and after each event, on a batch of sentences of middling length."""
 

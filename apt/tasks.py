@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from apt.config import TASKS, HardwareConfig, RunConfig, TrainingSettings
-from apt.data import DatasetLoader, TextLoader, resolve_model
+from apt.data import DatasetLoader, InstructionLoader, Loader, TextLoader, resolve_model
 from apt.data.sources import GGUF
 from apt.moments import OPTIMIZERS
 
 GLUE_METRICS = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}  # what GLUE's page shows, where it is not accuracy
-OF_SENTENCES = ("classification", "regression")
+OF_TOKENS = ("language_modeling", "instruction_following")  # a decoder with its own head
 
 
 def metric_names(config: RunConfig) -> list[str]:
@@ -41,10 +41,12 @@ def chosen_scores(config: RunConfig, scores: dict[str, float]) -> dict[str, floa
     return {name: scores[name] for name in names} | others
 
 
-def load_data(config: RunConfig, tokenizer: Any, *, num_labels: int | None = None) -> DatasetLoader | TextLoader:
+def load_data(config: RunConfig, tokenizer: Any, *, num_labels: int | None = None) -> Loader:
     """The data of a run, as its task reads it; `num_labels` classes, or as many as `config` or the data says."""
     if config.model.task == "language_modeling":
         return TextLoader(config.data, tokenizer, config.training.seed)
+    if config.model.task == "instruction_following":
+        return InstructionLoader(config.data, tokenizer, config.training.seed)
     regression = config.model.task == "regression"
     classes = num_labels or config.model.num_labels
     return DatasetLoader(config.data, tokenizer, config.training.seed, num_labels=classes, regression=regression)
@@ -76,7 +78,7 @@ def build_model(
         ValueError: the model cannot be loaded.
         ImportError: it lies in a package that is not installed.
     """
-    if config.model.task == "language_modeling":
+    if config.model.task in OF_TOKENS:
         model = _load(AutoModelForCausalLM, config.model.name, dtype=torch.float32)
         assert isinstance(model, nn.Module)
         return model
@@ -113,7 +115,7 @@ def _load(kind: Any, name: str, **settings: Any) -> Any:
         raise ValueError(f"model: {name} cannot be loaded: {reason}") from None
 
 
-def check_lengths(data: DatasetLoader | TextLoader, model: nn.Module) -> None:
+def check_lengths(data: Loader, model: nn.Module) -> None:
     """Raise ValueError where a row of the data has more tokens than the model has positions."""
     most, limit = (
         max(len(ids) for part in (data.train, data.test) for ids in part.columns["input_ids"]),
@@ -158,7 +160,7 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
     """The Trainer's arguments; `folder` gets its checkpoints."""
     training, hardware = config.training, config.hardware
     on_cpu = choose_device(hardware).type == "cpu"
-    by_length = config.data.group_by_length and config.model.task in OF_SENTENCES  # blocks are of one length
+    by_length = config.data.group_by_length and config.model.task != "language_modeling"  # blocks are of one length
     return TrainingArguments(
         output_dir=str(folder),
         learning_rate=training.learning_rate,

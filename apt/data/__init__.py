@@ -5,12 +5,22 @@ from typing import Any
 
 from apt.config import DataConfig
 from apt.data.examples import TOKENIZER_BATCH, Examples
+from apt.data.instructions import InstructionLoader
 from apt.data.labels import Labels, numbers
 from apt.data.rows import chosen_rows, sample, split, text_columns
 from apt.data.sources import Table, read_tables, resolve_model
 from apt.data.text import NOT_A_TARGET, TextLoader, collate_blocks
 
-__all__ = ["NOT_A_TARGET", "DatasetLoader", "Examples", "TextLoader", "collate_blocks", "resolve_model"]
+__all__ = [
+    "NOT_A_TARGET",
+    "DatasetLoader",
+    "Examples",
+    "InstructionLoader",
+    "Loader",
+    "TextLoader",
+    "collate_blocks",
+    "resolve_model",
+]
 
 
 class DatasetLoader:
@@ -72,3 +82,6 @@ class DatasetLoader:
             for name, values in batch.items():
                 tokens.setdefault(name, []).extend(values)
         return Examples(tokens)
+
+
+Loader = DatasetLoader | InstructionLoader | TextLoader  # whatever reads the data of a task

@@ -57,6 +57,42 @@ def text_columns(table: Table, config: DataConfig) -> list[str]:
     return list(pair) if pair is not None else single[:1]
 
 
+def role_columns(
+    table: Table, config: DataConfig, inputs: tuple[tuple[str, ...], ...], targets: tuple[str, ...]
+) -> tuple[list[str], str]:
+    """The columns of what a model is given, and of what it is to say: those asked for, or the first known names.
+
+    Args:
+        table: has the columns.
+        config: `text_columns` and `target_column` ask for some.
+        inputs: known names of each input; the first input must be there.
+        targets: known names of the target.
+    """
+    if config.text_columns is not None:
+        names = list(config.text_columns)
+    else:
+        found = [next((name for name in known if name in table.columns), None) for known in inputs]
+        names = [name for name in found if name is not None] if found[0] is not None else [inputs[0][0]]
+    target = config.target_column or next((name for name in targets if name in table.columns), None)
+    for name, setting in (*((name, "text_columns") for name in names), (target or targets[0], "target_column")):
+        if name not in table.columns:
+            raise ValueError(
+                f"data: {table.source} has no column {name!r}; there are {', '.join(table.columns)}, and "
+                f"data.{setting} says which is read"
+            )
+    return names, target or targets[0]
+
+
+def optional_text(table: Table, column: str) -> list[str]:
+    """The cells of a column in which text may be missing; it is empty there."""
+    cells = ["" if cell is None else cell for cell in table.column(column)]
+    for row, cell in enumerate(cells):
+        if not isinstance(cell, str):
+            place = f"data: {table.source}, line {table.lines[row]}, column {column!r}:"
+            raise ValueError(f"{place} the text must be text, got {cell!r:.40}")
+    return cells
+
+
 def chosen_rows(table: Table, config: DataConfig, columns: list[str]) -> Table:
     """The rows that the filter lets through, duplicates dropped where asked. Every text that is left is text."""
     rows = list(range(len(table)))

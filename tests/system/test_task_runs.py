@@ -1,0 +1,47 @@
+"""A run of each task on its tiny sample: train, prune, export, score the export in another command, report."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_tasks import DATA, tiny_decoder, word_tokenizer, write_task_config
+
+from apt.cli import main
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command sets the threads of its process; here that is the process of all tests."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(folder: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """Train, and score the export in another command, which must say the same; returns the metrics and the report."""
+    assert main(["train", str(config)]) == 0
+    report = capsys.readouterr().out
+    metrics: dict[str, Any] = json.loads((folder / "run/metrics.json").read_text(encoding="utf-8"))
+    assert metrics["sparsity"] >= 0.3
+    name = metrics["metric"]
+    assert metrics[name] == pytest.approx(metrics[f"{name}_before_export"], rel=1e-5)
+    assert main(["eval", str(folder / "run/model"), str(config)]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scores[name] == metrics[name]
+    return metrics, report
+
+
+def test_instruction_following(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"task": "instruction_following"},
+        "data": {"datasets": str(DATA / "instructions.jsonl"), "test_size": 4},
+    }
+    config = write_task_config(tmp_path, tiny_decoder(), word_tokenizer(chat=True), **sections)
+    metrics, report = run(tmp_path, config, capsys)
+    assert 1.0 < metrics["perplexity"] < len(word_tokenizer())
+    assert f"perplexity on {metrics['test_tokens']:,} tokens" in report
+    assert metrics["generated_per_s_small"] > 0.0
