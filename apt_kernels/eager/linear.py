@@ -28,7 +28,7 @@ def _gated(z_TR: Tensor, gate: Tensor | None, dropout: float, seed: int) -> Tens
 def onto(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     """``y + scale * left @ right``, in the memory of y; a compiler finds that memory by itself.
 
-    In torch 2.11 the output of a traced `torch.autograd.Function` has no gradient if it was written in place.
+    In torch 2.11 an output that was written in place has no gradient in a compiled graph.
     """
     if torch.compiler.is_compiling():
         return torch.addmm(y, left, right, alpha=scale)

@@ -71,7 +71,9 @@ class MaskedNorm(torch.autograd.Function):
         xhat_TD, _, rstd_T = _normalise(x_TD, share, eps, centred)
         ctx.save_for_backward(xhat_TD, rstd_T, weight, bias, share)
         ctx.centred = centred
-        return _affine(xhat_TD, weight, bias).to(x_TD.dtype)
+        y_TD = _affine(xhat_TD, weight, bias)
+        # In torch 2.11 an output that `to` hands on as it is has no gradient in a compiled graph.
+        return y_TD if y_TD.dtype == x_TD.dtype else y_TD.to(x_TD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Grad, ...]:
