@@ -27,7 +27,7 @@ setup(
         'triton>=3.4; platform_system == "Linux"',
     ],
     extras_require={
-        "train": ["datasets", "scikit-learn", "scipy", "pandas", "pyarrow"],
+        "train": ["datasets", "scikit-learn", "scipy", "rouge-score", "pandas", "pyarrow"],
         "peft": ["peft>=0.21"],
         "gguf": ["gguf"],  # models in GGUF files
         "liger": ["liger-kernel>=0.8"],  # plain norms and losses on a GPU: TrainingArguments(use_liger_kernel=True)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from apt.adapters import adapted
 from apt.clock import evaluating, medians_ms
-from apt.data import Examples
-from apt.language import perplexity
-from apt.metrics import classification_metrics, regression_metrics
+from apt.data import Examples, TextPairs
+from apt.language import generate, perplexity
+from apt.metrics import classification_metrics, regression_metrics, rouge_metrics
 from apt.records import Event
 from apt.surgery import apply_event
 from apt.tasks import OF_TOKENS
@@ -29,13 +29,24 @@ class Evaluator:
         tokenizer: of the model; it pads.
         batch_size: sentences or blocks of one forward pass.
         task: as `model.task` names it.
+        max_new_tokens: of each text that is written to be scored.
+        num_beams: of the search for it; 1 is greedy.
     """
 
-    def __init__(self, tokenizer: Any, batch_size: int = 32, task: str = "classification") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        batch_size: int = 32,
+        task: str = "classification",
+        *,
+        max_new_tokens: int = 128,
+        num_beams: int = 1,
+    ) -> None:
         from transformers import DataCollatorWithPadding
 
         self.collator = DataCollatorWithPadding(tokenizer)
-        self.batch_size, self.task = batch_size, task
+        self.tokenizer, self.batch_size, self.task = tokenizer, batch_size, task
+        self.max_new_tokens, self.num_beams = max_new_tokens, num_beams
 
     def predict(self, model: nn.Module, data: Examples) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Logits ``[N, C]`` and labels ``[N]``, in the order of the data, on the device of the model.
@@ -60,6 +71,10 @@ class Evaluator:
         if self.task in OF_TOKENS:
             with evaluating(model):
                 return perplexity(model, data, self.batch_size)
+        if isinstance(data, TextPairs):
+            with evaluating(model):
+                ids = generate(model, data, self.collator, self.batch_size, self.max_new_tokens, self.num_beams)
+            return rouge_metrics(self.tokenizer.batch_decode(ids, skip_special_tokens=True), data.references)
         metrics = regression_metrics if self.task == "regression" else classification_metrics
         return metrics(self.predict(model, data))
 

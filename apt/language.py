@@ -1,10 +1,10 @@
-"""Language models: perplexity of held-out text, and tokens per second of generation."""
+"""Models that write: perplexity of held-out text, generated texts, and tokens per second of generation."""
 
 import math
 import statistics
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,33 @@ def greedy(model: nn.Module, prompts: Tensor, new_tokens: int) -> Tensor:
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
     )
+    return made
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module, data: Examples, collator: Any, batch_size: int, max_new_tokens: int, num_beams: int = 1
+) -> list[list[int]]:
+    """What an encoder-decoder writes of each row, as token ids in the order of the data; longest rows are read first.
+
+    Args:
+        model: in evaluation mode.
+        data: rows with `input_ids` and `attention_mask`.
+        collator: pads them.
+        batch_size: rows written at once.
+        max_new_tokens: of each.
+        num_beams: of the search; 1 is greedy.
+    """
+    order = sorted(range(len(data)), key=lambda i: -len(data.columns["input_ids"][i]))
+    device, generator = next(model.parameters()).device, cast(Any, model)
+    made: list[list[int]] = [[] for _ in order]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [{name: values for name, values in data[i].items() if name != "labels"} for i in chosen]
+        batch = {name: value.to(device) for name, value in collator(rows).items() if value is not None}
+        settings = {"do_sample": False, "use_cache": True, "num_beams": num_beams, "max_new_tokens": max_new_tokens}
+        for i, ids in zip(chosen, generator.generate(**batch, **settings).tolist(), strict=True):
+            made[i] = ids
     return made
 
 

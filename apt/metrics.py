@@ -1,6 +1,6 @@
-"""Scores of predictions against what they should be, by scikit-learn and scipy. Pure functions of arrays and texts."""
+"""Scores of predictions against what they should be, by scikit-learn, scipy and rouge-score. Pure functions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,3 +42,21 @@ def regression_metrics(prediction: Iterable[Any]) -> dict[str, float]:
         return {"pearson": 0.0, "spearman": 0.0, "mse": error}
     correlations = float(pearsonr(values, labels).statistic), float(spearmanr(values, labels).statistic)
     return {"pearson": correlations[0], "spearman": correlations[1], "mse": error}
+
+
+def rouge_metrics(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """`rouge1`, `rouge2` and `rougeL`: the mean F-measures of words, pairs of words and longest common runs, in [0, 1].
+
+    Words are lower-cased and stemmed, as in the reports of CNN/DailyMail and XSum.
+
+    Raises:
+        ImportError: rouge-score is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ImportError('metrics: ROUGE needs rouge-score; pip install "apt-lm[train]"') from None
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names, use_stemmer=True)
+    rows = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
+    return {name: float(np.mean([row[name].fmeasure for row in rows])) for name in names}

@@ -10,7 +10,7 @@ from rich.table import Table
 from apt.records import Event, read_jsonl
 
 METRICS, EVENTS, TIMINGS = "metrics.json", "events.jsonl", "event_timing.json"
-SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman", "mse")
+SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman", "mse", "rouge1", "rouge2", "rougeL")
 WIDTH = 100  # columns, where the output is no terminal and so has no width
 
 

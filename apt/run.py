@@ -24,7 +24,7 @@ from apt.records import write_json
 from apt.report import print_report
 from apt.run_folder import CHECKPOINTS, METRICS, begin, find_checkpoint, give_name, is_done, is_whole, partial_of
 from apt.tasks import (
-    OF_TOKENS,
+    GENERATING,
     build_model,
     build_tokenizer,
     check_lengths,
@@ -143,7 +143,7 @@ def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, tra
     """Export the model, load it again, and measure what was loaded; writes the model and the timings of the events."""
     settings, device = config.evaluation, choose_device(config.hardware)
     metric = metric_names(config)[0]
-    evaluator = Evaluator(tokenizer, settings.inference_batch_size, config.model.task)
+    evaluator = _evaluator(config, tokenizer)
     model = trainer.model
     assert model is not None
     counts, distillation = summary(model), trainer.controller.distillation
@@ -153,7 +153,7 @@ def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, tra
     small = load_model(partial / MODEL).to(device)
     dense = build_model(config, data.num_labels, tokenizer).to(device)
     latency = _latency(config, dense, small, len(tokenizer))
-    if config.model.task in OF_TOKENS:
+    if config.model.task in GENERATING:
         latency |= _generation(config, dense, small, data)
     scores = chosen_scores(config, evaluator.evaluate(small, data.test))
     if trainer.controller.events and settings.event_timing_steps:
@@ -182,6 +182,17 @@ def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, tra
         "device": str(device),
         "versions": _versions(),
     }
+
+
+def _evaluator(config: RunConfig, tokenizer: Any) -> Evaluator:
+    settings = config.evaluation
+    return Evaluator(
+        tokenizer,
+        settings.inference_batch_size,
+        config.model.task,
+        max_new_tokens=config.data.max_target_length,
+        num_beams=settings.num_beams,
+    )
 
 
 def _goal(config: RunConfig, trainer: APTrainer) -> dict[str, Any]:
@@ -268,7 +279,7 @@ def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     hf_config: Any = model.config
     data = load_data(config, tokenizer, num_labels=hf_config.num_labels)
-    evaluator = Evaluator(tokenizer, config.evaluation.inference_batch_size, config.model.task)
+    evaluator = _evaluator(config, tokenizer)
     check_lengths(data, model)
     scores = chosen_scores(config, evaluator.evaluate(model, data.test))
     return {**scores, "test_size": len(data.test), "folder": str(folder), "data": config.data.datasets}

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
@@ -17,12 +18,13 @@ from transformers import (
 )
 
 from apt.config import TASKS, HardwareConfig, RunConfig, TrainingSettings
-from apt.data import DatasetLoader, InstructionLoader, Loader, TextLoader, resolve_model
+from apt.data import DatasetLoader, InstructionLoader, Loader, PairLoader, TextLoader, resolve_model
 from apt.data.sources import GGUF
 from apt.moments import OPTIMIZERS
 
 GLUE_METRICS = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}  # what GLUE's page shows, where it is not accuracy
 OF_TOKENS = ("language_modeling", "instruction_following")  # a decoder with its own head
+GENERATING = (*OF_TOKENS, "summarization")
 
 
 def metric_names(config: RunConfig) -> list[str]:
@@ -45,6 +47,8 @@ def load_data(config: RunConfig, tokenizer: Any, *, num_labels: int | None = Non
     """The data of a run, as its task reads it; `num_labels` classes, or as many as `config` or the data says."""
     if config.model.task == "language_modeling":
         return TextLoader(config.data, tokenizer, config.training.seed)
+    if config.model.task == "summarization":
+        return PairLoader(config.data, tokenizer, config.training.seed)
     if config.model.task == "instruction_following":
         return InstructionLoader(config.data, tokenizer, config.training.seed)
     regression = config.model.task == "regression"
@@ -80,6 +84,10 @@ def build_model(
     """
     if config.model.task in OF_TOKENS:
         model = _load(AutoModelForCausalLM, config.model.name, dtype=torch.float32)
+        assert isinstance(model, nn.Module)
+        return model
+    if config.model.task == "summarization":
+        model = _load(AutoModelForSeq2SeqLM, config.model.name, dtype=torch.float32)
         assert isinstance(model, nn.Module)
         return model
     labels: dict[str, Any] = {"num_labels": num_labels}

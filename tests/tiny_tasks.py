@@ -66,6 +66,16 @@ def tiny_decoder() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(word_tokenizer()), **SIZES, **settings)).eval()
 
 
+def tiny_encoder_decoder() -> Any:
+    """A random T5 for the vocabulary of `word_tokenizer`."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    settings = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    special = {"pad_token_id": 0, "eos_token_id": 1}
+    return T5ForConditionalGeneration(T5Config(vocab_size=len(word_tokenizer()), **settings, **special)).eval()
+
+
 def write_task_config(folder: Path, model: Any, tokenizer: Any, /, **sections: dict[str, Any]) -> Path:
     """A config for a model, whose folder it writes, with every size at toy scale; `sections` go on top."""
     import yaml

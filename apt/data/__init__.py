@@ -7,6 +7,7 @@ from apt.config import DataConfig
 from apt.data.examples import TOKENIZER_BATCH, Examples
 from apt.data.instructions import InstructionLoader
 from apt.data.labels import Labels, numbers
+from apt.data.pairs import PairLoader, TextPairs
 from apt.data.rows import chosen_rows, sample, split, text_columns
 from apt.data.sources import Table, read_tables, resolve_model
 from apt.data.text import NOT_A_TARGET, TextLoader, collate_blocks
@@ -17,7 +18,9 @@ __all__ = [
     "Examples",
     "InstructionLoader",
     "Loader",
+    "PairLoader",
     "TextLoader",
+    "TextPairs",
     "collate_blocks",
     "resolve_model",
 ]
@@ -84,4 +87,4 @@ class DatasetLoader:
         return Examples(tokens)
 
 
-Loader = DatasetLoader | InstructionLoader | TextLoader  # whatever reads the data of a task
+Loader = DatasetLoader | InstructionLoader | PairLoader | TextLoader  # whatever reads the data of a task

@@ -8,7 +8,7 @@ import torch
 from tiny_models import tiny_model
 
 from apt.batches import micro_batch_weights
-from apt.metrics import classification_metrics, regression_metrics
+from apt.metrics import classification_metrics, regression_metrics, rouge_metrics
 from apt.tasks import positions
 
 
@@ -35,6 +35,16 @@ def test_numbers() -> None:
         "mse": pytest.approx(12.0),
     }
     assert regression_metrics((values * 0.0, labels)) == {"pearson": 0.0, "spearman": 0.0, "mse": pytest.approx(14 / 3)}
+
+
+def test_texts() -> None:
+    scores = rouge_metrics(["the cats sat on the mat", "dogs"], ["The cat sat on a mat.", "rain"])
+    # Words 5 of 6 and 6, pairs 3 of 5 and 5, the longest run 5; of the second text nothing.
+    assert scores == {
+        "rouge1": pytest.approx(5 / 6 / 2),
+        "rouge2": pytest.approx(3 / 5 / 2),
+        "rougeL": pytest.approx(5 / 6 / 2),
+    }
 
 
 def test_every_number_counts_in_its_micro_batch() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_tasks import DATA, tiny_decoder, word_tokenizer, write_task_config
+from tiny_tasks import DATA, tiny_decoder, tiny_encoder_decoder, word_tokenizer, write_task_config
 
 from apt.cli import main
 
@@ -45,3 +45,18 @@ def test_instruction_following(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert 1.0 < metrics["perplexity"] < len(word_tokenizer())
     assert f"perplexity on {metrics['test_tokens']:,} tokens" in report
     assert metrics["generated_per_s_small"] > 0.0
+
+
+def test_summarization(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"task": "summarization"},
+        "data": {"datasets": str(DATA / "summaries.jsonl"), "test_size": 4, "max_target_length": 24},
+        "evaluation": {"num_beams": 2},
+        "training": {"max_steps": 80, "learning_rate": "1e-2"},
+    }
+    config = write_task_config(tmp_path, tiny_encoder_decoder(), word_tokenizer(), **sections)
+    metrics, report = run(tmp_path, config, capsys)
+    assert metrics["metric"] == "rouge1"
+    assert 0.0 < metrics["rouge1"] <= 1.0
+    assert 0.0 <= metrics["rouge2"] <= metrics["rouge1"]
+    assert f"rougeL on {metrics['test_size']} texts" in report
