@@ -41,8 +41,8 @@ UP_BACKWARD = {
 DOWN_BACKWARD = {"interpreter": Tiles(32, 0, 32, 4, 1), "gfx942": Tiles(64, 0, 128, 4, 2), "": Tiles(64, 0, 128, 4, 3)}
 SMALL = {  # the same three for float32 and for unaligned rows
     "down": Tiles(32, 0, 32, 4, 2),
-    "up_backward": Tiles(16, 64, 0, 4, 2),
-    "down_backward": Tiles(32, 0, 64, 4, 2),
+    "up_backward": Tiles(16, 64, 0, 8, 2),
+    "down_backward": Tiles(16, 0, 64, 4, 2),
 }
 ELEMENTWISE = Tiles(32, 128, 0, 4, 1)  # pack and reduce
 RANK_GRADIENT_ROWS = 64

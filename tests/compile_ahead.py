@@ -43,7 +43,8 @@ def full_launches() -> None:
         step("split_triton", SIZE, flags)
         forward("one_kernel", SIZE, flags)
     for gate, dropout in [("rank", 0.0), ("row", 0.0), (None, 0.1), ("row", 0.1)]:
-        step("split_cublas", SIZE, {**MASKED, "gate": gate, "dropout": dropout})
+        for dtype in (BF16, FP32):
+            step("split_cublas", SIZE, {**MASKED, "gate": gate, "dropout": dropout}, dtype)
     for size, dtype, flags in product((SIZE, UNALIGNED), (BF16, FP16, FP32), (MASKED, PLAIN)):
         step("split_triton", size, flags, dtype)
         forward("one_kernel", size, flags, dtype)
