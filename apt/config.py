@@ -30,6 +30,7 @@ TASKS = {  # and what each is scored by, the one that a report shows first in fr
     "language_modeling": ("perplexity",),
     "instruction_following": ("perplexity",),
     "summarization": ("rouge1", "rouge2", "rougeL"),
+    "question_answering": ("f1", "exact_match"),
 }
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -55,7 +56,8 @@ class ModelConfig:
     name: str  # on the hub, a local folder, a .gguf file, or package:NAME/path
     # "classification" of sentences, "regression": a number for each, "language_modeling" of plain text,
     # "instruction_following": a language model on instructions, whose responses alone it learns,
-    # "summarization": an encoder-decoder writes a text of a text, a translation too
+    # "summarization": an encoder-decoder writes a text of a text, a translation too,
+    # "question_answering": the answer stands in a context, or nowhere (SQuAD v2)
     task: str = "classification"
     method: str = (
         "apt"  # "lora", "adalora", "gsa", "spectral_a", "spectral_r": adapters alone, unless prune says otherwise
@@ -86,6 +88,9 @@ class DataConfig:
     test_size: int | None = None  # sentences, documents, at least 1; held out where the data has no test split
     split_seed: int = 0  # of that split and of max_test_samples; training.seed does not change them
     max_length: int = 128  # tokens, at least 2; longer sentences are cut
+    doc_stride: int | None = (
+        None  # tokens, at least 0, that two windows of a long context share; null: a third of max_length
+    )
     max_target_length: int = 128  # tokens, at least 2, of what is to be written; longer is cut, and never generated
     source_prefix: str = ""  # goes before each text to be summarised or translated: "summarize: " for T5
     block_length: int = 256  # tokens, at least 2; documents of plain text are packed into blocks of so many
@@ -98,6 +103,7 @@ class DataConfig:
             "test_size": 1,
             "max_length": 2,
             "max_target_length": 2,
+            "doc_stride": 0,
             "block_length": 2,
             "max_train_samples": 1,
             "max_test_samples": 1,
@@ -153,13 +159,15 @@ class EvaluationConfig:
     metrics: list[str] | None = None  # of the task's, the one a report shows first in front; null: all of the task
     inference_batch_size: int = 32  # sentences, blocks, at least 1; of the latency and of the scores
     inference_length: int = 64  # tokens of each sentence in the latency, at least 1
+    no_answer_threshold: float | None = None  # logits above the best span; null: chosen on training questions held out
+    max_answer_length: int = 30  # tokens, at least 1
     num_beams: int = 1  # of the texts that are scored by ROUGE, at least 1; 1 is greedy
     generated_tokens: int = 32  # of each prompt in the timing of generation (language models), at least 2
     inference_repeats: int = 20  # forward passes of each model, of which the median is the latency, at least 1
     event_timing_steps: int = 10  # forward and backward passes before and after each event; 0: events are not timed
 
     def __post_init__(self) -> None:
-        ones = ("inference_batch_size", "inference_length", "inference_repeats", "num_beams")
+        ones = ("inference_batch_size", "inference_length", "inference_repeats", "num_beams", "max_answer_length")
         _at_least("evaluation", self, dict.fromkeys(ones, 1) | {"event_timing_steps": 0, "generated_tokens": 2})
         if self.metrics == []:
             raise ValueError("config: evaluation.metrics must name a metric at least; null is all of the task")

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from apt.adapters import adapted
+from apt.answers import Answer, answer_metrics, best_threshold, find_answers
 from apt.clock import evaluating, medians_ms
-from apt.data import Examples, TextPairs
+from apt.data import Examples, Questions, TextPairs
 from apt.language import generate, perplexity
 from apt.metrics import classification_metrics, regression_metrics, rouge_metrics
 from apt.records import Event
@@ -31,6 +32,8 @@ class Evaluator:
         task: as `model.task` names it.
         max_new_tokens: of each text that is written to be scored.
         num_beams: of the search for it; 1 is greedy.
+        max_answer_length: tokens of an answer that is found in a context.
+        no_answer_threshold: logits by which no answer must beat it to be given; None where it is chosen.
     """
 
     def __init__(
@@ -41,12 +44,15 @@ class Evaluator:
         *,
         max_new_tokens: int = 128,
         num_beams: int = 1,
+        max_answer_length: int = 30,
+        no_answer_threshold: float | None = None,
     ) -> None:
         from transformers import DataCollatorWithPadding
 
         self.collator = DataCollatorWithPadding(tokenizer)
         self.tokenizer, self.batch_size, self.task = tokenizer, batch_size, task
         self.max_new_tokens, self.num_beams = max_new_tokens, num_beams
+        self.max_answer_length, self.no_answer_threshold = max_answer_length, no_answer_threshold
 
     def predict(self, model: nn.Module, data: Examples) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Logits ``[N, C]`` and labels ``[N]``, in the order of the data, on the device of the model.
@@ -66,8 +72,24 @@ class Evaluator:
         logits[order] = logits.copy()
         return logits, np.asarray(data.columns["labels"])
 
-    def evaluate(self, model: nn.Module, data: Examples) -> dict[str, float]:
-        """All metrics of the task; with `perplexity` its `loss` and `test_tokens`."""
+    def _answers(self, model: nn.Module, data: Questions) -> list[Answer]:
+        return find_answers(model, data, self.collator, self.batch_size, self.max_answer_length)
+
+    def evaluate(self, model: nn.Module, data: Examples, select_on: Examples | None = None) -> dict[str, float]:
+        """All metrics of the task; with `perplexity` its `loss` and `test_tokens`.
+
+        Args:
+            model: on any device.
+            data: what is reported.
+            select_on: other questions, on which the threshold for no answer is chosen where none is set.
+        """
+        if isinstance(data, Questions):
+            threshold = self.no_answer_threshold
+            with evaluating(model):
+                if threshold is None and isinstance(select_on, Questions):
+                    answers = [question.answers for question in select_on.questions]
+                    threshold = best_threshold(self._answers(model, select_on), answers)
+                return answer_metrics(self._answers(model, data), data, threshold)
         if self.task in OF_TOKENS:
             with evaluating(model):
                 return perplexity(model, data, self.batch_size)

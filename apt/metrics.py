@@ -1,5 +1,8 @@
 """Scores of predictions against what they should be, by scikit-learn, scipy and rouge-score. Pure functions."""
 
+import re
+import string
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -60,3 +63,38 @@ def rouge_metrics(texts: Sequence[str], references: Sequence[str]) -> dict[str, 
     scorer = RougeScorer(names, use_stemmer=True)
     rows = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     return {name: float(np.mean([row[name].fmeasure for row in rows])) for name in names}
+
+
+def squad_metrics(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`f1` and `exact_match` in [0, 1], as SQuAD v2 counts them: means over questions of the best over their answers.
+
+    Args:
+        texts: what was said to each question, "" for no answer.
+        answers: all that count as right; none where there is no answer, which only "" then is.
+    """
+    exact = [
+        max(float(plain(text) == plain(gold)) for gold in golds or [""])
+        for text, golds in zip(texts, answers, strict=True)
+    ]
+    return {
+        "f1": float(np.mean([span_f1(text, golds) for text, golds in zip(texts, answers, strict=True)])),
+        "exact_match": float(np.mean(exact)),
+    }
+
+
+def span_f1(text: str, answers: Sequence[str]) -> float:
+    """F1 of the words of a text against the answer that it is most like; no answer is like "" alone."""
+    return max(_words_f1(plain(text).split(), plain(gold).split()) for gold in answers or [""])
+
+
+def _words_f1(said: list[str], gold: list[str]) -> float:
+    if not said or not gold:
+        return float(said == gold)
+    hits = (Counter(said) & Counter(gold)).total()
+    return 2.0 * hits / (len(said) + len(gold))
+
+
+def plain(text: str) -> str:
+    """A text as SQuAD compares it: lower case, without punctuation and articles, one blank between words."""
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())

@@ -10,7 +10,7 @@ from rich.table import Table
 from apt.records import Event, read_jsonl
 
 METRICS, EVENTS, TIMINGS = "metrics.json", "events.jsonl", "event_timing.json"
-SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman", "mse", "rouge1", "rouge2", "rougeL")
+SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman", "mse", "rouge1", "rouge2", "rougeL", "exact_match")
 WIDTH = 100  # columns, where the output is no terminal and so has no width
 
 
@@ -56,6 +56,8 @@ def _results(metrics: dict[str, Any], folder: Path) -> Table:
     table = Table(title=f"{folder}: {metrics.get('method', '')}", title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
+    if "test_questions" in metrics:
+        metrics = {**metrics, "test_size": metrics["test_questions"], "unit": "questions"}
     of = f"{metrics.get('test_size', 0):,} {metrics.get('unit', 'sentences')}"
     for name in sorted(SCORES, key=lambda name: name != metrics.get("metric")):
         if name in metrics:

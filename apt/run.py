@@ -147,7 +147,7 @@ def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, tra
     model = trainer.model
     assert model is not None
     counts, distillation = summary(model), trainer.controller.distillation
-    trained = evaluator.evaluate(model, data.test)[metric]
+    trained = evaluator.evaluate(model, data.test, getattr(data, "validation", None))[metric]
     export_model(model, partial / MODEL, overwrite=True)
     tokenizer.save_pretrained(partial / MODEL)
     small = load_model(partial / MODEL).to(device)
@@ -155,7 +155,7 @@ def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, tra
     latency = _latency(config, dense, small, len(tokenizer))
     if config.model.task in GENERATING:
         latency |= _generation(config, dense, small, data)
-    scores = chosen_scores(config, evaluator.evaluate(small, data.test))
+    scores = chosen_scores(config, evaluator.evaluate(small, data.test, getattr(data, "validation", None)))
     if trainer.controller.events and settings.event_timing_steps:
         write_json(partial / TIMINGS, _event_timing(config, tokenizer, data, trainer, dense))
     return {
@@ -192,6 +192,8 @@ def _evaluator(config: RunConfig, tokenizer: Any) -> Evaluator:
         config.model.task,
         max_new_tokens=config.data.max_target_length,
         num_beams=settings.num_beams,
+        max_answer_length=settings.max_answer_length,
+        no_answer_threshold=settings.no_answer_threshold,
     )
 
 
@@ -281,5 +283,5 @@ def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
     data = load_data(config, tokenizer, num_labels=hf_config.num_labels)
     evaluator = _evaluator(config, tokenizer)
     check_lengths(data, model)
-    scores = chosen_scores(config, evaluator.evaluate(model, data.test))
+    scores = chosen_scores(config, evaluator.evaluate(model, data.test, getattr(data, "validation", None)))
     return {**scores, "test_size": len(data.test), "folder": str(folder), "data": config.data.datasets}

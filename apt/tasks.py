@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from apt.config import TASKS, HardwareConfig, RunConfig, TrainingSettings
-from apt.data import DatasetLoader, InstructionLoader, Loader, PairLoader, TextLoader, resolve_model
+from apt.data import DatasetLoader, InstructionLoader, Loader, PairLoader, QuestionLoader, TextLoader, resolve_model
 from apt.data.sources import GGUF
 from apt.moments import OPTIMIZERS
 
@@ -47,6 +48,9 @@ def load_data(config: RunConfig, tokenizer: Any, *, num_labels: int | None = Non
     """The data of a run, as its task reads it; `num_labels` classes, or as many as `config` or the data says."""
     if config.model.task == "language_modeling":
         return TextLoader(config.data, tokenizer, config.training.seed)
+    if config.model.task == "question_answering":
+        hold_out = config.evaluation.no_answer_threshold is None
+        return QuestionLoader(config.data, tokenizer, config.training.seed, hold_out=hold_out)
     if config.model.task == "summarization":
         return PairLoader(config.data, tokenizer, config.training.seed)
     if config.model.task == "instruction_following":
@@ -97,7 +101,9 @@ def build_model(
         labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        model = _load(AutoModelForSequenceClassification, config.model.name, dtype=torch.float32, **labels)
+        asks = config.model.task == "question_answering"
+        kind, labels = (AutoModelForQuestionAnswering, {}) if asks else (AutoModelForSequenceClassification, labels)
+        model = _load(kind, config.model.name, dtype=torch.float32, **labels)
     # A decoder reads its class at the last token that is not padding, so it has to know which one that is.
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -43,6 +43,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "data",
     "tasks",
     "metrics",
+    "answers",
     "language",
     "evaluate",
     "checkpoint",

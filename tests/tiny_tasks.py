@@ -40,6 +40,7 @@ def word_tokenizer(chat: bool = False) -> Any:
         pad_token=PAD,
         extra_special_tokens=[START_OF_TURN, END_OF_TURN],
     )
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     if chat:
         tokenizer.chat_template = CHAT
     return tokenizer
@@ -64,6 +65,15 @@ def tiny_decoder() -> Any:
     torch.manual_seed(0)
     settings = {"bos_token_id": 1, "num_key_value_heads": 2, "tie_word_embeddings": True}
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(word_tokenizer()), **SIZES, **settings)).eval()
+
+
+def tiny_reader() -> Any:
+    """A random BERT for the vocabulary of `word_tokenizer`."""
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    torch.manual_seed(0)
+    sizes = {name: size for name, size in SIZES.items() if name != "eos_token_id"}
+    return BertForQuestionAnswering(BertConfig(vocab_size=len(word_tokenizer()), **sizes)).eval()
 
 
 def tiny_encoder_decoder() -> Any:

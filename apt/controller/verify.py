@@ -36,7 +36,8 @@ class LogitCheck:
             return None
         training = self.model.training
         self.model.eval()
-        logits = self.model(**self._batch).logits
+        output = self.model(**self._batch)
+        logits = output["logits"] if "logits" in output else torch.cat([output["start_logits"], output["end_logits"]])
         self.model.train(training)
         assert isinstance(logits, Tensor)
         return logits

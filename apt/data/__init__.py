@@ -8,6 +8,7 @@ from apt.data.examples import TOKENIZER_BATCH, Examples
 from apt.data.instructions import InstructionLoader
 from apt.data.labels import Labels, numbers
 from apt.data.pairs import PairLoader, TextPairs
+from apt.data.questions import Question, QuestionLoader, Questions, Window
 from apt.data.rows import chosen_rows, sample, split, text_columns
 from apt.data.sources import Table, read_tables, resolve_model
 from apt.data.text import NOT_A_TARGET, TextLoader, collate_blocks
@@ -19,8 +20,12 @@ __all__ = [
     "InstructionLoader",
     "Loader",
     "PairLoader",
+    "Question",
+    "QuestionLoader",
+    "Questions",
     "TextLoader",
     "TextPairs",
+    "Window",
     "collate_blocks",
     "resolve_model",
 ]
@@ -87,4 +92,6 @@ class DatasetLoader:
         return Examples(tokens)
 
 
-Loader = DatasetLoader | InstructionLoader | PairLoader | TextLoader  # whatever reads the data of a task
+Loader = (
+    DatasetLoader | InstructionLoader | PairLoader | QuestionLoader | TextLoader
+)  # whatever reads the data of a task

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_tasks import DATA, tiny_decoder, tiny_encoder_decoder, word_tokenizer, write_task_config
+from tiny_tasks import DATA, tiny_decoder, tiny_encoder_decoder, tiny_reader, word_tokenizer, write_task_config
 
 from apt.cli import main
 
@@ -60,3 +60,18 @@ def test_summarization(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert 0.0 < metrics["rouge1"] <= 1.0
     assert 0.0 <= metrics["rouge2"] <= metrics["rouge1"]
     assert f"rougeL on {metrics['test_size']} texts" in report
+
+
+def test_question_answering(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"task": "question_answering"},
+        "data": {"datasets": str(DATA / "questions.jsonl"), "test_size": 4, "max_length": 24},
+    }
+    config = write_task_config(tmp_path, tiny_reader(), word_tokenizer(), **sections)
+    metrics, report = run(tmp_path, config, capsys)
+    assert metrics["metric"] == "f1"
+    assert 0.0 <= metrics["exact_match"] <= metrics["f1"] <= 1.0
+    assert (metrics["test_questions"], metrics["test_size"]) == (4, metrics["test_size"])
+    assert metrics["test_size"] > 4  # windows
+    assert "no_answer_threshold" in metrics
+    assert "f1 on 4 questions" in report
