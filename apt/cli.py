@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from apt.config import load_config
+from apt.config import RunConfig, load_config
+from apt.presets import find_preset
 
 FLAGS = {  # of train and config, in the words of the documents -> the setting
     "model_type": "model.architectures",
@@ -52,10 +53,14 @@ def _run(argv: list[str] | None) -> None:
 
         print_report(arguments.run)
         return
-    flags = [f"{key}={value}" for name, key in FLAGS.items() if (value := getattr(arguments, name, None)) is not None]
-    config = load_config(arguments.config, [*arguments.overrides, *rest, *flags])
+    config = _config(arguments, rest)
     if arguments.command == "config":
         print(config.to_yaml(), end="")
+        return
+    if getattr(arguments, "dry_run", False):
+        from apt.dry_run import dry_run
+
+        print(dry_run(config))
         return
     from apt import run  # loads torch and transformers, which the commands above need not wait for
 
@@ -63,6 +68,19 @@ def _run(argv: list[str] | None) -> None:
         print(json.dumps(run.evaluate(arguments.folder, config)))
     else:
         run.train(config, overwrite=arguments.overwrite, resume=arguments.resume)
+
+
+def _config(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
+    """The config that the arguments name: a file, or a preset by its model and data set, and what goes on top."""
+    path, overrides = arguments.config, [*arguments.overrides, *rest]
+    flags = {name: value for name in FLAGS if (value := getattr(arguments, name, None)) is not None}
+    if path is not None and "=" in str(path) and not path.exists():  # no file is named
+        path, overrides = None, [str(path), *overrides]
+    if path is None:
+        if not {"model_type", "dataset"} <= set(flags):
+            raise ValueError("config: give a config file, or --model_type and --dataset for one of the presets")
+        path = find_preset(flags.pop("model_type"), flags.pop("dataset"))
+    return load_config(path, [*overrides, *(f"{FLAGS[name]}={value}" for name, value in flags.items())])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,16 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("run", type=Path, help="folder of the run")
     showing = commands.add_parser("config", help="print the settings that a run would have")
     for command in (training, scoring, showing):
-        command.add_argument("config", type=Path, help="YAML file")
+        command.add_argument("config", type=Path, nargs=None if command is scoring else "?", help="YAML file")
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings on top, e.g. target_sparsity=0.8"
         )
     for command in (training, showing):
         command.add_argument("--model_type", metavar="NAME", help="another model: roberta, t5, llama, or any name")
-        command.add_argument("--dataset", metavar="NAME", help="another data set, as dataset=NAME")
+        both = "another data set, as dataset=NAME; with --model_type and without a file: a preset of configs/"
+        command.add_argument("--dataset", metavar="NAME", help=both)
         command.add_argument("--sparsity_level", metavar="FRACTION", help="another target_sparsity")
         ablation = "leave out a part of the method: w/o_Ap, w/o_AT, w/o_Ds, ..."
         command.add_argument("--ablation", metavar="NAME", help=ablation)
+    training.add_argument("--dry-run", action="store_true", help="check and print the plan; no weights, no data")
     training.add_argument("--overwrite", action="store_true", help="replace a finished run once this one has succeeded")
     training.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint, if any; a finished run stays"

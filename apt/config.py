@@ -21,8 +21,13 @@ from apt.pruner import PruningConfig
 from apt.tuner import TuningConfig
 
 SHORTHANDS = {"model": "model.name", "dataset": "data.datasets"}
-# These go with a data set.
-OF_ONE_SOURCE = ("text_columns", "label_column", "target_column", "filter", "drop_duplicates", "test_size")
+COLUMNS = ("text_columns", "label_column", "target_column")
+OF_ONE_SOURCE = (*COLUMNS, "filter", "drop_duplicates", "test_size", "train_size")  # these go with a data set
+OF_ONE = {  # what an override puts back to its default, as it goes with the file's data set, or with its model
+    "dataset": {f"data.{leaf}" for leaf in OF_ONE_SOURCE},
+    "model": {"model.shape"},
+    "model.architectures": {"model.shape"},
+}
 OFF_IS_TEXT = ("pruning.kurtosis",)  # YAML 1.1 reads a bare off as false
 TASKS = {  # and what each is scored by, the one that a report shows first in front
     "classification": ("accuracy", "f1", "matthews"),
@@ -66,6 +71,9 @@ class ModelConfig:
     # names, endings of names, or roles (q, v, up, ...); one text: a regular expression or "all-linear"; null: defaults
     target_modules: list[str] | str | None = None
     num_labels: int | None = None  # classes, at least 2; null: as many as the data has
+    # its stock configuration (model_type, sizes), by which --dry-run builds it on no device and without a download;
+    # training says where the model is another; null: read from the model
+    shape: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _one_of("model.method", self.method, METHODS)
@@ -73,6 +81,8 @@ class ModelConfig:
         _at_least("model", self, {"num_labels": 2})
         if self.task != "classification" and self.num_labels is not None:
             raise ValueError(f"config: model.num_labels counts classes, but model.task is {self.task!r}; leave it out")
+        if self.shape is not None and "model_type" not in self.shape:
+            raise ValueError(f"config: model.shape must name the model_type beside the sizes, got {self.shape}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +104,7 @@ class DataConfig:
     max_target_length: int = 128  # tokens, at least 2, of what is to be written; longer is cut, and never generated
     source_prefix: str = ""  # goes before each text to be summarised or translated: "summarize: " for T5
     block_length: int = 256  # tokens, at least 2; documents of plain text are packed into blocks of so many
+    train_size: int | None = None  # examples to train on, at least 1, for --dry-run, which does not read them
     max_train_samples: int | None = None  # sentences, documents, at least 1; null: all
     max_test_samples: int | None = None  # sentences, documents, at least 1; null: all
     group_by_length: bool = True  # batches of sentences of like length, so that less of them is padding
@@ -101,6 +112,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         sizes = {
             "test_size": 1,
+            "train_size": 1,
             "max_length": 2,
             "max_target_length": 2,
             "doc_stride": 0,
@@ -247,25 +259,22 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     A key is ``section.leaf``, ``output_dir``, the name of a leaf that only one section has, one of `DOCUMENT_KEYS`, or
     a shorthand: ``model=`` for ``model.name``, ``dataset=`` for ``data.datasets``. As the columns, filter, duplicates
     and test size in a file belong to its own data set, ``dataset=`` puts them back to their defaults unless the
-    overrides set them too. Values are YAML.
+    overrides set them too; so do ``model=`` and ``model.architectures=`` with the shape. Values are YAML.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: broken YAML, an unknown key (the nearest ones are named), or a value of a wrong type or range.
     """
     values = _read_yaml(Path(path))
-    for key, text in sorted(map(_split, overrides or []), key=lambda pair: pair[0] != "dataset"):
-        if key == "dataset":
-            values = {name: value for name, value in values.items() if name not in _keys("data", OF_ONE_SOURCE)}
+    pairs = [(key in OF_ONE, key, text) for key, text in map(_split, overrides or [])]
+    for resets, key, text in sorted(pairs, key=lambda pair: not pair[0]):
         full = _full_key(key)
+        if resets:
+            values = {name: value for name, value in values.items() if name not in OF_ONE[key]}
         for other in counterparts(full):
             values.pop(other, None)
         values[full] = text if full in KEYS and _hint(full) is str else _yaml_value(full, text)
     return _build({key: _convert(key, value, _hint(key)) for key, value in translate(values).items()})
-
-
-def _keys(section: str, leaves: Iterable[str]) -> set[str]:
-    return {f"{section}.{leaf}" for leaf in leaves}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

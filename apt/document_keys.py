@@ -20,6 +20,13 @@ FFN_COMPONENTS = {
     **dict.fromkeys(("gate", "gate_proj", "wi_0"), "gate"),
     **dict.fromkeys(("down", "down_proj", "wo", "output_dense"), "down"),
 }
+METRICS_OF = {  # metrics by task -> the task
+    "evaluation.metrics.classification": "classification",
+    "evaluation.metrics.regression": "regression",
+    "evaluation.metrics.qa": "question_answering",
+    "evaluation.metrics.summarization": "summarization",
+    "evaluation.metrics.instruction_following": "instruction_following",
+}
 ATTENTION_ROLES = ("q", "v")  # where mha_components is left out
 
 
@@ -61,6 +68,13 @@ def _kurtosis(key: str, value: Any) -> str:
     return "paper" if _switch(key, value) else "off"
 
 
+def _metrics(key: str, value: Any) -> list[str]:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"config: {key} must name metrics, got {value!r}")
+    return names
+
+
 def _as_it_is(key: str, value: Any) -> Any:
     return value
 
@@ -72,6 +86,7 @@ DOCUMENT_KEYS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
     "model.adapter.apply_to_ffn": ("model.target_modules", _ffn),
     "pruning.use_kurtosis": ("pruning.kurtosis", _kurtosis),
     "tuning.update_frequency": ("tuning.growth_frequency", _as_it_is),
+    **dict.fromkeys(METRICS_OF, ("evaluation.metrics", _metrics)),
 }
 MEANING = {  # for the table of the docs
     "model.architectures": "one name, or a list of one; `roberta`, `t5`, `llama` are the paper's models",
@@ -81,6 +96,7 @@ MEANING = {  # for the table of the docs
     ),
     "pruning.use_kurtosis": "`true` is `paper`, `false` is `off`",
     "tuning.update_frequency": "the same number",
+    **dict.fromkeys(METRICS_OF, "one name or a list; counts where `model.task` is that task"),
 }
 
 
@@ -101,9 +117,12 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
     if twice:
         raise ValueError(f"config: {twice[0][0]} and {twice[0][1]} are one setting; give one of them")
     ours = {key: value for key, value in values.items() if key not in DOCUMENT_KEYS}
+    task = values.get("model.task", "classification")
     for key, (name, convert) in DOCUMENT_KEYS.items():
         if key in values:
             value = convert(key, values[key])
+            if METRICS_OF.get(key, task) != task:
+                continue
             ours[name] = [*ours.get(name, []), *value] if name == "model.target_modules" else value
     if "model.adapter.apply_to_ffn" in values and "model.adapter.mha_components" not in values:
         ours["model.target_modules"] = [*ATTENTION_ROLES, *ours["model.target_modules"]]

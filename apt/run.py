@@ -28,6 +28,7 @@ from apt.tasks import (
     build_model,
     build_tokenizer,
     check_lengths,
+    check_shape,
     choose_device,
     chosen_scores,
     load_data,
@@ -63,6 +64,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     data = load_data(config, tokenizer)
     print(f"{len(data.train):,} {data.unit} to train on, {len(data.test):,} to test on", file=sys.stderr)
     model = build_model(config, data.num_labels, tokenizer, data.label_names)
+    check_shape(config, model)
     check_lengths(data, model)
     if checkpoint is None:
         begin(partial, config)

@@ -111,6 +111,17 @@ def build_model(
     return model
 
 
+def check_shape(config: RunConfig, model: nn.Module) -> None:
+    """Raise ValueError where `model.shape`, by which a run was planned, is not that of the model."""
+    loaded: Any = model.config
+    for name, value in (config.model.shape or {}).items():
+        if (found := getattr(loaded, name, None)) != value:
+            raise ValueError(
+                f"model: {config.model.name} has {name}={found!r}, but model.shape says {value!r}; correct it, or "
+                f"leave model.shape out"
+            )
+
+
 def _load(kind: Any, name: str, **settings: Any) -> Any:
     path, broken = resolve_model(name), [OSError, SafetensorError]
     if path.endswith(GGUF):

@@ -46,6 +46,8 @@ def holds_noise(fresh: Tensor) -> bool:
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):  # torch lists what obeys such a block when first in one: it must list the originals
+        torch.empty(1)
     fresh = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
     for owner, name in fresh:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -52,6 +52,7 @@ distillation:
   distill_loss_weight_end: 1.0
 evaluation:
   inference_batch_size: 128
+  metrics: {classification: accuracy, qa: [f1], summarization: [rouge1, rouge2, rougeL]}
 hardware:
   precision: fp16
 """
@@ -74,6 +75,7 @@ def test_a_config_in_the_words_of_the_documents(tmp_path: Path, document: dict[s
     assert config.model.name == "FacebookAI/roberta-base"
     assert config.model.target_modules == ["q", "v", "up"]
     assert (config.pruning.kurtosis, config.tuning.growth_frequency) == ("paper", 50)
+    assert config.evaluation.metrics == ["accuracy"]
     method = config.apt_config()
     timeline = Timeline.of(method, 1000)  # the window is steps 20 to 400
     assert timeline.pruning.events == [146, 273, 400]  # 380 // 100 intervals of about 127 steps
@@ -122,6 +124,8 @@ def test_an_override_stands_above_a_file_in_either_words(tmp_path: Path, documen
         ),
         ("model", {"name": "a", "adapter": 3}, "unknown key 'model.adapter'"),
         ("model", {"name": "a", "adapter": {"mha_components": ["dense"]}}, "must name some of q, q_proj, .*'dense'"),
+        ("evaluation", {"metrics": {"classification": "pearson"}}, "evaluation.metrics.* must be one of .*'pearson'"),
+        ("evaluation", {"metrics": {"classification": 3}}, "classification must name metrics, got 3"),
         ("pruning", {"use_kurtosis": "yes please"}, "use_kurtosis must be true or false"),
         ("pruning", {"scheduler": "linear"}, r"scheduler must be one of \['cubic'\], got 'linear'"),
         ("pruning", {"update_frequency": 0}, "update_frequency must be at least 1"),
