@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from apt.adapters import adapted
-from apt.efficient_finetuning.places import add_adapters, add_prompt, family_of, hold_prompt, plain_prompts
+from apt.efficient_finetuning.places import add_adapters, add_prompt, hold_prompt, plain_prompts
 from apt.efficient_finetuning.weights import load_weights, save_weights
-from apt.families import base_model
+from apt.families import base_model, known_family
 from apt.methods import LowRank, RankImportance, updates
 from apt.prompts import PrefixTuning, PTuningEmbedding, placed_prompt, prefix_sizes
 
@@ -102,7 +102,7 @@ class EfficientFineTuningManager:
             dropout_probability: in the MLP, [0, 1).
         """
         found = _embedding_dimension(self.model)
-        if family_of(self.model) is None:
+        if known_family(self.model) is None:
             width = embedding_dimension or found
             if width is None:
                 raise ValueError("apply_ptuning: the model has no nn.Embedding; give embedding_dimension")
@@ -138,7 +138,7 @@ class EfficientFineTuningManager:
             dropout_probability: on the prefixes while training, [0, 1).
         """
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "head_dimension": head_dimension}
-        family = family_of(self.model)
+        family = known_family(self.model)
         if family is None:
             if num_layers is None or num_heads is None or head_dimension is None:
                 raise ValueError(f"apply_prefix_tuning: the family of this model is unknown; give all of {list(sizes)}")

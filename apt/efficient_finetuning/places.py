@@ -7,7 +7,6 @@ from torch import nn
 
 from apt.adapters import APTAdapter, adapted
 from apt.controller import APTConfig, PatchState, patch_state
-from apt.families import Family, find_family
 from apt.fused import plain_linear, replace_module
 from apt.methods import adapt, join, rank_and_scale
 from apt.patch import find_targets, patch_model
@@ -17,14 +16,6 @@ TOGETHER = ("lora", "adalora_simple", "p_tuning", "prefix_tuning")  # methods of
 OWN_PLACES = {PTuningEmbedding: "apt_ptuning_embeddings", PrefixTuning: "apt_prefix_tuning"}  # of prompts without hooks
 
 Prompt = PTuningEmbedding | PrefixTuning
-
-
-def family_of(model: nn.Module) -> Family | None:
-    """The family of a model, None where it is unknown."""
-    try:
-        return find_family(model)
-    except ValueError:
-        return None
 
 
 def add_adapters(model: nn.Module, method: str, *, share: bool = False, **settings: Any) -> None:

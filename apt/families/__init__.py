@@ -27,6 +27,7 @@ __all__ = [
     "Stack",
     "base_model",
     "find_family",
+    "known_family",
 ]
 
 
@@ -57,3 +58,11 @@ def find_family(model: nn.Module) -> Family:
         f"families: model_type {model_type!r} cannot be pruned; known are {known}; to add one, write its table in "
         f"apt/families/ and list it in FAMILIES, or use method='lora' with target_modules, which needs no family"
     )
+
+
+def known_family(model: nn.Module) -> Family | None:
+    """The family of a model, None where it has none."""
+    try:
+        return find_family(model)
+    except ValueError:
+        return None
