@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
@@ -51,3 +51,12 @@ def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
     for owner, name in fresh:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command sets the threads of its process, and whether it asks the hub; here that is the process of all tests."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

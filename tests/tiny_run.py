@@ -1,6 +1,7 @@
 """A run at toy size: a random BERT with its tokenizer in a folder, and sentences whose first word tells their class."""
 
 import csv
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,9 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(document), encoding="utf-8")
     return path
+
+
+def metrics_of(run: Path) -> dict[str, Any]:
+    """What a finished run measured."""
+    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    return metrics

@@ -1,20 +1,18 @@
 """AdaLoRA beside PEFT's on one run: the same logits, importance, masks and final ranks. Then what PEFT leaves out."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from check import Unrounded, close
-from own_loop import BRIEF, Loop, equal_bits
+from own_loop import BRIEF, Loop, equal_bits, take_both
 from peft import AdaLoraConfig, get_peft_model
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor
 
 import apt
 from apt.adapters import adapted
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 from apt.records import Event, TrimPlan
 from apt.surgery import apply_trim_plan
 
@@ -140,25 +138,13 @@ def test_an_adapter_that_keeps_no_rank_is_gone() -> None:
 def test_a_resumed_run_is_the_same(pause: int, prune: bool, tmp_path: Path) -> None:
     settings = {"target_sparsity": 0.4, **BRIEF} if prune else {}
 
-    def start() -> Loop:
-        return Loop("bert", ours(prune=prune, tfinal=8), 30, verify_events=True, **settings)
-
-    whole = start().take(pause)
-    save_controller(whole.run, tmp_path)
-    states = copy.deepcopy((whole.model.state_dict(), whole.optimizer.state_dict()))
-    whole.take(30 - pause)
-    model = ours(prune=prune, tfinal=8)
-    restore_shapes(model, tmp_path)
-    model.load_state_dict(states[0])
-    resumed = Loop("bert", model, 30, verify_events=True, **settings)
-    resumed.optimizer.load_state_dict(states[1])
-    load_controller(resumed.run, tmp_path)
-    resumed.step = pause
-    resumed.take(30 - pause)
+    whole = Loop("bert", ours(prune=prune, tfinal=8), verify_events=True, **settings).take(pause)
+    resumed = whole.resumed(ours(prune=prune, tfinal=8), tmp_path, verify_events=True, **settings)
+    take_both(whole, resumed, 30 - pause)
     assert equal_bits(resumed.model, whole.model)
     assert sum(event.trim is not None for event in resumed.run.events) == 1
     assert len(resumed.run.events) == (4 if prune else 1)
-    assert max(apt.summary(model).ranks.values()) <= 6
+    assert max(apt.summary(resumed.model).ranks.values()) <= 6
 
 
 def test_a_schedule_without_room_is_refused() -> None:

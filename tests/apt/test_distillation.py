@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from check import close
-from own_loop import BRIEF, Loop, equal_bits, patched
+from own_loop import BRIEF, Loop, equal_bits, patched, take_both
 from tiny_models import tiny_batch, tiny_model
 
 import apt
@@ -272,17 +272,8 @@ def test_a_refreshed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     settings = {**TAUGHT, "teacher_refresh": True}
     first = Loop("bert", patched("bert"), 30, held_out=Scores(0.5, 0.4, 0.3), **settings).take(11)
     assert first.run.distillation.since_event == 1
-    save_controller(first.run, tmp_path)
-    model = patched("bert")
-    restore_shapes(model, tmp_path)
-    model.load_state_dict(first.model.state_dict())
-    second = Loop("bert", model, 30, held_out=Scores(0.3), **settings)
-    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    load_controller(second.run, tmp_path)
-    second.step = first.step
-    for loop in (first, second):
-        torch.manual_seed(5)
-        loop.take(19)
+    second = first.resumed(patched("bert"), tmp_path, held_out=Scores(0.3), **settings)
+    take_both(first, second, 19)
     assert first.run.distillation.snapshots == second.run.distillation.snapshots != []
     assert equal_bits(second.model, first.model)
 

@@ -158,8 +158,13 @@ def test_saved_weights_come_back(tmp_path: Path) -> None:
 
 
 def test_the_same_model_in_another_precision_takes_them(tmp_path: Path) -> None:
-    path = apply_lora_to_model(tiny_model("bert", torch.float32), ["q"]).save_efficient_weights(tmp_path / "w")
-    apply_lora_to_model(tiny_model("bert", torch.bfloat16), ["q"]).load_efficient_weights(path)
+    saved = apply_lora_to_model(tiny_model("bert", torch.float32), ["q"])
+    path = saved.save_efficient_weights(tmp_path / "w")
+    manager = apply_lora_to_model(tiny_model("bert", torch.bfloat16), ["q"])
+    manager.load_efficient_weights(path)
+    pairs = list(zip(manager.get_trainable_parameters(), saved.get_trainable_parameters(), strict=True))
+    assert pairs
+    assert all(torch.equal(mine, theirs.to(mine.dtype)) for mine, theirs in pairs)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from check import Unrounded, close
-from own_loop import BRIEF, ONCE, Loop, equal_bits
+from own_loop import BRIEF, ONCE, Loop, equal_bits, take_both
 from own_loop import patched as in_training
 from scipy.stats import kurtosis as scipy_kurtosis
 from tiny_models import (
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from unit_groups import ADVERSARIAL
 
 import apt
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 from apt.config import load_config
 from apt.dimensions import find_dimensions
 from apt.export import CARD
@@ -381,20 +380,8 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     mask = whole.run.groups[-1].gate.mask
     assert ((mask > 0) & (mask < 1)).any()
     assert len(mask) < 32
-    save_controller(whole.run, tmp_path)
-    state, moments = copy.deepcopy(whole.model.state_dict()), copy.deepcopy(whole.optimizer.state_dict())
-    resumed = Loop("llama_cls", in_training("llama_cls", torch.float32), 0)
-    restore_shapes(resumed.model, tmp_path)
-    resumed.model.load_state_dict(state)
-    resumed.optimizer = torch.optim.AdamW([p for p in resumed.model.parameters() if p.requires_grad], lr=3e-3)
-    resumed.run = apt.Controller(resumed.model, resumed.optimizer, 30, **settings)
-    load_controller(resumed.run, tmp_path)
-    resumed.optimizer.load_state_dict(moments)
-    resumed.step = 10
-    torch.manual_seed(5)
-    whole.take(12)
-    torch.manual_seed(5)
-    resumed.take(12)
+    resumed = whole.resumed(in_training("llama_cls", torch.float32), tmp_path, 30, **settings)
+    take_both(whole, resumed, 12)
     assert [event.prune for event in whole.run.events] == [event.prune for event in resumed.run.events]
     assert equal_bits(whole.model, resumed.model)
 

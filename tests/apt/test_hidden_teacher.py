@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from check import Unrounded, close
-from own_loop import BRIEF, Loop, equal_bits
+from own_loop import BRIEF, Loop, equal_bits, take_both
 from own_loop import patched as in_training
 from test_teacher import patched, seen_by, train_a_little
 from tiny_models import NAMES, free_heads, has_hidden_table, random_plan, set_masks, tiny_batch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 import apt
 from apt.adapters import adapted
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 from apt.dimensions import find_dimensions
 from apt.distiller import SelfDistiller
 from apt.families import find_family
@@ -119,19 +118,7 @@ def test_a_distilled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     settings |= {"use_self_distillation": True, "distill_end": 30}
     whole = Loop("llama_cls", in_training("llama_cls", torch.float32), 40, **settings).take(13)
     assert whole.run.groups[-1].num_units < 32
-    save_controller(whole.run, tmp_path)
-    state, moments = copy.deepcopy(whole.model.state_dict()), copy.deepcopy(whole.optimizer.state_dict())
-    resumed = Loop("llama_cls", in_training("llama_cls", torch.float32), 0)
-    restore_shapes(resumed.model, tmp_path)
-    resumed.model.load_state_dict(state)
-    resumed.optimizer = torch.optim.AdamW([p for p in resumed.model.parameters() if p.requires_grad], lr=3e-3)
-    resumed.run = apt.Controller(resumed.model, resumed.optimizer, 40, **settings)
-    load_controller(resumed.run, tmp_path)
-    resumed.optimizer.load_state_dict(moments)
-    resumed.step = 13
-    torch.manual_seed(5)
-    whole.take(22)
-    torch.manual_seed(5)
-    resumed.take(22)
+    resumed = whole.resumed(in_training("llama_cls", torch.float32), tmp_path, 40, **settings)
+    take_both(whole, resumed, 22)
     assert [event.prune for event in whole.run.events] == [event.prune for event in resumed.run.events]
     assert equal_bits(whole.model, resumed.model)

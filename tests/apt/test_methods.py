@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from check import Unrounded, close
-from own_loop import BRIEF, Loop, equal_bits
+from own_loop import BRIEF, Loop, equal_bits, take_both
 from tiny_models import free_heads, random_plan, set_masks, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
 import apt_kernels
 from apt.adapters import APTAdapter, adapted
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 from apt.methods import GATES, METHODS
 from apt.methods.spectral import rotation_minus_identity
 from apt.surgery import apply_prune_plan
@@ -271,26 +270,11 @@ def test_a_decomposition_is_kept_by_the_hash_of_its_weight(tmp_path: Path, monke
 
 @pytest.mark.parametrize("method", [*DELTAS, "lora"])
 def test_a_run_prunes_with_any_method_and_resumes_exactly(method: str, tmp_path: Path) -> None:
-    def start() -> Loop:
-        model = patched("bert", method, prune=True).train()
-        return Loop("bert", model, total_steps=30, target_sparsity=0.4, verify_events=True, **BRIEF)
-
-    whole = start().take(12)
-    save_controller(whole.run, tmp_path)
-    model_state = copy.deepcopy(whole.model.state_dict())
-    optimizer_state, random_state = copy.deepcopy(whole.optimizer.state_dict()), torch.get_rng_state()
-    whole.take(18)
+    settings = {"target_sparsity": 0.4, "verify_events": True, **BRIEF}
+    whole = Loop("bert", patched("bert", method, prune=True).train(), **settings).take(12)
+    resumed = whole.resumed(patched("bert", method, prune=True).train(), tmp_path, **settings)
+    take_both(whole, resumed, 18)
     assert sum(event.prune is not None for event in whole.run.events) == 3
     assert all(not event.rank or not event.rank.ranks for event in whole.run.events)
     assert apt.summary(whole.model).sparsity > 0.3
-
-    model = patched("bert", method, prune=True).train()
-    restore_shapes(model, tmp_path)
-    model.load_state_dict(model_state)
-    resumed = Loop("bert", model, total_steps=30, target_sparsity=0.4, verify_events=True, **BRIEF)
-    resumed.optimizer.load_state_dict(optimizer_state)
-    load_controller(resumed.run, tmp_path)
-    resumed.step = 12
-    torch.set_rng_state(random_state)
-    resumed.take(18)
     assert equal_bits(resumed.model, whole.model)

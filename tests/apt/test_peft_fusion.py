@@ -240,4 +240,6 @@ def test_refusals_say_what_to_do(build: Callable[[], nn.Module], settings: dict[
 def test_no_warning_where_everything_is_fused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        apt.patch_model(lora("llama"))
+        model = apt.patch_model(lora("llama"))
+    theirs = [name for name, _ in model.named_modules() if name.endswith(".lora_A")]
+    assert len(theirs) == sum(isinstance(module, FusedLoraLinear) for module in model.modules()) > 0

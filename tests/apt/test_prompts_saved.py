@@ -1,6 +1,5 @@
 """Prompts in state dicts, checkpoints and exports."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from check import Unrounded, close
-from own_loop import Loop, equal_bits
+from own_loop import Loop, equal_bits, take_both
 from test_prompts import KINDS, METHODS, P, prompted, pruned
 from tiny_models import tiny_batch
 from torch import Tensor
 
 import apt
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 
 NETWORKS: list[tuple[str, dict[str, Any]]] = [
     ("p_tuning", {"dropout_probability": 0.1}),
@@ -74,25 +72,14 @@ def test_a_loaded_prompt_goes_along(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["bert", "llama_gqa", "t5"])
 def test_a_run_resumes_where_it_stopped(kind: str, method: str, tmp_path: Path) -> None:
-    def start(total_steps: int = 8) -> Loop:
-        return Loop(kind, prompted(kind, method).train(), total_steps)
-
-    whole, stopped = start().take(8), start().take(3)
-    save_controller(stopped.run, tmp_path)
-    saved = copy.deepcopy((stopped.model.state_dict(), stopped.optimizer.state_dict()))
-    assert any(name.startswith("apt_prompt.") for name in saved[0])
-    other = prompted(kind, method).train()
-    restore_shapes(other, tmp_path)
-    other.load_state_dict(saved[0])
-    resumed = Loop(kind, other, 8)
-    resumed.optimizer.load_state_dict(saved[1])
-    load_controller(resumed.run, tmp_path)
-    resumed.step = 3
-    resumed.take(5)
+    whole = Loop(kind, prompted(kind, method).train(), 8).take(3)
+    assert any(name.startswith("apt_prompt.") for name in whole.model.state_dict())
+    resumed = whole.resumed(prompted(kind, method).train(), tmp_path, 8)
+    take_both(whole, resumed, 5)
     assert equal_bits(resumed.model, whole.model)
     assert not equal_bits(resumed.model, prompted(kind, method))
     with pytest.raises(ValueError, match="patched with prompt="):
-        Loop(kind, other, 8, num_virtual_tokens=P + 1)
+        Loop(kind, resumed.model, 8, num_virtual_tokens=P + 1)
 
 
 @pytest.mark.parametrize("method", METHODS)

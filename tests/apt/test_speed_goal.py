@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from own_loop import BRIEF, Loop, equal_bits, patched
+from own_loop import BRIEF, Loop, equal_bits, patched, take_both
 from tiny_models import tiny_batch
 from torch import Tensor
 from unit_groups import ADVERSARIAL, Group, groups_of
 
 import apt
 import apt.controller.goal
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 from apt.pruner import PruningConfig, UnitSearch
 from apt.records import Event
 from apt.times import LatencyTable, TimePrices
@@ -230,19 +229,10 @@ def test_resume_takes_the_table_of_the_checkpoint(tmp_path: Path, monkeypatch: p
     first.take(12)
     assert len(measured) == 1
     assert apt.summary(first.model).masked > 0
-    save_controller(first.run, tmp_path)
     monkeypatch.setattr(apt.controller.goal, "measure_latency", no_measuring)
-    model = patched("bert")
-    restore_shapes(model, tmp_path)
-    model.load_state_dict(first.model.state_dict())
-    second = Loop("bert", model, 30, **settings)
-    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    load_controller(second.run, tmp_path)
+    second = first.resumed(patched("bert"), tmp_path, **settings)
     second.run.prepare()
-    second.step = first.step
-    for loop in (first, second):
-        torch.manual_seed(5)
-        loop.take(18)
+    take_both(first, second, 18)
     assert len(second.run.events) == 3
     assert equal_bits(second.model, first.model)
     assert second.run.events[-1].predicted_speedup == first.run.events[-1].predicted_speedup >= 2.0

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from check import close
-from own_loop import BRIEF, Loop, equal_bits, patched
+from own_loop import BRIEF, Loop, equal_bits, patched, take_both
 from tiny_models import fill_adapters, free_heads, random_plan, set_masks, tiny_batch, tiny_model
 from torch import Tensor
 
 import apt
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 from apt.distiller.teacher import Teacher
 from apt.families import find_family
 from apt.salience import unit_scores
@@ -245,17 +244,8 @@ def test_a_run_goes_on_from_files_bit_for_bit(tmp_path: Path) -> None:
     settings = {"target_sparsity": 0.6, "num_events": 3, "prune_end": 24, "round_to": 4}
     first = Loop("t5", patched("t5"), 30, **settings).take(12)
     assert apt.summary(first.model).masked > 0
-    save_controller(first.run, tmp_path)
-    model = patched("t5")
-    restore_shapes(model, tmp_path)
-    model.load_state_dict(first.model.state_dict())
-    second = Loop("t5", model, 30, **settings)
-    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    load_controller(second.run, tmp_path)
-    second.step = first.step
-    for loop in (first, second):
-        torch.manual_seed(5)
-        loop.take(18)
+    second = first.resumed(patched("t5"), tmp_path, **settings)
+    take_both(first, second, 18)
     assert len(first.run.events) == 3
     assert equal_bits(second.model, first.model)
     assert torch.equal(logits(second.model), logits(first.model))

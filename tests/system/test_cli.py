@@ -5,13 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from tiny_run import tiny_tokenizer, write_config
+from tiny_run import metrics_of, tiny_tokenizer, write_config
 
 from apt.cli import main
 from apt.controller import Controller
@@ -38,15 +35,6 @@ METRICS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A command sets the threads of its process; here that is the process of all tests."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a config whose run is done; tests only read it."""
@@ -65,11 +53,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert last.startswith("apt: error: ")
     assert "Traceback" not in error
     return last
-
-
-def metrics_of(run: Path) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    return metrics
 
 
 def shell(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -116,12 +116,10 @@ def test_a_better_student_becomes_the_teacher_in_a_trainer(tmp_path: Path) -> No
 
 
 def test_a_distilled_run_from_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    threads = torch.get_num_threads()
     settings = {"use_self_distillation": True, "distill_end": 0.45, "tau": "2"}
     sizes = {"training": {"max_steps": 160}, "evaluation": {"event_timing_steps": 0}}
     config = write_config(tmp_path, distillation=settings, **sizes)
     assert main(["train", str(config)]) == 0
-    torch.set_num_threads(threads)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text(encoding="utf-8"))
     events = [row["step"] for row in read_jsonl(tmp_path / "run/events.jsonl")]
     assert metrics["self_distillation"].items() >= {"first_step": events[0] + 1, "last_step": 72}.items()

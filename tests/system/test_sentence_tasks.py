@@ -1,31 +1,14 @@
 """Runs on sentences whose answer is a number, and on GLUE's tasks by name; sentences that are too long."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from tiny_run import sentences, write_config, write_csv
+from tiny_run import metrics_of, sentences, write_config, write_csv
 
 from apt.cli import main
 from apt.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
 from apt.tasks import metric_names
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A command sets the threads of its process; here that is the process of all tests."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def metrics_of(run: Path) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    return metrics
 
 
 def similarities(count: int) -> list[tuple[str, ...]]:

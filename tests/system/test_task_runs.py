@@ -1,24 +1,13 @@
 """A run of each task on its tiny sample: train, prune, export, score the export in another command, report."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_tasks import DATA, tiny_decoder, tiny_encoder_decoder, tiny_reader, word_tokenizer, write_task_config
 
 from apt.cli import main
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A command sets the threads of its process; here that is the process of all tests."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def run(folder: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:

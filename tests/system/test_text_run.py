@@ -2,32 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from tiny_run import metrics_of
 from tiny_text import WORDS, write_gguf, write_text_config
 
 import apt.controller.goal
 from apt.cli import main
 from apt.records import read_jsonl
 from apt.times import LatencyTable
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A command sets the threads of its process; here that is the process of all tests."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def metrics_of(run: Path) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    return metrics
 
 
 def test_a_run_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
