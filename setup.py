@@ -14,6 +14,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["apt", "apt.*", "apt_kernels", "apt_kernels.*"]),
+    py_modules=["apt_lm"],
     package_data={"apt_kernels": ["tables/*.json"]},
     install_requires=[
         "torch>=2.6",
@@ -47,5 +48,5 @@ setup(
             "pandas",
         ],
     },
-    entry_points={"console_scripts": ["apt-lm = apt.cli:main"]},
+    entry_points={"console_scripts": ["apt-lm = apt_lm:main"]},
 )

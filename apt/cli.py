@@ -1,14 +1,19 @@
-"""The command line: ``python -m apt train``, ``eval``, ``report``, ``config``. Errors of the user end in one line."""
+"""The command line: ``python -m apt train``, ``eval``, ``report``, ... Errors of the user end in one line.
+
+What a command needs is imported when it runs, so that ``doctor`` also works where torch does not.
+"""
 
 import argparse
 import json
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from apt.config import RunConfig, load_config
 from apt.presets import find_preset
+
+if TYPE_CHECKING:
+    from apt.config import RunConfig
 
 FLAGS = {  # of train and config, in the words of the documents -> the setting
     "model_type": "model.architectures",
@@ -27,9 +32,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 after an error of the user, or 130 where the user stopped it."""
+    """Run a command; the exit code is 0, 2 after an error of the user, or 130 where the user stopped it.
+
+    That of ``doctor`` is 1 where no run can work.
+    """
     try:
-        _run(argv)
+        return _run(argv)
     except USER_ERRORS as error:
         if os.environ.get("APT_TRACEBACK") == "1":
             raise
@@ -38,40 +46,48 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("apt: stopped; with checkpoints (training.save_steps) --resume goes on", file=sys.stderr)
         return 130
-    return 0
 
 
-def _run(argv: list[str] | None) -> None:
+def _run(argv: list[str] | None) -> int:
     parser = _parser()
     # argparse takes no more positionals after an option; what it leaves over are overrides, or unknown.
     arguments, rest = parser.parse_known_args(argv)
     unknown = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
+    if arguments.command == "doctor":
+        from apt.doctor import diagnose, print_findings
+
+        findings = diagnose()
+        print_findings(findings)
+        return int(any(finding.broken for finding in findings))
     if arguments.command == "report":
         from apt.report import print_report
 
         print_report(arguments.run)
-        return
+        return 0
     config = _config(arguments, rest)
     if arguments.command == "config":
         print(config.to_yaml(), end="")
-        return
+        return 0
     if getattr(arguments, "dry_run", False):
         from apt.dry_run import dry_run
 
         print(dry_run(config))
-        return
-    from apt import run  # loads torch and transformers, which the commands above need not wait for
+        return 0
+    from apt import run  # loads transformers, which the commands above need not wait for
 
     if arguments.command == "eval":
         print(json.dumps(run.evaluate(arguments.folder, config)))
     else:
         run.train(config, overwrite=arguments.overwrite, resume=arguments.resume)
+    return 0
 
 
-def _config(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
+def _config(arguments: argparse.Namespace, rest: list[str]) -> "RunConfig":
     """The config that the arguments name: a file, or a preset by its model and data set, and what goes on top."""
+    from apt.config import load_config
+
     path, overrides = arguments.config, [*arguments.overrides, *rest]
     flags = {name: value for name in FLAGS if (value := getattr(arguments, name, None)) is not None}
     if path is not None and "=" in str(path) and not path.exists():  # no file is named
@@ -92,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     reporting = commands.add_parser("report", help="print the tables of a finished run")
     reporting.add_argument("run", type=Path, help="folder of the run")
     showing = commands.add_parser("config", help="print the settings that a run would have")
+    commands.add_parser("doctor", help="whether a run can work here: versions, devices, backends, clashes of names")
     for command in (training, scoring, showing):
         command.add_argument("config", type=Path, nargs=None if command is scoring else "?", help="YAML file")
         command.add_argument(

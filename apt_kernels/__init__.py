@@ -9,9 +9,10 @@ from apt_kernels.ops import (
     masked_norm,
     weight_kurtosis,
 )
-from apt_kernels.selection import calls, chosen, reset_calls
+from apt_kernels.selection import backend_of, calls, chosen, reset_calls
 
 __all__ = [
+    "backend_of",
     "calls",
     "chosen",
     "column_sums",

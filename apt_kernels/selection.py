@@ -123,6 +123,31 @@ def _linear_heuristic(sizes: tuple[int, ...]) -> str:
     return "one_kernel" if outputs < ONE_KERNEL_OUTPUTS and rank <= ONE_KERNEL_RANK else "split_cublas"
 
 
+def backend_of(device: torch.device) -> tuple[str, str]:
+    """What runs on a device where a call forces nothing, and why: ``("torch", ...)`` or ``("triton", ...)``.
+
+    With a table the kernels run only where it names one; which, depends on the shape: `chosen` tells.
+
+    Raises:
+        ValueError: APT_BACKEND forces what does not exist, or what cannot run there.
+    """
+    forced = os.environ.get("APT_BACKEND")
+    if forced is not None:
+        x = torch.empty(0, device=device)
+        for op in KERNELS:
+            _registered(op, x, None)
+        return ("torch" if forced == "torch" else "triton"), f"APT_BACKEND={forced} forces it"
+    if device.type != "cuda":
+        return "torch", "kernels need a GPU"
+    name = torch.cuda.get_device_properties(device).name
+    if not has_table(device):
+        return "torch", f"no table of measurements for {name}"
+    if not _triton.INSTALLED:
+        return "torch", "triton is not installed"
+    rows = measured(device).values()
+    return "triton", f"by the table of {name}: at {sum(row != 'torch' for row in rows)} of {len(rows)} shapes"
+
+
 def has_table(device: torch.device) -> bool:
     """Whether this device was measured."""
     return torch.cuda.get_device_properties(device).name in TABLES

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the rooms above it
+    "doctor",
     "records",
     "clock",
     "schedule",
