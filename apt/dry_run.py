@@ -183,17 +183,15 @@ def dry_run(config: RunConfig) -> DryRun:
 def _events(controller: Controller) -> tuple[PlannedEvent, ...]:
     timeline, config = controller.timeline, controller.config
     start = total_params(adapter_sizes(controller.model, {}))
-    ratio, params = config.tuning.max_tuning_params_ratio, patch_state(controller.model).params_before
+    params = patch_state(controller.model).params_before
     found = []
     for step in timeline.steps:
-        saving = config.pruning.target_saving if timeline.one_shot else timeline.pruning.get_current_sparsity(step)
         asked: dict[str, Any] = {"target_sparsity": None}
         if step in timeline.prune_steps:
-            asked = controller.goal.asked(saving)
+            asked = config.pruning.asked(timeline.saving_at(step))
         budget = None
         if step in timeline.tuning.events:
-            budget = int(start * timeline.tuning.budget_ratio(step, config.tuning.budget_ratio))
-            budget = budget if ratio is None else min(budget, int(ratio * params))
+            budget = config.tuning.budget(timeline.tuning, step, start, params)
         found.append(PlannedEvent(step, asked["target_sparsity"], asked.get("target_speedup"), budget))
     return tuple(found)
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from apt.adapters import adapted
 from apt.answers import Answer, answer_metrics, best_threshold, find_answers
-from apt.clock import evaluating, medians_ms
+from apt.clock import medians_ms
 from apt.data import Examples, Questions, TextPairs
 from apt.language import generate, perplexity
 from apt.metrics import classification_metrics, regression_metrics, rouge_metrics
+from apt.modes import evaluating
 from apt.records import Event
 from apt.surgery import apply_event
 from apt.tasks import OF_TOKENS

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from apt.adapters import APTAdapter
-from apt.clock import evaluating, medians_ms
+from apt.clock import medians_ms
 from apt.families import Family, Layer
+from apt.modes import evaluating
 from apt.records import PrunePlan
 from apt.surgery import apply_prune_plan
 from apt.times import LatencyTable

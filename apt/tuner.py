@@ -9,7 +9,7 @@ from torch import nn
 from apt.adapters import APTAdapter, adapted
 from apt.records import RankPlan
 from apt.salience import IMPORTANCES, adapter_importance
-from apt.schedule import Point
+from apt.schedule import Point, TuningSchedule
 
 STRATEGIES = ("top_half", "uniform")
 RULES = ("top_half", "paper")
@@ -59,6 +59,19 @@ class TuningConfig:
             raise ValueError("tuning: num_tuning_events and growth_frequency are one setting; give one of them")
         if self.init_std is not None and self.init_std <= 0.0:
             raise ValueError(f"tuning: init_std must be above 0, got {self.init_std}")
+
+    def budget(self, schedule: TuningSchedule, step: int, start: int, model_params: int) -> int:
+        """Adapter parameters that may exist after the growth of a step.
+
+        Args:
+            schedule: when ranks grow.
+            step: optimizer steps done.
+            start: adapter parameters at the start of tuning.
+            model_params: of the whole original model, what `max_tuning_params_ratio` is a part of.
+        """
+        budget = int(start * schedule.budget_ratio(step, self.budget_ratio))
+        most = self.max_tuning_params_ratio
+        return budget if most is None else min(budget, int(most * model_params))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "doctor",
     "records",
     "clock",
+    "modes",
     "schedule",
     "families",
     "gates",

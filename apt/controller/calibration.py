@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.modes import modes_kept
 from apt.salience import not_finite
 
 Scores = dict[str, Tensor]
@@ -43,25 +44,20 @@ def static_scores(
         ValueError: there is no batch.
     """
     total: Scores = {}
-    modes = [(module, module.training) for module in model.modules()]
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), modes_kept(model):
         model.train()
-        try:
-            for number, batch in enumerate(batches, 1):
+        for number, batch in enumerate(batches, 1):
+            loss, scores = _one_batch(model, batch, take_scores, compute_loss, grad_scale)
+            while (wrong := not_finite(scores)) and grad_scale > 1.0:
+                grad_scale /= 2.0
                 loss, scores = _one_batch(model, batch, take_scores, compute_loss, grad_scale)
-                while (wrong := not_finite(scores)) and grad_scale > 1.0:
-                    grad_scale /= 2.0
-                    loss, scores = _one_batch(model, batch, take_scores, compute_loss, grad_scale)
-                if wrong:
-                    raise FloatingPointError(
-                        f"calibration: batch {number}, with a loss of {loss}, gives {wrong[0]} a salience that is NaN "
-                        f"or infinite; look at that batch, or calibrate in a wider dtype"
-                    )
-                total = {name: score + total.get(name, 0.0) for name, score in scores.items()}
-        finally:
-            for module, training in modes:
-                module.training = training
+            if wrong:
+                raise FloatingPointError(
+                    f"calibration: batch {number}, with a loss of {loss}, gives {wrong[0]} a salience that is NaN "
+                    f"or infinite; look at that batch, or calibrate in a wider dtype"
+                )
+            total = {name: score + total.get(name, 0.0) for name, score in scores.items()}
     if not total:
         raise ValueError("calibration: there is no batch to score units on; give at least one")
     return total

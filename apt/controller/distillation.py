@@ -1,7 +1,6 @@
 """When the teacher is taken, how much it weighs at a step, when another takes its place, and when it goes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from apt.adapters import adapted
 from apt.distiller import DistillationConfig, LayerTransform, SelfDistiller
+from apt.modes import evaluating
 from apt.schedule import SparsityScheduler, loss_weight, to_steps
 from apt.surgery import forget, free_tails
 
@@ -48,8 +48,8 @@ class Distillation:
         pruning = [step for step in schedule.events if schedule.get_current_sparsity(step) > 0.0]
         if not pruning:
             raise ValueError(
-                "distillation: it starts at the first event that prunes, and this run has none; set "
-                "use_self_distillation to false"
+                "distillation: it starts at the first event that prunes while the model trains, and this run has none; "
+                "set use_self_distillation to false"
             )
         self.first, total = pruning[0], schedule.total_steps
         self.end = min(to_steps(config.distill_end, total), total)
@@ -151,7 +151,7 @@ class Distillation:
         """Of the student as it is, on held-out data."""
         assert self.held_out is not None
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), _evaluating(self.model):
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(self.model):
             if callable(self.held_out):
                 return float(self.held_out(self.model))
             total, rows = 0.0, 0
@@ -215,15 +215,3 @@ def adopt(transform: LayerTransform, model: nn.Module, optimizer: torch.optim.Op
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
     home["params"] = [*home["params"], *transform.parameters()]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

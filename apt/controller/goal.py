@@ -1,7 +1,5 @@
 """What a run saves and how that is counted: block parameters, or the time of a forward pass on this device."""
 
-from typing import Any
-
 from torch import nn
 
 from apt.families import Family
@@ -53,12 +51,6 @@ class Goal:
             return block_params(self.model, self.family)
         gates = unit_gates(self.model, self.family)
         return self.table.total_ms({name: 0 if gate is None else gate.num_units for name, gate in gates.items()})
-
-    def asked(self, saving: float) -> dict[str, Any]:
-        """A saving as the records tell it."""
-        if not self.by_time:
-            return {"target_sparsity": saving}
-        return {"target_sparsity": None, "target_speedup": 1.0 / (1.0 - saving)}
 
     def predicted_speedup(self) -> float | None:
         """Of the model as it is now; None where parameters are counted, or nothing was priced yet."""

@@ -22,7 +22,12 @@ class Timeline:
 
     @classmethod
     def of(cls, config: APTConfig, total_steps: int) -> "Timeline":
-        """The timeline of a run of so many optimizer steps; a run too short for its events raises ValueError."""
+        """The timeline of a run of so many optimizer steps; a run too short for its events raises ValueError.
+
+        Where the method does not prune there are no events, whatever the settings of pruning and tuning say.
+        """
+        if not config.prunes:
+            return cls(SparsityScheduler(total_steps, 0.0, num_events=0), TuningSchedule(total_steps, num_events=0))
         pruning, tuning = config.pruning, config.tuning
         start = pruning.prune_start if tuning.tune_start is None else tuning.tune_start
         end = pruning.prune_end if tuning.tune_end is None else tuning.tune_end
@@ -45,3 +50,7 @@ class Timeline:
     def steps(self) -> list[int]:
         """The same of every event."""
         return sorted({*self.prune_steps, *self.tuning.events})
+
+    def saving_at(self, step: int) -> float:
+        """The fraction of parameters, or of the time of a forward pass, that the event of a step asks to be gone."""
+        return self.pruning.target_sparsity if self.one_shot else self.pruning.get_current_sparsity(step)

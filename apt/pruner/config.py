@@ -1,6 +1,7 @@
 """PruningConfig: how much goes, when, and what must stay."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from apt.hidden import SITES
 from apt.salience import KURTOSES, SALIENCES
@@ -88,6 +89,12 @@ class PruningConfig:
     def target_saving(self) -> float:
         """What should be gone at the end, as a fraction: of the block parameters, or of the time of a forward pass."""
         return self.target_sparsity if self.target_speedup is None else 1.0 - 1.0 / self.target_speedup
+
+    def asked(self, saving: float) -> dict[str, Any]:
+        """A saving as plans and events tell it, by the names of their fields."""
+        if self.target_speedup is None:
+            return {"target_sparsity": saving}
+        return {"target_sparsity": None, "target_speedup": 1.0 / (1.0 - saving)}
 
     def events_in(self, total_steps: int) -> int:
         """How many events a run of so many optimizer steps has."""

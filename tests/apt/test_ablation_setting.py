@@ -75,8 +75,8 @@ def test_without_tuning_ranks_stay() -> None:
 
 
 def test_without_kurtosis_a_decoder_has_no_outlier_term() -> None:
-    assert run_of("llama", "full", num_events=1).run.units.outliers.mode == "paper"
-    assert run_of("llama", "w/o_kurtosis", num_events=1).run.units.outliers.mode == "off"
+    assert run_of("llama", "full", num_events=1).run.pruning.units.outliers.mode == "paper"
+    assert run_of("llama", "w/o_kurtosis", num_events=1).run.pruning.units.outliers.mode == "off"
 
 
 def test_uniform_growth_gives_all_the_same() -> None:

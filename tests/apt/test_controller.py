@@ -53,7 +53,7 @@ def test_a_run_reaches_its_target(name: str, tmp_path: Path) -> None:
     loop = Loop(name, patched(name), 30, **settings).take(30)
     run, counts = loop.run, apt.summary(loop.model)
     assert [event.step for event in run.events] == [6, 12, 18]
-    unit = max(max(group.cost() for group in run.groups), 4 * 97) / run.total
+    unit = max(max(group.cost() for group in run.groups), 4 * 97) / run.pruning.goal.params_total
     for event in run.events:
         assert event.target_sparsity <= event.sparsity <= event.target_sparsity + unit
     assert 0.6 <= counts.sparsity <= 0.6 + unit
@@ -100,7 +100,7 @@ def test_importance_starts_anew_after_an_event_and_salience_goes_on() -> None:
     loop.take(1)
     assert loop.run.importance.values == {}
     sizes = {group.name: group.num_units for group in loop.run.groups}
-    assert {name: len(values) for name, values in loop.run.salience.values.items() if name in sizes} == sizes
+    assert {name: len(values) for name, values in loop.run.pruning.salience.values.items() if name in sizes} == sizes
 
 
 def test_an_event_that_moves_the_logits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_an_event_that_moves_the_logits_is_caught(monkeypatch: pytest.MonkeyPatc
         apply_prune_plan(model, plan, optimizer, **settings)
         model.classifier.bias.data[0] += 1e-6
 
-    monkeypatch.setattr("apt.controller.controller.apply_prune_plan", careless)
+    monkeypatch.setattr("apt.controller.pruning.apply_prune_plan", careless)
     loop = Loop("bert", patched("bert"), 30, target_sparsity=0.5, verify_events=True, **BRIEF).take(5)
     with pytest.raises(RuntimeError, match=r"the event of step 6 moved a logit by 1\.00e-06"):
         loop.take(1)
@@ -124,7 +124,7 @@ def test_a_second_run_goes_on_where_the_first_ended() -> None:
 def test_masks_fall_evenly_and_rest_at_zero_or_one() -> None:
     loop = Loop("bert", patched("bert"), 40, target_sparsity=0.5, **ONCE).take(10)
     run = loop.run
-    run.salience.update = lambda new: None  # scores that hold still
+    run.pruning.salience.update = lambda new: None  # scores that hold still
     last = masks_of(run)
     assert (last == 1).all()
     for step in range(11, 20):
@@ -229,13 +229,13 @@ def test_a_score_that_is_no_number_stops_the_run_with_its_group(value: float, sc
     """As of an activation that overflowed in padding, which reaches neither loss nor gradient."""
     scaler = {"scaler": Scaler(), "loss_scale": 1024.0} if scaled else {}
     loop = Loop("bert", patched("bert"), 30, target_sparsity=0.5, **scaler, **BRIEF).take(3)
-    before, scores = copy.deepcopy(loop.model), copy.deepcopy(loop.run.salience.values)
+    before, scores = copy.deepcopy(loop.model), copy.deepcopy(loop.run.pruning.salience.values)
     group = loop.run.groups[3]
     group.gate.sums[0, 2] = value
     with pytest.raises(FloatingPointError, match=f"the salience of {group.name} is NaN or infinite at step 4"):
         loop.take(1)
     assert equal_bits(loop.model, before)
-    assert all(torch.equal(loop.run.salience.values[name], scores[name]) for name in scores)
+    assert all(torch.equal(loop.run.pruning.salience.values[name], scores[name]) for name in scores)
 
 
 class Scaler:
@@ -249,7 +249,10 @@ def test_a_scaler_changes_no_score() -> None:
     start = fill_adapters(patched("bert"))
     plain = Loop("bert", copy.deepcopy(start), 40, target_sparsity=0.5, **ONCE).take(3)
     scaled = Loop("bert", copy.deepcopy(start), 40, 1024.0, scaler=Scaler(), target_sparsity=0.5, **ONCE).take(3)
-    for ours, theirs in ((scaled.run.salience, plain.run.salience), (scaled.run.importance, plain.run.importance)):
+    for ours, theirs in (
+        (scaled.run.pruning.salience, plain.run.pruning.salience),
+        (scaled.run.importance, plain.run.importance),
+    ):
         assert ours.values.keys() == theirs.values.keys()
         assert all(value.sum() > 0 for value in theirs.values.values())
         for name, value in theirs.values.items():
@@ -258,9 +261,9 @@ def test_a_scaler_changes_no_score() -> None:
 
 def test_a_step_that_overflowed_leaves_no_trace() -> None:
     loop = Loop("bert", patched("bert"), 40, 1024.0, scaler=Scaler(), target_sparsity=0.5, **ONCE).take(2)
-    before = {name: value.clone() for name, value in loop.run.salience.values.items()}
+    before = {name: value.clone() for name, value in loop.run.pruning.salience.values.items()}
     loop.take(1, poison=float("inf"))
-    assert all(torch.equal(loop.run.salience.values[name], before[name]) for name in before)
+    assert all(torch.equal(loop.run.pruning.salience.values[name], before[name]) for name in before)
     assert not any(group.gate.sums.any() for group in loop.run.groups)
     loop.take(17)
     assert loop.run.events[0].sparsity >= 0.5

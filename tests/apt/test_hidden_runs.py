@@ -333,7 +333,7 @@ def test_a_run_prunes_all_three(name: str, settings: dict[str, Any], tmp_path: P
     assert 8 <= counts.hidden < 32
     assert counts.hidden % 4 == 0
     assert counts.hidden == len(run.events[-1].prune.kept["hidden"])
-    assert not any(gate.collecting or gate.masked for gate in run.units.gates)
+    assert not any(gate.collecting or gate.masked for gate in run.pruning.units.gates)
     listed = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
     assert listed == {id(p) for p in loop.model.parameters() if p.requires_grad}
     loop.model.eval()
@@ -358,7 +358,7 @@ def test_only_the_kinds_named_are_pruned(kinds: tuple[str, ...]) -> None:
 
 def test_hidden_dimensions_fall_with_the_others_and_rest_at_zero_or_one() -> None:
     loop = Loop("bert", in_training("bert"), 40, target_sparsity=0.5, unit_types=ALL, **ONCE).take(10)
-    loop.run.salience.update = lambda new: None  # scores that hold still
+    loop.run.pruning.salience.update = lambda new: None  # scores that hold still
     gate = loop.run.groups[-1].gate
     last = gate.mask.clone()
     for step in range(11, 20):

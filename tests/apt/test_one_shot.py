@@ -61,8 +61,8 @@ def test_static_scores_are_those_of_a_plain_model(name: str, targets: list[str])
     """With B = 0 and most of the model frozen, statistics are still right, also before the first adapter."""
     model = patched(name, target_modules=targets)
     run = apt.Controller(model, torch.optim.AdamW(model.parameters()), 30, **AT_ONCE)
-    run.units.collect(True)
-    found = static_scores(model, batches(name), run.units.take)
+    run.pruning.units.collect(True)
+    found = static_scores(model, batches(name), run.pruning.units.take)
     wanted = by_hand(name)
     assert found.keys() == wanted.keys()
     for group in run.groups:

@@ -137,7 +137,7 @@ def test_what_no_step_changes_is_computed_once(roles: tuple[str, ...], second: i
 @pytest.mark.parametrize(("name", "mode"), [("bert", "off"), ("llama", "paper"), ("llama_cls", "paper")])
 def test_a_family_has_its_default(name: str, mode: str) -> None:
     run = Loop(name, patched(name), 30, **BRIEF).run
-    assert run.units.outliers.mode == mode
+    assert run.pruning.units.outliers.mode == mode
     assert {group.kind for group in run.groups if group.gate.totals} == ({"head"} if mode == "paper" else set())
 
 

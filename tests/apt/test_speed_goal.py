@@ -253,8 +253,8 @@ def test_a_run_on_this_device() -> None:
     loop.take(20)
     event = loop.run.events[-1]
     assert event.predicted_speedup >= event.target_speedup == pytest.approx(1.01)
-    assert loop.run.goal.table.device == "cpu"
-    assert (loop.run.goal.table.batch_size, loop.run.goal.table.length) == (2, 4)
+    assert loop.run.pruning.goal.table.device == "cpu"
+    assert (loop.run.pruning.goal.table.batch_size, loop.run.pruning.goal.table.length) == (2, 4)
 
 
 def test_a_run_whose_device_cannot_be_so_fast_stops_before_the_first_step() -> None:

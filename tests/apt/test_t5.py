@@ -219,7 +219,7 @@ def test_a_run_reaches_its_target(name: str) -> None:
     assert 0.5 <= counts.sparsity == loop.run.events[-1].sparsity <= 0.55
     assert counts.units["decoder.0.heads"] >= 1
     assert counts.units["decoder.1.cross_heads"] >= 1
-    assert loop.run.units.outliers.mode == "off"  # as for encoders
+    assert loop.run.pruning.units.outliers.mode == "off"  # as for encoders
     assert "decoder cross_heads" in str(counts)
 
 
