@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["apt", "apt.*", "apt_kernels", "apt_kernels.*"]),
     py_modules=["apt_lm"],
-    package_data={"apt_kernels": ["tables/*.json"]},
+    package_data={"apt": ["report/*.html"], "apt_kernels": ["tables/*.json"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.15,<6",
@@ -33,7 +33,7 @@ setup(
         "gguf": ["gguf"],  # models in GGUF files
         "liger": ["liger-kernel>=0.8"],  # plain norms and losses on a GPU: TrainingArguments(use_liger_kernel=True)
         "bench": ["torch-pruning>=1.6", "peft>=0.21", "matplotlib"],  # what the benchmarks compare with and draw with
-        "plots": ["matplotlib", "pandas"],
+        "plots": ["matplotlib", "jinja2"],  # the page of a report
         "dev": [
             "pytest",
             "pytest-timeout",

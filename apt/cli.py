@@ -62,9 +62,9 @@ def _run(argv: list[str] | None) -> int:
         print_findings(findings)
         return int(any(finding.broken for finding in findings))
     if arguments.command == "report":
-        from apt.report import print_report
+        from apt.report import report
 
-        print_report(arguments.run)
+        report(arguments.run)
         return 0
     config = _config(arguments, rest)
     if arguments.command == "config":
@@ -105,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     training = commands.add_parser("train", help="fine-tune, prune, export and measure")
     scoring = commands.add_parser("eval", help="scores of an export on the test split of a config; prints JSON")
     scoring.add_argument("folder", type=Path, help="an export, such as runs/demo/model")
-    reporting = commands.add_parser("report", help="print the tables of a finished run")
-    reporting.add_argument("run", type=Path, help="folder of the run")
+    reporting = commands.add_parser("report", help="tables of a finished run, and a page with its pictures")
+    reporting.add_argument("run", type=Path, help="folder of the run, or of several")
     showing = commands.add_parser("config", help="print the settings that a run would have")
     commands.add_parser("doctor", help="whether a run can work here: versions, devices, backends, clashes of names")
     for command in (training, scoring, showing):

@@ -38,6 +38,7 @@ TASKS = {  # and what each is scored by, the one that a report shows first in fr
     "question_answering": ("f1", "exact_match"),
 }
 PRECISIONS = ("fp32", "bf16", "fp16")
+REPORTERS = ("tensorboard", "wandb", "trackio")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -145,12 +146,15 @@ class TrainingSettings:
     lr_schedule: str = "linear"  # any scheduler of transformers: linear, cosine, constant_with_warmup, ...
     save_steps: int = 0  # optimizer steps between checkpoints for --resume, gone once the run is done; 0: none
     logging_steps: int = 10  # optimizer steps between two losses on the progress bar, at least 1
+    report_to: list[str] | None = None  # where losses and events go as well: "tensorboard", "wandb", "trackio"
     seed: int = 0  # of the new head, the adapters, dropout and the order of batches
 
     def __post_init__(self) -> None:
         ones = ("initial_rank", "batch_size", "gradient_accumulation_steps", "logging_steps")
         zeros = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "save_steps", "seed")
         _one_of("training.optimizer", self.optimizer, OPTIMIZERS)
+        for name in self.report_to or ():
+            _one_of("training.report_to", name, REPORTERS)
         _at_least("training", self, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
         if not 0.0 <= self.momentum_salience < 1.0 or not self.warmup_ratio < 1.0:
             raise ValueError(
@@ -176,11 +180,16 @@ class EvaluationConfig:
     num_beams: int = 1  # of the texts that are scored by ROUGE, at least 1; 1 is greedy
     generated_tokens: int = 32  # of each prompt in the timing of generation (language models), at least 2
     inference_repeats: int = 20  # forward passes of each model, of which the median is the latency, at least 1
+    score_steps: int = 0  # optimizer steps between two test scores on the way, which choose nothing; 0: none
     event_timing_steps: int = 10  # forward and backward passes before and after each event; 0: events are not timed
 
     def __post_init__(self) -> None:
         ones = ("inference_batch_size", "inference_length", "inference_repeats", "num_beams", "max_answer_length")
-        _at_least("evaluation", self, dict.fromkeys(ones, 1) | {"event_timing_steps": 0, "generated_tokens": 2})
+        _at_least(
+            "evaluation",
+            self,
+            dict.fromkeys(ones, 1) | {"event_timing_steps": 0, "score_steps": 0, "generated_tokens": 2},
+        )
         if self.metrics == []:
             raise ValueError("config: evaluation.metrics must name a metric at least; null is all of the task")
 

@@ -4,6 +4,7 @@ import copy
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 import transformers
 from huggingface_hub import utils as hub
 from torch import nn
-from transformers import AutoTokenizer, ProgressCallback
+from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from apt import __version__
+from apt.checkpoint import random_state_kept
 from apt.config import RunConfig
 from apt.data import Loader
 from apt.evaluate import Evaluator, latency_ms, time_events
@@ -81,6 +84,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
 def _name_and_report(partial: Path, output: Path) -> Path:
     give_name(partial, output)
     print_report(output)
+    print(f"apt: python -m apt report {output} draws a page of this run", file=sys.stderr)
     return output
 
 
@@ -97,18 +101,38 @@ def _start(config: RunConfig) -> None:
     hub_logging.set_verbosity_error()
 
 
+SHOWN: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # on the progress bar, beside what remains of the time
+    *((name, name, lambda value: f"{float(value):.3f}") for name in ("loss", "task_loss", "distill_loss", "mu")),
+    ("sparsity", "sparsity", "{:.1%}".format),
+    ("adapter_params", "budget", "{:,} parameters".format),
+    ("tokens_per_s", "tokens/s", "{:,.0f}".format),
+)
+
+
 class _Bar(ProgressCallback):
     """The progress bar with the loss on it, instead of a line for each."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
-            shown = ("loss", "task_loss", "distill_loss", "mu")
-            self.training_bar.set_postfix({name: f"{float(logs[name]):.3f}" for name in shown if name in logs})
+            self.training_bar.set_postfix({name: write(logs[key]) for key, name, write in SHOWN if key in logs})
 
     def close(self) -> None:
         """End its line, also where training failed: what is printed next starts on a line of its own."""
         if self.training_bar is not None:
             self.training_bar.close()
+
+
+class _Curve(TrainerCallback):
+    """Scores the model on its way, every `score_steps`; the run is the one without, and nothing is chosen by them."""
+
+    def __init__(self, trainer: APTrainer, steps: int, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
+        self.trainer, self.steps, self.evaluate = trainer, steps, evaluate
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.steps == 0:
+            with random_state_kept():
+                scores = self.evaluate(model)
+            self.trainer.log_aside({f"eval_{name}": value for name, value in scores.items()})
 
 
 def _fit(
@@ -127,11 +151,18 @@ def _fit(
         data_collator=data.collator,
         processing_class=tokenizer,
         event_log=partial / EVENTS,
+        record_to=partial,
         optimizer_cls_and_kwargs=optimizer_class(config.training),
     )
     trainer.remove_callback(ProgressCallback)
     bar = _Bar()
     trainer.add_callback(bar)
+    if config.evaluation.score_steps:
+        evaluator, steps = _evaluator(config, tokenizer), config.evaluation.score_steps
+        trainer.add_callback(_Curve(trainer, steps, lambda model: _scores(config, evaluator, model, data)))
+    for callback in trainer.callback_handler.callbacks:  # by default TensorBoard's files would go with the checkpoints
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = callback.logging_dir or str(partial / "tensorboard")
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -157,7 +188,7 @@ def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, tra
     latency = _latency(config, dense, small, len(tokenizer))
     if config.model.task in GENERATING:
         latency |= _generation(config, dense, small, data)
-    scores = chosen_scores(config, evaluator.evaluate(small, data.test, getattr(data, "validation", None)))
+    scores = _scores(config, evaluator, small, data)
     if trainer.controller.events and settings.event_timing_steps:
         write_json(partial / TIMINGS, _event_timing(config, tokenizer, data, trainer, dense))
     return {
@@ -197,6 +228,11 @@ def _evaluator(config: RunConfig, tokenizer: Any) -> Evaluator:
         max_answer_length=settings.max_answer_length,
         no_answer_threshold=settings.no_answer_threshold,
     )
+
+
+def _scores(config: RunConfig, evaluator: Evaluator, model: nn.Module, data: Loader) -> dict[str, float]:
+    """The scores asked for, on the test split."""
+    return chosen_scores(config, evaluator.evaluate(model, data.test, getattr(data, "validation", None)))
 
 
 def _goal(config: RunConfig, trainer: APTrainer) -> dict[str, Any]:
@@ -285,5 +321,9 @@ def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
     data = load_data(config, tokenizer, num_labels=hf_config.num_labels)
     evaluator = _evaluator(config, tokenizer)
     check_lengths(data, model)
-    scores = chosen_scores(config, evaluator.evaluate(model, data.test, getattr(data, "validation", None)))
-    return {**scores, "test_size": len(data.test), "folder": str(folder), "data": config.data.datasets}
+    return {
+        **_scores(config, evaluator, model, data),
+        "test_size": len(data.test),
+        "folder": str(folder),
+        "data": config.data.datasets,
+    }

@@ -9,7 +9,7 @@ from apt.config import RunConfig, load_config
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
 SHAPES_A_RUN = ("model", "data", "training", "pruning", "tuning", "distillation")  # sections of the config
-FREE_ON_RESUME = ("save_steps", "logging_steps")  # of the training section
+FREE_ON_RESUME = ("save_steps", "logging_steps", "report_to")  # of the training section
 
 
 def partial_of(output: Path) -> Path:

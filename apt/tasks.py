@@ -181,6 +181,16 @@ def optimizer_class(training: TrainingSettings) -> tuple[type[torch.optim.Optimi
     return OPTIMIZERS[training.optimizer], {"lr": training.learning_rate}
 
 
+def _reporters(names: list[str]) -> list[str]:
+    """They are installed, or a ValueError says what is missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"config: training.report_to names {missing[0]}, which is not installed: pip install {missing[0]}"
+        )
+    return names or ["none"]
+
+
 def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
     """The Trainer's arguments; `folder` gets its checkpoints."""
     training, hardware = config.training, config.hardware
@@ -205,7 +215,7 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         save_steps=training.save_steps or 1,
         save_total_limit=1,
         eval_strategy="no",
-        report_to="none",
+        report_to=_reporters(training.report_to or []),
         remove_unused_columns=False,
         disable_tqdm=False,
         use_cpu=on_cpu,

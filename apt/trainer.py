@@ -26,7 +26,9 @@ from apt.checkpoint import (
 from apt.controller import APTConfig, Controller, adopt, patch_state, uncompiled
 from apt.distiller import TRANSFORM, LayerTransform, place_transform
 from apt.moments import bare_optimizer
-from apt.records import write_jsonl
+from apt.recorder import Recorder
+from apt.records import Event, write_jsonl
+from apt.tuner import adapter_sizes, total_params
 
 PARTIAL = "checkpoint.partial"  # where a checkpoint is written before it gets its name
 
@@ -38,6 +40,7 @@ class APTrainer(Trainer):
         model: patched by `apt.patch_model`.
         config: None means the one `patch_model` stored.
         event_log: a JSON-lines file that gets each event.
+        record_to: a folder that gets what a report draws: `steps.jsonl` and `shapes.jsonl` (`apt.recorder`).
         train_dataset: with `teacher_refresh` a share of it, `held_out_share`, drawn with the seed of the arguments, is
             not trained on: there it is seen whether a student beats its teacher.
         overrides: leaves of the config by name, e.g. ``target_sparsity=0.6``.
@@ -55,6 +58,7 @@ class APTrainer(Trainer):
         *,
         config: APTConfig | None = None,
         event_log: Path | None = None,
+        record_to: Path | None = None,
         **kwargs: Any,
     ) -> None:
         if uncompiled(model) is not model:
@@ -65,6 +69,7 @@ class APTrainer(Trainer):
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
         self.apt_config = (config or patch_state(model).config).with_overrides(**overrides)
         self.event_log = event_log
+        self._recorder = None if record_to is None else Recorder(Path(record_to))
         self._resume_from: Path | None = None
         self._staging: Path | None = None  # stands in for the output folder while a checkpoint is written
         self._random = RandomState()  # at the end of the latest step, where a checkpoint would save it
@@ -97,11 +102,14 @@ class APTrainer(Trainer):
             load_controller(self.controller, self._resume_from)
             if self.event_log is not None:  # what came after the checkpoint will come again
                 write_jsonl(self.event_log, [event.to_json() for event in self.controller.events])
+        if self._recorder is not None:
+            self._recorder.begin(self.controller)
         self.controller.prepare()
         if self.controller.awaits_calibration:
             self.controller.prune_before_tuning(
                 self._calibration_batches(), lambda model, batch: self.compute_loss(model, dict(batch))
             )
+            self._log_events(0)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As ever; Tr, where there is one, stands where the controller puts it, before a saved state is loaded."""
@@ -173,11 +181,51 @@ class APTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As ever; where there is a teacher, with task_loss, distill_loss and mu beside the loss."""
-        distillation = self.controller.distillation if hasattr(self, "controller") else None
-        if distillation is not None and "loss" in logs:
-            logs = {**logs, **distillation.report()}
+        """As ever; beside the loss, sparsity, adapter parameters and tokens/s, with a teacher also task_loss,
+        distill_loss and mu. What is logged at an event begins with ``event_``."""
+        if not hasattr(self, "controller") or "loss" not in logs:
+            super().log(logs, *args, **kwargs)
+            if self._recorder is not None and any(name.startswith("eval_") for name in logs):
+                self._recorder.score(self.state.global_step, logs)
+            return
+        events, distillation = self.controller.events, self.controller.distillation
+        tokens, seconds, steps = self._clock.since_log()
+        logs = {
+            **logs,
+            "sparsity": events[-1].sparsity if events else 0.0,
+            "adapter_params": self._adapter_params(),
+            **({"tokens_per_s": tokens / seconds} if seconds else {}),
+            **({} if distillation is None else distillation.report()),
+        }
         super().log(logs, *args, **kwargs)
+        if self._recorder is not None:
+            more = {"seconds": seconds, "tokens": tokens, "steps": steps, "planned_sparsity": self._planned_sparsity()}
+            self._recorder.log(self.state.global_step, logs, self.args.device, **more)
+
+    def _adapter_params(self) -> int:
+        return total_params(adapter_sizes(self._module(), {}))
+
+    def _planned_sparsity(self) -> float | None:
+        """The sparsity that the schedule asks for now; None where nothing is pruned, or time is the goal."""
+        config, pruning = self.controller.config, self.controller.config.pruning
+        if not config.prunes or pruning.target_speedup is not None:
+            return None
+        if pruning.prune_before_tuning:
+            return pruning.target_sparsity
+        return pruning.schedule(self.controller.total_steps).get_current_sparsity(self.state.global_step)
+
+    def _log_events(self, seen: int) -> None:
+        """Scalars of the events beyond the first `seen`, by the Trainer's own way: `report_to` gets them."""
+        if self._recorder is not None:
+            self._recorder.after_step(self.controller)
+        for event in self.controller.events[seen:]:
+            self.log_aside(_scalars(event, self._adapter_params()))
+
+    def log_aside(self, logs: dict[str, float]) -> None:
+        """Log in the middle of a step; what the Trainer itself logs at its end still comes."""
+        due = self.control.should_log
+        self.log(logs)
+        self.control.should_log = due
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -279,8 +327,14 @@ class _Drive(TrainerCallback):
         self.trainer._clock.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._clock.end(state.global_step)
-        self.trainer.controller.after_step()
+        trainer = self.trainer
+        trainer._clock.end(state.global_step)
+        seen = len(trainer.controller.events)
+        if trainer._recorder is not None:
+            trainer._recorder.before_step(trainer.controller)
+        trainer.controller.after_step()
+        if len(trainer.controller.events) > seen:
+            trainer._log_events(seen)
 
 
 class _StepClock:
@@ -291,6 +345,7 @@ class _StepClock:
         self.last = 0  # number of the latest step
         self._rows: dict[int, tuple[int, float]] = {}
         self._started = 0.0
+        self._logged = 0  # the latest step that a log has told of
 
     def begin(self) -> None:
         self.tokens, self._started = 0, time.perf_counter()
@@ -301,10 +356,35 @@ class _StepClock:
         self._rows[step] = self.tokens, time.perf_counter() - self._started
         self.last = step
 
+    def since_log(self) -> tuple[int, float, int]:
+        """Tokens, seconds and number of the steps since this was last asked."""
+        rows = [row for step, row in self._rows.items() if step > self._logged]
+        self._logged = self.last
+        return sum(tokens for tokens, _ in rows), sum(seconds for _, seconds in rows), len(rows)
+
     def rate(self, first: int, last: int) -> float | None:
         """Tokens per second over the steps after `first` up to `last`; None where this process did none of them."""
         rows = [row for step, row in self._rows.items() if first < step <= last]
         return sum(tokens for tokens, _ in rows) / sum(seconds for _, seconds in rows) if rows else None
+
+
+def _scalars(event: Event, adapter_params: int) -> dict[str, float]:
+    """What is logged of an event."""
+    kept = {} if event.prune is None else event.prune.kept
+    left: dict[str, float] = {}
+    for name, positions in kept.items():
+        kind = f"event_{name.rpartition('.')[2]}"
+        left[kind] = left.get(kind, 0) + len(positions)
+    asked = {"event_target_sparsity": event.target_sparsity, "event_target_speedup": event.target_speedup}
+    return {
+        "event_step": event.step,
+        "event_sparsity": event.sparsity,
+        **{name: value for name, value in asked.items() if value is not None},
+        **left,
+        "event_adapter_params": adapter_params,
+        "event_trainable_params": event.trainable_params,
+        "event_seconds": event.seconds,
+    }
 
 
 def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:

@@ -52,6 +52,8 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "evaluate",
     "checkpoint",
     "batches",
+    "memory",
+    "recorder",
     "trainer",
     "stock",
     "export",

@@ -1,0 +1,24 @@
+"""How much memory this process uses: of the GPU where the model is on one, else resident memory."""
+
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")  # Linux; its marks begin anew with the program, those of getrusage do not
+
+
+def memory_mb(device: torch.device) -> tuple[float, float] | None:
+    """Memory now and its peak, in 10^6 bytes; None where the system does not tell.
+
+    On a GPU "now" is the peak since the last call (torch's statistics begin anew), as what is live between two steps
+    says little; on a CPU it is what is resident, and the peak is that of the process so far.
+    """
+    if device.type == "cuda":
+        now = torch.cuda.max_memory_allocated(device) / 1e6
+        torch.cuda.reset_peak_memory_stats(device)
+        return now, now
+    if not STATUS.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines() if ":" in line)
+    now, peak = (int(fields[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
+    return now, peak
