@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder test check bench bench-accuracy bench-adapters bench-finetune bench-gpu gpu clean
+.PHONY: help demo decoder test check browser bench bench-accuracy bench-adapters bench-finetune bench-gpu gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,8 +20,8 @@ demo: $(STAMPS)/demo ## fine-tune and prune a small encoder on movie reviews, in
 decoder: $(STAMPS)/smollm2 ## prune SmolLM2-135M by 30 % and tune it on reviews (a wheel of 93 MB), into runs/smollm2
 	$(PY) -m apt train examples/smollm2.yaml --overwrite
 
-test check gpu: export HF_HUB_OFFLINE = 1
-test check: export OMP_NUM_THREADS = 1
+test check browser gpu: export HF_HUB_OFFLINE = 1
+test check browser: export OMP_NUM_THREADS = 1
 
 WORKERS ?= auto
 PYTEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
@@ -34,6 +34,9 @@ check: $(STAMPS)/dev $(STAMPS)/demo ## lint, format, types, then the default tes
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy apt apt_kernels
 	$(PYTEST)
+
+browser: $(STAMPS)/dev ## the page of a report in Chromium (Debian: apt-get install chromium), which CI runs too
+	$(PYTEST) -m browser tests/system/test_page_in_browser.py
 
 # The minutes are those in which something is begun; what was begun ends, so the three stay below 25 in all.
 bench: $(STAMPS)/dev ## step, answers and costs on this CPU in 25 minutes, with docs/results.md; again: the rest

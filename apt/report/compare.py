@@ -17,17 +17,19 @@ class Quantity:
     """A number of a run that is compared."""
 
     key: str
-    header: str
+    name: str
+    unit: str
     spec: str
+    one: float = 1.0  # of that unit
 
 
 QUANTITIES = (
-    Quantity("score", "score", ".4f"),
-    Quantity("train_seconds", "training, s", ",.1f"),
-    Quantity("peak_mb", "peak memory, MB", ",.0f"),
-    Quantity("latency_ms_small", "inference, ms", ",.1f"),
-    Quantity("throughput", "inputs/s", ",.1f"),
-    Quantity("params_after", "parameters", ",.0f"),
+    Quantity("score", "score", "", ".4f"),
+    Quantity("train_seconds", "training", " s", ",.1f"),
+    Quantity("peak_mb", "peak", " MB", ",.0f"),
+    Quantity("latency_ms_small", "inference", " ms", ",.1f"),
+    Quantity("throughput", "inputs/s", "", ",.1f"),
+    Quantity("params_after", "parameters", " M", ",.1f", 1e6),
 )
 
 
@@ -47,17 +49,14 @@ def value(run: RunRecord, key: str) -> float | None:
 def comparisons(runs: list[RunRecord]) -> list[Sheet]:
     """All runs, then the same as a multiple of each baseline that lies among them."""
     ordered = list(enumerate(runs, start=1))
-    headers = ("no.", "run", "method", "sparsity", "seed", "score is", *(quantity.header for quantity in QUANTITIES))
+    metrics = sorted({run.metric or "-" for run in runs})
+    score = metrics[0] if len(metrics) == 1 else "score"
+    headers = (score, *(quantity.name + quantity.unit for quantity in QUANTITIES[1:]))
     rows = [
-        (
-            *_names(index, run),
-            number(run.metrics.get("seed"), ""),
-            run.metric or "-",
-            *(number(value(run, quantity.key), quantity.spec) for quantity in QUANTITIES),
-        )
+        (*_names(index, run), number(run.metrics.get("seed"), ""), *(_amount(run, quantity) for quantity in QUANTITIES))
         for index, run in ordered
     ]
-    found = [Sheet("Runs", headers, list(rows))]
+    found = [Sheet("Runs", ("no.", "run", "method", "sparsity", "seed", *headers), list(rows), words=3)]
     for method, words in BASELINES.items():
         relative = [
             (*_names(index, run), *(_ratio(run, bases, quantity.key) for quantity in QUANTITIES))
@@ -65,9 +64,14 @@ def comparisons(runs: list[RunRecord]) -> list[Sheet]:
             if (bases := baselines_of(run, runs, method))
         ]
         if relative:
-            names = ("no.", "run", "method", "sparsity", *(q.header.partition(",")[0] for q in QUANTITIES))
-            found.append(Sheet(f"The same, with {words} as 1", names, list(relative)))
+            names = ("no.", "run", "method", "sparsity", score, *(quantity.name for quantity in QUANTITIES[1:]))
+            found.append(Sheet(f"The same, with {words} as 1", names, list(relative), words=3))
     return found
+
+
+def _amount(run: RunRecord, quantity: Quantity) -> str:
+    amount = value(run, quantity.key)
+    return "-" if amount is None else format(amount / quantity.one, quantity.spec)
 
 
 def _names(index: int, run: RunRecord) -> tuple[str, str, str, str]:

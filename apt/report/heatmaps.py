@@ -110,13 +110,14 @@ def _height(rows: int) -> float:
 def _heat(axes: Any, shares: list[list[float]], cells: list[list[float]], columns: list[str], rows: list[str]) -> None:
     """Cells coloured by their share from 0 to 1, with numbers in them where they fit; a place that is none is grey."""
     import numpy as np
-    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     colours = LinearSegmentedColormap.from_list("kept", ["#e9eef4", "#7fb0dc", "#1d5a9c"])
-    colours.set_bad(GREY, alpha=0.25)
-    values = np.ma.masked_invalid(np.array(shares, dtype=float))
+    values = np.array(shares, dtype=float)
+    painted = colours(np.nan_to_num(values))
+    painted[np.isnan(values)] = (*to_rgb(GREY), 0.25)
     axes.grid(False)
-    axes.pcolormesh(values, cmap=colours, vmin=0.0, vmax=1.0, edgecolors="#ffffff", linewidth=0.6)
+    axes.pcolormesh(painted, edgecolors="#ffffff", linewidth=0.6)
     axes.invert_yaxis()
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -16,6 +16,7 @@ class Sheet:
     title: str
     headers: tuple[str, ...]  # none: names and values
     rows: Rows
+    words: int = 1  # columns of text in front of the numbers
 
 
 def sheets(run: RunRecord) -> list[Sheet]:

@@ -11,6 +11,7 @@ from apt.report.records import load_run
 from apt.report.tables import Sheet, sheets
 
 WIDTH = 100  # columns, where the output is no terminal and so has no width
+WIDE = 120  # the same of tables that compare runs
 
 
 def print_report(folder: str | Path, file: IO[str] | None = None) -> None:
@@ -27,11 +28,11 @@ def print_report(folder: str | Path, file: IO[str] | None = None) -> None:
     print_sheets(sheets(load_run(Path(folder))), file)
 
 
-def print_sheets(found: list[Sheet], file: IO[str] | None = None) -> None:
+def print_sheets(found: list[Sheet], file: IO[str] | None = None, width: int = WIDTH) -> None:
     """Print tables, as wide as the terminal is."""
     console = Console(file=file)
     if not console.is_terminal:
-        console = Console(file=file, width=WIDTH)
+        console = Console(file=file, width=width)
     for sheet in found:
         console.print(_table(sheet))
 
@@ -39,7 +40,7 @@ def print_sheets(found: list[Sheet], file: IO[str] | None = None) -> None:
 def _table(sheet: Sheet) -> Table:
     table = Table(title=escape(sheet.title), title_justify="left", show_header=bool(sheet.headers))
     for header in sheet.headers:
-        table.add_column(escape(header), justify="right")
+        table.add_column(escape(header), justify="right", overflow="fold")
     if not sheet.headers:
         table.add_column("what")
         table.add_column("value", justify="right")

@@ -9,7 +9,7 @@ from apt.report.page import PAGE, Page, folder_page, run_page
 from apt.report.pictures import check_drawing
 from apt.report.records import METRICS, RunRecord, find_runs, load_run
 from apt.report.tables import sheets
-from apt.report.terminal import print_sheets
+from apt.report.terminal import WIDE, print_sheets
 
 PICTURES = "report"  # the folder of the PNGs, beside the page
 
@@ -34,7 +34,7 @@ def report(folder: str | Path) -> Path:
         page = run_page(run)
     else:
         runs, unread = _load_all(folder)
-        print_sheets(comparisons(runs))
+        print_sheets(comparisons(runs), width=WIDE)
         check_drawing()
         for run in runs:
             _write(run.folder, run_page(run))

@@ -3,44 +3,11 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from run_records import METRICS, run_folder
 
-from apt.records import Event, PrunePlan, append_jsonl, write_json
 from apt.report import print_report
-
-METRICS: dict[str, Any] = {
-    "method": "apt",
-    "accuracy": 0.8265,
-    "f1": 0.81,
-    "test_size": 2000,
-    "target_sparsity": 0.6,
-    "sparsity": 0.6042,
-    "params_before": 22713986,
-    "params_after": 16200000,
-    "train_seconds": 251.34,
-    "tokens_per_s_before": 3456.7,
-    "tokens_per_s_after": 8910.2,
-    "latency_ms_dense": 301.26,
-    "latency_ms_small": 125.5,
-    "latency_shape": [32, 64],
-}
-
-
-def run_folder(folder: Path, metrics: dict[str, Any], events: int = 2, timings: bool = True) -> Path:
-    write_json(folder / "metrics.json", metrics)
-    for i in range(events):
-        kept = {"layers.0.heads": [0, 1], "layers.0.cross_heads": [3], "layers.0.neurons": list(range(1200 - 8 * i))}
-        plan = PrunePlan(step=i, target_sparsity=0.3, kept=kept, round_to=8)
-        counts = {"block_params": 10, "trainable_params": 345678, "seconds": 0.25}
-        row = Event(step=40 + i, prune=plan, rank=None, target_sparsity=0.3, sparsity=0.31, removed=0.31, **counts)
-        append_jsonl(folder / "events.jsonl", row.to_json())
-    if timings:
-        row = {"step": 40, "removed": 0.31, "ms_before": 200.0, "ms_after": 125.0, "ratio": 1.6}
-        row |= {"ms_pruned": 100.0, "ratio_pruned": 2.0, "saved_mb_before": 91.5, "saved_mb_pruned": 63.2}
-        write_json(folder / "event_timing.json", {"sentences": 32, "tokens": 29, "steps": 10, "events": [row]})
-    return folder
 
 
 def printed(folder: Path) -> str:
