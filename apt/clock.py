@@ -27,3 +27,34 @@ def wait_for(device: torch.device) -> None:
     """Until the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class StepClock:
+    """Tokens and seconds of the optimizer steps of this process, by their number in the run; events lie between."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.last = 0  # number of the latest step
+        self._rows: dict[int, tuple[int, float]] = {}
+        self._started = 0.0
+        self._logged = 0  # the latest step that a log has told of
+
+    def begin(self) -> None:
+        self.tokens, self._started = 0, time.perf_counter()
+
+    def end(self, step: int) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._rows[step] = self.tokens, time.perf_counter() - self._started
+        self.last = step
+
+    def since_log(self) -> tuple[int, float, int]:
+        """Tokens, seconds and number of the steps since this was last asked."""
+        rows = [row for step, row in self._rows.items() if step > self._logged]
+        self._logged = self.last
+        return sum(tokens for tokens, _ in rows), sum(seconds for _, seconds in rows), len(rows)
+
+    def rate(self, first: int, last: int) -> float | None:
+        """Tokens per second over the steps after `first` up to `last`; None where this process did none of them."""
+        rows = [row for step, row in self._rows.items() if first < step <= last]
+        return sum(tokens for tokens, _ in rows) / sum(seconds for _, seconds in rows) if rows else None

@@ -49,7 +49,8 @@ class Recorder:
 
     def before_step(self, controller: Controller) -> None:
         """Before the controller takes a step: an event shortens the scores it was decided by."""
-        self._salience = dict(controller.salience.values)
+        pruning = controller.pruning
+        self._salience = {} if pruning is None else dict(pruning.salience.values)
 
     def after_step(self, controller: Controller) -> list[Event]:
         """After it; the events that came with it."""
@@ -79,6 +80,25 @@ def _shape(controller: Controller) -> dict[str, Any]:
         "units": {group.name: group.num_units for group in controller.groups},
         "ranks": {name: size.rank for name, size in sizes.items()},
         "adapter_params": total_params(sizes),
+    }
+
+
+def event_scalars(event: Event, adapter_params: int) -> dict[str, float]:
+    """What is logged of an event."""
+    kept = {} if event.prune is None else event.prune.kept
+    left: dict[str, float] = {}
+    for name, positions in kept.items():
+        kind = f"event_{name.rpartition('.')[2]}"
+        left[kind] = left.get(kind, 0) + len(positions)
+    asked = {"event_target_sparsity": event.target_sparsity, "event_target_speedup": event.target_speedup}
+    return {
+        "event_step": event.step,
+        "event_sparsity": event.sparsity,
+        **{name: value for name, value in asked.items() if value is not None},
+        **left,
+        "event_adapter_params": adapter_params,
+        "event_trainable_params": event.trainable_params,
+        "event_seconds": event.seconds,
     }
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from apt.checkpoint import (
     restore_shapes,
     save_controller,
 )
+from apt.clock import StepClock
 from apt.controller import APTConfig, Controller, adopt, patch_state, uncompiled
 from apt.distiller import TRANSFORM, LayerTransform, place_transform
 from apt.moments import bare_optimizer
-from apt.recorder import Recorder
-from apt.records import Event, write_jsonl
+from apt.recorder import Recorder, event_scalars
+from apt.records import write_jsonl
 from apt.tuner import adapter_sizes, total_params
 
 PARTIAL = "checkpoint.partial"  # where a checkpoint is written before it gets its name
@@ -74,7 +74,7 @@ class APTrainer(Trainer):
         self._staging: Path | None = None  # stands in for the output folder while a checkpoint is written
         self._random = RandomState()  # at the end of the latest step, where a checkpoint would save it
         self._weights: list[float] = []  # of the micro-batches of this step that are still to come
-        self._clock = _StepClock()
+        self._clock = StepClock()
         self._held_out: Any = None
         if self.apt_config.distillation.teacher_refresh:
             share, seed = self.apt_config.distillation.held_out_share, getattr(args, "seed", 0)
@@ -219,7 +219,7 @@ class APTrainer(Trainer):
         if self._recorder is not None:
             self._recorder.after_step(self.controller)
         for event in self.controller.events[seen:]:
-            self.log_aside(_scalars(event, self._adapter_params()))
+            self.log_aside(event_scalars(event, self._adapter_params()))
 
     def log_aside(self, logs: dict[str, float]) -> None:
         """Log in the middle of a step; what the Trainer itself logs at its end still comes."""
@@ -335,56 +335,6 @@ class _Drive(TrainerCallback):
         trainer.controller.after_step()
         if len(trainer.controller.events) > seen:
             trainer._log_events(seen)
-
-
-class _StepClock:
-    """Tokens and seconds of the optimizer steps of this process, by their number in the run; events lie between."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.last = 0  # number of the latest step
-        self._rows: dict[int, tuple[int, float]] = {}
-        self._started = 0.0
-        self._logged = 0  # the latest step that a log has told of
-
-    def begin(self) -> None:
-        self.tokens, self._started = 0, time.perf_counter()
-
-    def end(self, step: int) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._rows[step] = self.tokens, time.perf_counter() - self._started
-        self.last = step
-
-    def since_log(self) -> tuple[int, float, int]:
-        """Tokens, seconds and number of the steps since this was last asked."""
-        rows = [row for step, row in self._rows.items() if step > self._logged]
-        self._logged = self.last
-        return sum(tokens for tokens, _ in rows), sum(seconds for _, seconds in rows), len(rows)
-
-    def rate(self, first: int, last: int) -> float | None:
-        """Tokens per second over the steps after `first` up to `last`; None where this process did none of them."""
-        rows = [row for step, row in self._rows.items() if first < step <= last]
-        return sum(tokens for tokens, _ in rows) / sum(seconds for _, seconds in rows) if rows else None
-
-
-def _scalars(event: Event, adapter_params: int) -> dict[str, float]:
-    """What is logged of an event."""
-    kept = {} if event.prune is None else event.prune.kept
-    left: dict[str, float] = {}
-    for name, positions in kept.items():
-        kind = f"event_{name.rpartition('.')[2]}"
-        left[kind] = left.get(kind, 0) + len(positions)
-    asked = {"event_target_sparsity": event.target_sparsity, "event_target_speedup": event.target_speedup}
-    return {
-        "event_step": event.step,
-        "event_sparsity": event.sparsity,
-        **{name: value for name, value in asked.items() if value is not None},
-        **left,
-        "event_adapter_params": adapter_params,
-        "event_trainable_params": event.trainable_params,
-        "event_seconds": event.seconds,
-    }
 
 
 def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:

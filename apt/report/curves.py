@@ -175,7 +175,9 @@ def salience(run: RunRecord) -> list[Picture | str]:
     rows = [row for row in run.shapes if row.get("salience")]
     kinds = dict.fromkeys(kind for row in rows for kind in row["salience"])
     if not kinds:
-        return ["Not recorded: the run left no salience in shapes.jsonl, or its units were scored without data."]
+        return [
+            "Not recorded: the run left no salience in shapes.jsonl, or it scored its units without data or before training."
+        ]
     return [
         _spread(kind, [(row["step"], row["salience"][kind]) for row in rows if kind in row["salience"]])
         for kind in kinds
