@@ -176,7 +176,7 @@ def salience(run: RunRecord) -> list[Picture | str]:
     kinds = dict.fromkeys(kind for row in rows for kind in row["salience"])
     if not kinds:
         return [
-            "Not recorded: the run left no salience in shapes.jsonl, or it scored its units without data or before training."
+            "Not recorded: no salience in shapes.jsonl; units may have been scored without data, or before training."
         ]
     return [
         _spread(kind, [(row["step"], row["salience"][kind]) for row in rows if kind in row["salience"]])

@@ -112,7 +112,7 @@ def test_an_older_run_says_what_it_did_not_record(tmp_path: Path) -> None:
     assert pictures == {"sparsity", "kept_heads", "kept_cross_heads", "kept_neurons"}
     assert page.text.count("Not recorded: the run left no steps.jsonl") == 4
     assert "Not recorded: the run took no scores on its way" in page.text
-    assert "Not recorded: the run left no salience" in page.text
+    assert "Not recorded: no salience" in page.text
     assert "there is no config.yaml" in page.text
 
 
