@@ -75,6 +75,11 @@ def _run(argv: list[str] | None) -> int:
 
         print(dry_run(config))
         return 0
+    if arguments.command == "estimate":
+        from apt.estimate import estimate
+
+        print(estimate(config))
+        return 0
     from apt import run  # loads transformers, which the commands above need not wait for
 
     if arguments.command == "eval":
@@ -109,12 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("run", type=Path, help="folder of the run, or of several")
     showing = commands.add_parser("config", help="print the settings that a run would have")
     commands.add_parser("doctor", help="whether a run can work here: versions, devices, backends, clashes of names")
-    for command in (training, scoring, showing):
+    guessing = commands.add_parser("estimate", help="peak memory and speed-up of a run, before it; no weights, no data")
+    for command in (training, scoring, showing, guessing):
         command.add_argument("config", type=Path, nargs=None if command is scoring else "?", help="YAML file")
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings on top, e.g. target_sparsity=0.8"
         )
-    for command in (training, showing):
+    for command in (training, showing, guessing):
         command.add_argument("--model_type", metavar="NAME", help="another model: roberta, t5, llama, or any name")
         both = "another data set, as dataset=NAME; with --model_type and without a file: a preset of configs/"
         command.add_argument("--dataset", metavar="NAME", help=both)

@@ -109,14 +109,17 @@ def stock_config(config: RunConfig) -> Any:
         raise ValueError(f"dry run: transformers has no model of model_type {kind!r}; see model.shape") from None
 
 
-def build_on_meta(config: RunConfig) -> nn.Module:
-    """The model of a run with its task head, on the meta device: shapes without numbers."""
+def build_on_meta(config: RunConfig, device: str = "meta") -> nn.Module:
+    """The model of a run with its task head, on the meta device: shapes without numbers.
+
+    Under a FakeTensorMode another device can be named, whose operators are then those that are planned with.
+    """
     hf_config, labels = stock_config(config), config.model.num_labels
     if config.model.task == "regression":
         labels = 1
     if labels is not None:
         hf_config.num_labels = labels
-    with torch.device("meta"):
+    with torch.device(device):
         model = getattr(transformers, HEADS[config.model.task]).from_config(hf_config)
     assert isinstance(model, nn.Module)
     return model

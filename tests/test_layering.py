@@ -48,6 +48,8 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "metrics",
     "answers",
     "dry_run",
+    "footprint",
+    "estimate",
     "language",
     "evaluate",
     "checkpoint",

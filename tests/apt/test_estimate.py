@@ -1,0 +1,195 @@
+"""The estimate against exact counts, against real tensors, and against the memory of a process that trains."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_run import write_config
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from apt.cli import main
+from apt.config import RunConfig, load_config
+from apt.dry_run import build_on_meta
+from apt.estimate import _batch, estimate
+from apt.footprint import forward_flops, measure_step
+from apt.patch import patch_model
+
+ROOT = Path(__file__).parents[2]
+SHAPE = {
+    "model_type": "bert",
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+}
+TRAIN = """
+import sys, torch, apt, apt.run
+from apt.config import load_config
+from apt.dry_run import build_on_meta
+from apt.estimate import _batch
+
+def kilobytes(field):
+    return int(open("/proc/self/status").read().split(field + ":")[1].split()[0])
+
+def steps(config, count):
+    model = apt.patch_model(build_on_meta(config, "cpu"), config.apt_config()).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    run = apt.Controller(model, optimizer, 1000)
+    rows, length = config.training.batch_size, config.data.max_length
+    for _ in range(count):
+        batch = _batch(config, model, rows, length)
+        run.loss(model(**batch), batch).backward()
+        run.after_backward()
+        optimizer.step()
+        run.after_step()
+        optimizer.zero_grad()
+
+steps(load_config(sys.argv[1], ["training.batch_size=1", "data.max_length=4"]), 2)
+before = kilobytes("VmRSS")
+steps(load_config(sys.argv[1]), 3)
+print((kilobytes("VmHWM") - before) * 1024)
+"""
+
+
+def config_of(folder: Path, *overrides: str, **sections: dict[str, Any]) -> Path:
+    document: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "model": {"name": "none", "shape": SHAPE, "target_modules": ["q", "v", "up", "down"], "num_labels": 2},
+        "data": {"datasets": "none.csv", "max_length": 16},
+        "training": {"batch_size": 8, "max_steps": 100},
+        "pruning": {"target_sparsity": 0.5, "num_events": 3},
+        "distillation": {"use_self_distillation": False},
+        "hardware": {"device": "cpu"},
+    }
+    for name, section in sections.items():
+        document[name] = document[name] | section
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+def loaded(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    return load_config(config_of(folder, **sections))
+
+
+def test_every_kind_of_a_network_counted_by_hand() -> None:
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        x = torch.zeros(5, 8)
+
+        def forward() -> tuple[Tensor, list[Tensor]]:
+            logits = model(x)
+            return logits.sum(), [logits]
+
+        found = measure_step(model, optimizer, forward, {"temporaries": [x]})
+    params = 4 * (8 * 16 + 16 * 4)
+    assert found.bytes_of["weights"] == params
+    assert found.bytes_of["moments"] == params
+    assert found.saved == 4 * 5 * 16  # the output of the ReLU, for itself and for the second layer
+    assert found.flops == 2 * 5 * (8 * 16 + 16 * 4) + 2 * 5 * (8 * 16 + 2 * 16 * 4)
+    # Most is there when the ReLU is undone: its output, the gradients on both sides of it and of the second weight.
+    assert found.bytes_of["gradients"] == 4 * 16 * 4
+    assert found.bytes_of["activations"] == 4 * 5 * 16
+
+
+def test_fake_tensors_keep_what_real_ones_keep(tmp_path: Path) -> None:
+    config = loaded(tmp_path)
+    counts = []
+    for fake in (True, False):
+        with FakeTensorMode() if fake else torch.random.fork_rng():
+            model = patch_model(build_on_meta(config, "cpu"), config.apt_config()).train()
+            batch = _batch(config, model, 8, 16)
+            own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch.values())}
+            kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
+
+            def keep(tensor: Tensor, kept: Any = kept) -> Tensor:
+                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                output = model(**batch)
+            counts.append(sum(storage.nbytes() for address, storage in kept.items() if address not in own))
+            del output
+    found = estimate(config, baseline=False).phases["before pruning"]
+    assert counts[0] == counts[1]
+    # One scalar more or less: the loss is told from what is saved for it.
+    assert found.saved == pytest.approx(counts[1], rel=1e-3)
+
+
+def test_parts_are_exact(tmp_path: Path) -> None:
+    config = loaded(tmp_path)
+    found = estimate(config, baseline=False)
+    first, last = found.phases["before pruning"], found.phases["after the last event"]
+    plan = found.plan
+    assert first.bytes_of["adapters"] == 4 * plan.adapter_params
+    assert first.bytes_of["adapters"] + first.bytes_of["head"] == 4 * plan.trainable_params
+    # Two moments and a step counter of each parameter that trains.
+    assert 0 <= first.bytes_of["moments"] - 8 * plan.trainable_params <= 4 * 100
+    removed = first.bytes_of["weights"] - last.bytes_of["weights"]
+    assert removed / 4 == pytest.approx(0.5 * plan.block_params, rel=0.05)
+    budget = max(event.rank_budget or 0 for event in plan.events)
+    assert 0.8 * budget <= last.bytes_of["adapters"] / 4 <= budget
+    assert found.step_speedup == first.flops / last.flops
+    assert found.inference_speedup > 1.5
+    assert found.baseline is None
+    assert found.training_peak == max(phase.peak for phase in found.phases.values())
+    assert found.peak == max(found.training_peak, found.measuring)
+
+
+def test_flops_of_an_encoder_by_closed_form(tmp_path: Path) -> None:
+    config = loaded(tmp_path)
+    with FakeTensorMode():
+        model = build_on_meta(config, "cpu")
+        found = forward_flops(model, _batch(config, model, 8, 16))
+    tokens, width, inner = 8 * 16, 64, 128
+    layer = 2 * tokens * (4 * width * width + 2 * width * inner) + 2 * 2 * tokens * 16 * width
+    assert found == 3 * layer + 2 * 8 * (width * width + 2 * width)
+
+
+def test_lora_is_its_own_measure(tmp_path: Path) -> None:
+    found = estimate(loaded(tmp_path, model={"method": "lora"}), baseline=False)
+    assert list(found.phases) == ["before pruning"]
+    assert (found.step_speedup, found.inference_speedup, found.run_over_lora) == (1.0, 1.0, 1.0)
+
+
+def test_a_run_with_a_teacher_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a run with a teacher is not predicted"):
+        estimate(loaded(tmp_path, distillation={"use_self_distillation": True}), baseline=False)
+
+
+@pytest.mark.parametrize(("rows", "length", "width"), [(64, 64, 128), (128, 32, 256)])
+def test_the_peak_of_a_process_that_trains(tmp_path: Path, rows: int, length: int, width: int) -> None:
+    shape = SHAPE | {"hidden_size": width, "intermediate_size": 4 * width}
+    path = config_of(
+        tmp_path,
+        model={"shape": shape},
+        data={"max_length": length},
+        training={"batch_size": rows},
+        pruning={"target_sparsity": 0.5, "prune_start": 0.9, "prune_end": 0.95, "num_events": 1},
+    )
+    # Freed blocks go back to the system, so that the peak is that of the tensors and not of the allocator's history.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = estimate(load_config(path), baseline=False).phases["before pruning"].peak
+    assert int(done.stdout.split()[-1]) == pytest.approx(expected, rel=0.12)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", str(write_config(tmp_path))]) == 0
+    printed = capsys.readouterr().out
+    assert "process, libraries" in printed
+    assert "peak memory of the run" in printed
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run.partial").exists()
