@@ -85,7 +85,10 @@ def _run(argv: list[str] | None) -> int:
     if arguments.command == "eval":
         print(json.dumps(run.evaluate(arguments.folder, config)))
     else:
-        run.train(config, overwrite=arguments.overwrite, resume=arguments.resume)
+        from apt.model_card import command_of
+
+        command = command_of(sys.argv[1:] if argv is None else argv)
+        run.train(config, overwrite=arguments.overwrite, resume=arguments.resume, command=command)
     return 0
 
 

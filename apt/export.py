@@ -25,6 +25,7 @@ from apt.fused import FusedLinears, plain_linear, replace_module, replaced, rest
 from apt.gate_files import has_gates, load_gates, save_gates
 from apt.linears import features, is_conv1d, make_linear, weight_and_bias
 from apt.methods import GATES, METHODS
+from apt.model_card import README, CardFacts, model_card
 from apt.patch import Summary, summary
 from apt.prompts import PROMPT, PTuningEmbedding, place_plain_prompt, placed_prompt
 from apt.stock import first_difference, stock_config
@@ -40,7 +41,8 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     """Save a patched model as an ordinary smaller one: adapters merged in float32, pruned units gone.
 
     The folder holds ``config.json``, ``model.safetensors`` under the stock parameter names, and ``apt_export.json``
-    with the number of units in every group and of hidden dimensions. `load_model` reads it. Where a stock configuration
+    with the number of units in every group and of hidden dimensions, which `load_model` reads, and ``README.md``, a
+    model card. Where a stock configuration
     describes the result ("stock" in that file), as with ``layout="uniform"``, it is the one that is saved, and
     ``AutoModel`` loads the folder too. Gates that depend on the example (method "dynacsg") cannot be merged: they lie
     beside the weights, and `load_model` puts them back. A prompt is kept without the network that makes it, and
@@ -101,6 +103,9 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         "sha256": _sha256(partial / WEIGHTS),
     }
     (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    base: Any = getattr(model.config, "_name_or_path", "")
+    facts = CardFacts(str(base or ""), type(model).__name__, state.config.method, reason is None, counts)
+    (partial / README).write_text(model_card(facts), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(partial, folder)

@@ -1,6 +1,7 @@
 """A whole run: from a config to a folder that holds the small model, its metrics and its events."""
 
 import copy
+import json
 import platform
 import sys
 import time
@@ -20,8 +21,9 @@ from apt.checkpoint import random_state_kept
 from apt.config import RunConfig
 from apt.data import Loader
 from apt.evaluate import Evaluator, latency_ms, time_events
-from apt.export import export_model, load_model
+from apt.export import CARD, export_model, load_model
 from apt.language import generation_metrics
+from apt.model_card import README, CardFacts, model_card
 from apt.patch import patch_model, summary
 from apt.records import write_json
 from apt.report import print_report
@@ -44,12 +46,12 @@ from apt.trainer import APTrainer
 EVENTS, TIMINGS, MODEL = "events.jsonl", "event_timing.json", "model"
 
 
-def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> Path:
+def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, command: str | None = None) -> Path:
     """A whole run: train, export, load the export again, measure it, report. Returns the run's folder.
 
     Everything is written to ``<output_dir>.partial``, which gets its name only at the end: a finished run of that name
     stays until a new one has succeeded. With `resume` a finished run is left as it is, and an unfinished one goes on
-    from its last checkpoint, or from the start where it has none.
+    from its last checkpoint, or from the start where it has none. The model card tells `command` as what began the run.
 
     Raises:
         ValueError: the output folder holds something, or a setting, the data or the model is not what it must be.
@@ -77,8 +79,21 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
         step = int(Path(checkpoint).name.rpartition("-")[2])
         metrics |= {"resumed_from_step": step, "tokens_per_s_before": None, "tokens_per_s_after": None}
-    write_json(partial / METRICS, metrics | {"train_seconds": seconds})
+    metrics |= {"train_seconds": seconds}
+    _write_card(config, trainer, partial / MODEL, metrics, command)
+    write_json(partial / METRICS, metrics)
     return _name_and_report(partial, output)
+
+
+def _write_card(
+    config: RunConfig, trainer: APTrainer, folder: Path, metrics: dict[str, Any], command: str | None
+) -> None:
+    """The model card of the export once more, with what the run knows of it."""
+    model = trainer.model
+    assert model is not None
+    stock = bool(json.loads((folder / CARD).read_text(encoding="utf-8"))["stock"])
+    facts = CardFacts(config.model.name, type(model).__name__, config.model.method, stock, summary(model))
+    (folder / README).write_text(model_card(facts, metrics, config.model.task, command), encoding="utf-8")
 
 
 def _name_and_report(partial: Path, output: Path) -> Path:

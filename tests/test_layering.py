@@ -58,6 +58,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "recorder",
     "trainer",
     "stock",
+    "model_card",
     "export",
     "fusion",
     "peft_files",
