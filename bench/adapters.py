@@ -80,7 +80,7 @@ def task_table(rows: list[Row]) -> str:
         return ""
     lines = [
         f"| method | seeds | accuracy | points over {BASELINE}, 95 % interval | trained at first | at the end "
-        "| ranks or gates in use | training, s | peak memory, MB | file, kB |",
+        "| ranks or gates in use | training, CPU s | peak memory, MB | file, kB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     baseline = {row["seed"]: row for row in rows if row["arm"] == BASELINE}
@@ -94,7 +94,7 @@ def task_table(rows: list[Row]) -> str:
         lines.append(
             f"| {arm} | {len(mine)} | {statistics.mean(accuracies):.4f}{spread} | {_difference(mine, baseline)} "
             f"| {_mean(mine, 'trainable_start'):,.0f} | {_mean(mine, 'trainable'):,.0f} | {active} "
-            f"| {_mean(mine, 'train_seconds'):.0f} | {_mean(mine, 'peak_mb'):.0f} "
+            f"| {_mean(mine, 'train_cpu_seconds'):.0f} | {_mean(mine, 'peak_mb'):.0f} "
             f"| {_mean(mine, 'file_bytes') / 1e3:,.0f} |"
         )
     return "\n".join(lines) + "\n"

@@ -54,6 +54,11 @@ def peft_lora_low(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[
     return _plain(peft_model(model, targets, autocast_adapter_dtype=False), batch)
 
 
+def peft_lora_patched(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
+    """PEFT's LoRA by PEFT's own model, its linears on the fused op: `apt.patch_model(peft_model)`."""
+    return _plain(apt.patch_model(peft_model(model, targets)), batch)
+
+
 def lora(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
     """`apt.patch_model(method="lora")`."""
     return _plain(
@@ -116,6 +121,7 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "peft lora": peft_lora,
     "peft lora, base dtype": peft_lora_low,
     "peft lora, compiled": peft_lora_compiled,
+    "peft lora, patched": peft_lora_patched,
     "apt lora": lora,
     "apt 0%": pruned(0.0),
     "apt 0%, statistics": pruned(0.0, salience=True),

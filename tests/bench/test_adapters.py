@@ -96,7 +96,7 @@ def test_a_run_apart_gives_its_row_and_the_table(config: Path, tmp_path: Path) -
 
 
 def test_the_table_pairs_sentences() -> None:
-    row = {"shape": "", "trainable_start": "10", "trainable": "8", "train_seconds": "2", "peak_mb": "3"}
+    row = {"shape": "", "trainable_start": "10", "trainable": "8", "train_cpu_seconds": "2", "peak_mb": "3"}
     row |= {"file_bytes": "4000", "test_size": "8", "seed": "0"}
     base = {**row, "arm": "peft lora", "accuracy": "1.0", "correct": "ff", "ranks": "", "active": ""}
     ours = {**row, "arm": "gsa", "accuracy": "0.5", "correct": "f0", "ranks": "6", "active": "5"}
