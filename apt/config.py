@@ -65,9 +65,9 @@ class ModelConfig:
     # "summarization": an encoder-decoder writes a text of a text, a translation too,
     # "question_answering": the answer stands in a context, or nowhere (SQuAD v2)
     task: str = "classification"
-    method: str = (
-        "apt"  # "lora", "adalora", "gsa", "spectral_a", "spectral_r": adapters alone, unless prune says otherwise
-    )
+    # "lora", "adalora", "adalora_simple", "gsa", "spectral_a", "spectral_r", "dynacsg": adapters alone, unless prune
+    # says otherwise; "p_tuning", "prefix_tuning": a prompt; "full": everything trains, the baseline
+    method: str = "apt"
     prune: bool | None = None  # whether units go; null: as the method does it
     # names, endings of names, or roles (q, v, up, ...); one text: a regular expression or "all-linear"; null: defaults
     target_modules: list[str] | str | None = None

@@ -47,10 +47,10 @@ class APTConfig:
                 f"config: method {self.method!r} prunes; for adapters alone choose 'lora' or another, and "
                 f"for ranks that grow alone target_sparsity=0"
             )
-        if self.prompts and (self.prune or self.target_modules is not None):
+        if not METHODS[self.method].adapts and (self.prune or self.target_modules is not None):
             raise ValueError(
-                f"config: method {self.method!r} trains a prompt alone: leave out prune and target_modules; a model "
-                f"that is pruned already can be given a prompt"
+                f"config: method {self.method!r} has no adapters: leave out prune and target_modules; a model that is "
+                f"pruned already can be trained so"
             )
         if self.rank < 1:
             raise ValueError(f"config: rank must be at least 1, got {self.rank}")

@@ -31,6 +31,12 @@ class Method:
     grows: bool = False  # whether ranks grow
     per_example: bool = False  # gates depend on the example: the layers above one have them, and nothing merges
     prompt: bool = False  # whether it adapts no linear but gives the model a prompt (`apt.prompts`)
+    full: bool = False  # whether every parameter trains, and nothing is put in: what the others are measured against
+
+    @property
+    def adapts(self) -> bool:
+        """Whether linears get adapters."""
+        return not (self.prompt or self.full)
 
 
 METHODS: dict[str, Method] = {
@@ -44,6 +50,7 @@ METHODS: dict[str, Method] = {
     "dynacsg": Method(DynamicSpectral.of, own_scale=1.0, penalty=expected_gates, per_example=True),
     "p_tuning": Method(prompt=True),
     "prefix_tuning": Method(prompt=True),
+    "full": Method(full=True),
 }
 
 

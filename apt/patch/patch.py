@@ -38,7 +38,7 @@ def patch_model(
         config: None is the default; `method` and `overrides` apply on top.
         method: "apt", "lora", "adalora", "adalora_simple", "gsa", "spectral_a", "spectral_r" or "dynacsg"
             (`apt.methods`); or "p_tuning" or "prefix_tuning" (`apt.prompts`): no adapter, but a prompt and the task
-            head train.
+            head train; or "full": nothing is put in, everything trains.
         overrides: leaves of the config by name.
 
     Returns:

@@ -34,7 +34,7 @@ def find_places(model: nn.Module, config: APTConfig, family: Family | None) -> P
         ValueError: a target matches nothing, or lies where it cannot go, or nothing is left to prune.
     """
     split = _to_split(model, config, family)
-    targets = [] if config.prompts else find_targets(model, config, family, split)
+    targets = find_targets(model, config, family, split) if METHODS[config.method].adapts else []
     if METHODS[config.method].per_example and family is not None:
         targets = _with_gates(model, config, family, targets)
     prunable = []
@@ -42,7 +42,7 @@ def find_places(model: nn.Module, config: APTConfig, family: Family | None) -> P
         prunable = [name for _, name in _places(model, family, split)]
         if not prunable:
             raise ValueError("patch_model: every layer of this model is empty, so it has no prunable units")
-    return Places(split, targets, prunable, task_head(model))
+    return Places(split, targets, prunable, [model] if METHODS[config.method].full else task_head(model))
 
 
 def _to_split(model: nn.Module, config: APTConfig, family: Family | None) -> Split:
@@ -51,7 +51,7 @@ def _to_split(model: nn.Module, config: APTConfig, family: Family | None) -> Spl
     To prune, all are; for adapters alone those of which a part is asked for by its role. An adapter on a fused
     projection that is named as a whole is one adapter.
     """
-    if family is None or config.prompts:
+    if family is None or not METHODS[config.method].adapts:
         return {}
     named = () if isinstance(config.target_modules, str) else config.target_modules or family.default_targets
     wanted = set(ROLES if config.prunes else named)

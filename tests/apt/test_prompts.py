@@ -282,7 +282,7 @@ def test_what_is_refused() -> None:
             patch(kind)
         patch(kind, "p_tuning")(**tiny_batch(kind))
     for settings in ({"prune": True}, {"target_modules": ("q",)}):
-        with pytest.raises(ValueError, match="trains a prompt alone"):
+        with pytest.raises(ValueError, match="has no adapters: leave out prune"):
             patch("bert", "p_tuning", **settings)
     with pytest.raises(ValueError, match="num_virtual_tokens must be at least 1"):
         patch("bert", num_virtual_tokens=0)
