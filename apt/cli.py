@@ -66,6 +66,10 @@ def _run(argv: list[str] | None) -> int:
 
         report(arguments.run)
         return 0
+    if arguments.command == "experiment":
+        from apt.experiment import run_experiment
+
+        return int(bool(run_experiment(arguments.grid)))
     config = _config(arguments, rest)
     if arguments.command == "config":
         print(config.to_yaml(), end="")
@@ -115,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("folder", type=Path, help="an export, such as runs/demo/model")
     reporting = commands.add_parser("report", help="tables of a finished run, and a page with its pictures")
     reporting.add_argument("run", type=Path, help="folder of the run, or of several")
+    trying = commands.add_parser("experiment", help="do all runs of a grid that are not finished; tables and pages")
+    trying.add_argument("grid", type=Path, help="YAML file of the grid, such as examples/grid.yaml")
     showing = commands.add_parser("config", help="print the settings that a run would have")
     commands.add_parser("doctor", help="whether a run can work here: versions, devices, backends, clashes of names")
     guessing = commands.add_parser("estimate", help="peak memory and speed-up of a run, before it; no weights, no data")

@@ -83,15 +83,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replace a JSON-lines file by these rows, as `write_json` does."""
-    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_json(path: Path, row: dict[str, Any]) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of it."""
-    _replace(path, json.dumps(row, indent=2) + "\n")
+    write_text(path, json.dumps(row, indent=2) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text under a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")

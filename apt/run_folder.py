@@ -8,7 +8,7 @@ from pathlib import Path
 from apt.config import RunConfig, load_config
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
-SHAPES_A_RUN = ("model", "data", "training", "pruning", "tuning", "distillation")  # sections of the config
+SHAPES_A_RUN = ("model", "data", "training", "pruning", "adapter", "prompt", "tuning", "distillation")  # of the config
 FREE_ON_RESUME = ("save_steps", "logging_steps", "report_to")  # of the training section
 
 
@@ -32,7 +32,7 @@ def is_done(output: Path, config: RunConfig, *, overwrite: bool, resume: bool) -
     finished = (output / METRICS).exists()
     if finished and resume and not overwrite:
         print(f"apt: {output} holds a finished run; there is nothing to resume", file=sys.stderr)
-        if (other := _difference(output / CONFIG, config, "the finished run")) is not None:
+        if (other := other_settings(output, config)) is not None:
             print(f"apt: it was made with other settings ({other}); give another output_dir for these", file=sys.stderr)
         if _checkpoints(partial_of(output)):
             print("apt: an unfinished run would replace it; --resume --overwrite goes on with that", file=sys.stderr)
@@ -42,6 +42,11 @@ def is_done(output: Path, config: RunConfig, *, overwrite: bool, resume: bool) -
     if output.exists() and not finished and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"train: {output} exists and is no run; it stays as it is, give another output_dir")
     return False
+
+
+def other_settings(output: Path, config: RunConfig) -> str | None:
+    """The first setting that shapes a run and is another in a finished one, in words; None: there is none."""
+    return _difference(output / CONFIG, config, "the finished run")
 
 
 def is_whole(partial: Path, config: RunConfig, *, resume: bool) -> bool:

@@ -65,6 +65,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "report",
     "run_folder",
     "run",
+    "experiment",
     "efficient_finetuning",
     "cli",
     "__main__",
