@@ -2,10 +2,9 @@
 
 ``python -m bench.ablations [--config examples/demo.yaml] [--seeds 0 1 2] [--only apt-60 w/o_AT]``
 
-Every run is one row of bench/results/cpu/ablations.csv with the answer to each test sentence; rows that are there
-already are skipped, so a grid that was stopped goes on (`bench.grid`). The Markdown table beside
-it is drawn from the CSV alone. The interval is a paired bootstrap over the test sentences, each sentence averaged over
-its seeds.
+Every run is one row of the accuracy.csv that `bench.accuracy` fills too, with the answer to each test sentence; rows
+that are there already are skipped, so a grid that was stopped goes on (`bench.grid`). The table is drawn from the CSV
+alone. The interval is a paired bootstrap over the test sentences, each sentence averaged over its seeds.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.grid import Cell, fill
+from bench.plan import results
 from bench.rows import read_rows
 
 # The teacher is the model before its first mask falls: in a short run it has to learn for a while first. Chosen on
@@ -34,6 +34,7 @@ GRID: dict[str, tuple[str, list[str], str]] = {
     "uniform_growth": ("apt-60", [*DISTILLED, "ablation=uniform_growth"], "apt-60"),
 }
 DRAWS = 10_000
+POINTS = 10  # of a run, at which accuracy is taken
 
 
 def paired_bootstrap(mine: NDArray[np.float64], theirs: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
@@ -90,12 +91,12 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("examples/demo.yaml"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(GRID), default=list(GRID))
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/ablations.csv"))
+    parser.add_argument("--out", type=Path, default=results("accuracy"))
     arguments = parser.parse_args()
     grid = {label: Cell(*GRID[label][:2]) for label in arguments.only}
-    fill(arguments.out, arguments.config, grid, arguments.seeds, [])
+    fill(arguments.out, arguments.config, grid, arguments.seeds, [], points=POINTS)
     text = table(read_rows(arguments.out))
-    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    arguments.out.with_name("ablations.md").write_text(text, encoding="utf-8")
     print(text)
 
 

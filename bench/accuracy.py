@@ -14,7 +14,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from bench.ablations import DISTILLED
+from bench.ablations import DISTILLED, POINTS
 from bench.ablations import GRID as ABLATIONS
 from bench.grid import Cell, Rows, fill, hours
 from bench.plan import results
@@ -22,7 +22,6 @@ from bench.rows import read_rows
 
 SPARSITIES = (40, 60, 70, 80, 90)
 THREE = ("lora", "apt-60", "apt-80")  # what has three seeds
-POINTS = 10  # of a course
 SHARE = 0.97  # of full fine-tuning's accuracy
 UNMEASURED = "unmeasured"
 

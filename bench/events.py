@@ -122,6 +122,12 @@ def measure(shape: str, mode: str, sparsity: float, runs: int) -> list[dict[str,
     return rows
 
 
+def missed(row: dict[str, str]) -> list[str]:
+    """What an event did not make smaller: bytes kept for backward, time of a step, bytes of parameters."""
+    wanted = ["saved_mb", "ms", *([] if "teacher" in row["mode"] else ["parameters_mb"])]  # a teacher keeps them
+    return [key for key in wanted if not float(row[f"{key}_after"]) < float(row[f"{key}_before"])]
+
+
 def table(rows: list[dict[str, str]]) -> str:
     """One line an event; what is judged and did not shrink is marked."""
     lines = [
@@ -129,11 +135,10 @@ def table(rows: list[dict[str, str]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        wanted = ["saved_mb", "ms", *([] if "teacher" in row["mode"] else ["parameters_mb"])]
         judged = float(row["removed"]) >= LEAST and "held" in row["mode"]
-        missed = [key for key in wanted if judged and not float(row[f"{key}_after"]) < float(row[f"{key}_before"])]
+        larger = missed(row) if judged else []
         cells = [f"{row[f'{key}_before']} -> {row[f'{key}_after']}" for key in ("saved_mb", "parameters_mb", "ms")]
-        mark = f" **not smaller: {', '.join(missed)}**" if missed else ""
+        mark = f" **not smaller: {', '.join(larger)}**" if larger else ""
         lines.append(
             f"| {row['mode']} | {row['event']} | {float(row['removed']):.1%} | {' | '.join(cells)} "
             f"| {float(row['faster']):.2f}{mark} | {row['event_seconds']} |"

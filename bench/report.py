@@ -11,34 +11,49 @@ from collections.abc import Callable
 from os.path import relpath
 from pathlib import Path
 
-from bench import accuracy, cost, inference, train_step
+from bench import ablations, accuracy, adapters, cost, events, goals, inference, train_step
 from bench.grid import Rows
-from bench.plots import save
+from bench.plots import PICTURES, save
 from bench.rows import read_rows
 
 TABLES: dict[str, Callable[[Rows], str]] = {
     "train_step": train_step.table,
     "inference": inference.table,
     "cost": cost.table,
+    "events": events.table,
     "accuracy": accuracy.table,
+    "ablations": ablations.table,
+    "adapters": adapters.table,
 }
+ROWS = {"ablations": "accuracy"}  # whose rows a table is drawn from, where they are another's
+GOALS = "goals"  # the block of all bars
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def section(name: str, results: Path, page: Path) -> str:
     """What the page says about one benchmark."""
     lines = ["", f"Measure it with `python -m bench.{name}`, draw it with `python -m bench.report`.", ""]
-    files = sorted(results.glob(f"*/{name}.csv"))
+    files = sorted(results.glob(f"*/{ROWS.get(name, name)}.csv"))
     for file in files:
         rows = read_rows(file)
-        text, picture = TABLES[name](rows), file.with_suffix(".png")
-        file.with_suffix(".md").write_text(text, encoding="utf-8")
-        save(name, rows, picture)
+        text = TABLES[name](rows)
+        file.with_name(f"{name}.md").write_text(text, encoding="utf-8")
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows if row["commit"]))
         lines += [f"#### {file.parent.name}, commit {commits or 'unknown'}", "", text.rstrip("\n"), ""]
-        lines += [f"![{name} on {file.parent.name}]({relpath(picture, page.parent)})", ""]
+        if name in PICTURES:
+            picture = file.with_suffix(".png")
+            save(name, rows, picture)
+            lines += [f"![{name} on {file.parent.name}]({relpath(picture, page.parent)})", ""]
         lines += [f"Rows: [{file.name}]({relpath(file, page.parent)}).", ""]
     return "\n".join(lines if files else [*lines, "`unmeasured`", ""])
+
+
+def goals_section(results: Path) -> str:
+    """Every bar, machine by machine."""
+    lines = ["", "Print it with `python -m bench.goals`.", ""]
+    for folder in sorted(folder for folder in results.iterdir() if any(folder.glob("*.csv"))):
+        lines += [f"#### {folder.name}", "", goals.table(goals.read_from(folder))]
+    return "\n".join(lines)
 
 
 def rewrite(page: Path, results: Path) -> None:
@@ -48,10 +63,15 @@ def rewrite(page: Path, results: Path) -> None:
         ValueError: a mark names no benchmark, or the page lacks the marks of one.
     """
     text = page.read_text(encoding="utf-8")
-    named = [match[1] for match in BLOCK.findall(text)]
-    if sorted(named) != sorted(TABLES):
-        raise ValueError(f"{page}: it needs one <!-- bench:NAME --> ... <!-- /bench --> for each of {list(TABLES)}")
-    new = BLOCK.sub(lambda match: match[1] + section(match[2], results, page) + match[3], text)
+    named, needed = [match[1] for match in BLOCK.findall(text)], [*TABLES, GOALS]
+    if sorted(named) != sorted(needed):
+        raise ValueError(f"{page}: it needs one <!-- bench:NAME --> ... <!-- /bench --> for each of {needed}")
+
+    def written(match: re.Match[str]) -> str:
+        name = match[2]
+        return match[1] + (goals_section(results) if name == GOALS else section(name, results, page)) + match[3]
+
+    new = BLOCK.sub(written, text)
     page.write_text(new, encoding="utf-8")
 
 

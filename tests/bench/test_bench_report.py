@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench import plan, plots
-from bench.report import TABLES, rewrite
+from bench.report import GOALS, TABLES, rewrite
 from bench.rows import append_rows, environment
 
 STEEP = [{"part": "search", "axis": "layers", "size": n, "ms_p50": n**1.5, "commit": "abc"} for n in (1, 10, 100)]
@@ -21,7 +21,8 @@ def texts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 def test_the_page_shows_what_was_measured_and_keeps_its_own_words(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
-    page.write_text("first\n" + "".join(f"<!-- bench:{name} -->\nold\n<!-- /bench -->\nof {name}\n" for name in TABLES))
+    blocks = [f"<!-- bench:{name} -->\nold\n<!-- /bench -->\nof {name}\n" for name in (*TABLES, GOALS)]
+    page.write_text("first\n" + "".join(blocks))
     results = tmp_path / "bench" / "results"
     append_rows(results / "cpu" / "cost.csv", STEEP)
     rewrite(page, results)
@@ -29,7 +30,8 @@ def test_the_page_shows_what_was_measured_and_keeps_its_own_words(tmp_path: Path
     rewrite(page, results)
     assert page.read_text(encoding="utf-8") == once
     assert once.startswith("first\n<!-- bench:train_step -->\n\nMeasure it with `python -m bench.train_step`")
-    assert once.count("`unmeasured`") == len(TABLES) - 1
+    assert once.count("\n`unmeasured`\n") == len(TABLES) - 1
+    assert "#### cpu\n\n| on one machine" in once
     assert all(f"<!-- /bench -->\nof {name}\n" in once for name in TABLES)
     assert "old" not in once
     assert "#### cpu, commit abc" in once
