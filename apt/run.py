@@ -23,6 +23,7 @@ from apt.data import Loader
 from apt.evaluate import Evaluator, latency_ms, time_events
 from apt.export import CARD, export_model, load_model
 from apt.language import generation_metrics
+from apt.methods import METHODS
 from apt.model_card import README, CardFacts, model_card
 from apt.patch import patch_model, summary
 from apt.records import write_json
@@ -219,6 +220,7 @@ def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, tra
         "params_before": counts.params_before,
         "params_after": counts.params_after,
         "num_events": len(trainer.controller.events),
+        "active_gates": counts.active if METHODS[config.model.method].make is not None else None,
         "steps": trainer.state.global_step,
         **latency,
         **trainer.throughput(),

@@ -57,6 +57,9 @@ def size_rows(run: RunRecord) -> Rows:
     rows.append(("sparsity reached", number(metrics.get("sparsity"), ".1%")))
     rows.append(("parameters before", number(metrics.get("params_before"), ",")))
     rows.append(("parameters after", number(metrics.get("params_after"), ",")))
+    active = metrics.get("active_gates")
+    if active:
+        rows.append((f"ranks or gates in use, of {len(active)} layers", f"{sum(active.values()):,.1f}"))
     taught = metrics.get("self_distillation")
     if taught:
         taken = ", ".join(map(str, taught["teacher_of_steps"]))

@@ -50,6 +50,16 @@ def test_the_metrics_asked_for(tmp_path: Path) -> None:
     assert "accuracy" not in metrics
 
 
+def test_gates_in_use_are_told_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, model={"method": "gsa"}, training={"max_steps": 5, "initial_rank": 2})
+    assert main(["train", str(config), "learning_rate=0.1"]) == 0
+    gates = metrics_of(tmp_path / "run")["active_gates"]
+    assert len(gates) == 8  # q, v, up and down of two layers
+    assert all(count <= 4 for count in gates.values())  # of 2 r, each 0 at the start
+    assert sum(gates.values()) > 8
+    assert "ranks or gates in use, of 8 layers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("data", "task", "asked", "first"),
     [
