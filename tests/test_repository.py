@@ -70,3 +70,9 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     targets = [link.partition("#")[0] for link in LINK.findall(text) if "://" not in link]
     broken = [target for target in targets if target and not (page.parent / target).exists()]
     assert not broken
+
+
+def test_the_index_of_the_pages_names_each() -> None:
+    index = ROOT / "docs/README.md"
+    links = LINK.findall(index.read_text(encoding="utf-8"))
+    assert not {path.name for path in index.parent.glob("*.md")} - {*links, index.name}

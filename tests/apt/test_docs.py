@@ -194,11 +194,6 @@ def test_quoted_paths_are_there(page: Path) -> None:
     assert not lost_paths(text_of(page))
 
 
-def test_the_index_names_every_page() -> None:
-    index = text_of(ROOT / "docs/README.md")
-    assert not [p.name for p in PAGES[1:] if p.name != "README.md" and f"({p.name})" not in index]
-
-
 def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
     quoted = list(first_cells(text_of(ROOT / "docs/troubleshooting.md")))
     assert len(quoted) > 10
