@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 import apt
 from apt.cli import _config, _parser, main
 from apt.config import SECTIONS, load_config
+from apt.experiment.grid import cells, load_grid
 
 BASE = {"output_dir": "runs/page", "model": {"name": "bert-base-uncased"}, "data": {"datasets": "glue/sst2"}}
 AUTO = ["AutoTokenizer", *(f"AutoModelFor{head}" for head in ("CausalLM", "Seq2SeqLM", "SequenceClassification"))]
@@ -129,11 +130,17 @@ def test_the_code_of_a_page_runs(page: Path, desk: Path) -> None:
 
 
 def read_configs(text: str, folder: Path) -> list[Path]:
-    """Load every YAML block of a page, one that is a part only on top of `BASE`; those with a name are written."""
+    """Load every YAML block of a page: a grid with all its runs, a config, or a part of one on top of `BASE`.
+
+    Returns the configs that have a name in their first line; they lie in the folder.
+    """
     written = []
     for number, block in enumerate(blocks(text, "yaml")):
         name = re.match(r"# (\S+\.yaml)\n", block.code)
         document = yaml.safe_load(block.code)
+        if "config" in document:
+            check_grid(folder / f"grid{number}.yaml", document)
+            continue
         if "output_dir" not in document:
             parts = {key: BASE.get(key, {}) | value for key, value in document.items() if key in SECTIONS}  # type: ignore[operator]
             document = BASE | document | parts
@@ -143,6 +150,13 @@ def read_configs(text: str, folder: Path) -> list[Path]:
         if name:
             written.append(path)
     return written
+
+
+def check_grid(path: Path, document: dict[str, Any]) -> None:
+    """Load a grid, whose config may lie beside `examples/grid.yaml`, and the config of each of its runs."""
+    beside = ROOT / "examples" / document["config"]
+    path.write_text(yaml.safe_dump(document | {"config": str(beside)} if beside.exists() else document))
+    assert cells(load_grid(path))
 
 
 @every_page
@@ -163,6 +177,8 @@ def check_command(line: str) -> None:
         assert not any(word.startswith("-") for word in rest), f"{line}: {rest}"
         if hasattr(arguments, "overrides"):
             _config(arguments, rest)
+        if hasattr(arguments, "grid"):
+            assert cells(load_grid(arguments.grid)), line
         for value in vars(arguments).values():
             assert not str(value).endswith(".yaml") or Path(value).is_file(), f"{line}: there is no {value}"
     elif words[0] == "make":
@@ -204,6 +220,7 @@ FAULTS = {
     "code": "```python\nimport apt\n\napt.patch_modell(None)\n```",
     "code with a wrong setting": "```python\nimport apt\n\napt.APTConfig().with_overrides(target_sparsty=0.5)\n```",
     "config": "```yaml\nmodel:\n  nam: bert-base-uncased\n```",
+    "grid": "```yaml\noutput_dir: runs/grid\nconfig: demo.yaml\nmethods: [lore]\n```",
     "command": "```\npython -m apt trian examples/demo.yaml\n```",
     "option": "```bash\npython -m apt train examples/demo.yaml --sparsty_level 0.5\n```",
     "override": "```\npython -m apt train examples/demo.yaml target_sparsty=0.5\n```",
