@@ -114,6 +114,7 @@ class APTAdapter(nn.Module):
 
     @property
     def rank(self) -> int:
+        """Ranks of the adapter, 0 where there is none."""
         if self.delta is not None:
             return self.delta.rank
         return 0 if self.lora_A is None else self.lora_A.shape[0]
@@ -135,10 +136,12 @@ class APTAdapter(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """Inputs of now, as `nn.Linear` calls them."""
         return self.n_in
 
     @property
     def out_features(self) -> int:
+        """Outputs of now, as `nn.Linear` calls them."""
         return self.n_out
 
     @property

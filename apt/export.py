@@ -53,6 +53,9 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         folder: written under a temporary name, then renamed.
         overwrite: replace a folder that exists.
 
+    Returns:
+        The folder.
+
     Raises:
         ValueError: the model is not patched or still masks units between two events, or the folder exists.
     """
@@ -139,6 +142,12 @@ def load_model(folder: str | Path) -> nn.Module:
     """Load an export as a plain model of its stock class, in evaluation mode, with the layer sizes it was saved with.
 
     A model with gates that depend on the example comes patched, as it was trained.
+
+    Args:
+        folder: as `export_model` wrote it.
+
+    Returns:
+        The model, on the CPU.
 
     Raises:
         ValueError: the folder is not an export, a file is truncated or corrupt, or a newer version made it.

@@ -25,6 +25,9 @@ def fuse_adapters(models: Sequence[nn.Module], weights: Sequence[float] | None =
         models: patched, all from one base model; they are not changed.
         weights: of each; None weighs all alike.
 
+    Returns:
+        A model of its own, without adapters.
+
     Raises:
         ValueError: there are fewer than two, their bases differ, an update depends on the example, or the weights are
             not one positive number a model.

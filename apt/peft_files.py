@@ -44,6 +44,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         compact: keep every rank as it is.
         overwrite: replace a folder that exists.
 
+    Returns:
+        The folder.
+
     Raises:
         ValueError: units were pruned or are masked, the update depends on the example, there is no adapter, or the
             folder exists.
@@ -110,6 +113,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Start a patched model from a PEFT LoRA folder: its adapters and its head, whatever their ranks.
 
     Call it before the optimizer and the controller are made. Ranks that the file pads with zeros are left out.
+
+    Args:
+        model: patched with a method of plain A and B ("apt", "lora"), on the modules that the file adapts.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
         ValueError: the folder holds no LoRA, one that is more than a LoRA (DoRA, biases), or one of another model.

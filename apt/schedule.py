@@ -68,10 +68,12 @@ class SparsityScheduler:
 
     @property
     def start(self) -> int:
+        """The optimizer step at which the window opens."""
         return to_steps(self.prune_start, self.total_steps)
 
     @property
     def end(self) -> int:
+        """The optimizer step of the last event."""
         return to_steps(self.prune_end, self.total_steps)
 
     @property

@@ -38,6 +38,7 @@ class APTrainer(Trainer):
 
     Args:
         model: patched by `apt.patch_model`.
+        args: the ``TrainingArguments``.
         config: None means the one `patch_model` stored.
         event_log: a JSON-lines file that gets each event.
         record_to: a folder that gets what a report draws: `steps.jsonl` and `shapes.jsonl` (`apt.recorder`).

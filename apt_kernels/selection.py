@@ -69,7 +69,16 @@ def by_kernels(op: str, x: Tensor, backend: str | None) -> bool:
 
 
 def chosen(op: str, x: Tensor, sizes: tuple[int, ...]) -> str:
-    """The implementation that a call on x would run, "torch" among them; `sizes` as for `choose`. Counts nothing."""
+    """The implementation that a call on x would run. Counts nothing.
+
+    Args:
+        op: name of the public op.
+        x: its input, which tells device and dtype.
+        sizes: what the table is looked up by, tokens first.
+
+    Returns:
+        Its name; "torch" is the eager path.
+    """
     return choose(op, x, None, sizes) if _registered(op, x, None) else "torch"
 
 
@@ -124,9 +133,15 @@ def _linear_heuristic(sizes: tuple[int, ...]) -> str:
 
 
 def backend_of(device: torch.device) -> tuple[str, str]:
-    """What runs on a device where a call forces nothing, and why: ``("torch", ...)`` or ``("triton", ...)``.
+    """What runs on a device where a call forces nothing, and why.
 
     With a table the kernels run only where it names one; which, depends on the shape: `chosen` tells.
+
+    Args:
+        device: any of torch.
+
+    Returns:
+        "torch" or "triton", and the reason in words.
 
     Raises:
         ValueError: APT_BACKEND forces what does not exist, or what cannot run there.

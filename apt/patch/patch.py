@@ -134,6 +134,12 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
         model: patched by `patch_model`.
         merge: add the adapters into the weights first; otherwise what they learnt is dropped. On a model of PEFT use
             its own ``merge_and_unload``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: it is not patched, or what is to be merged depends on the example or is a prompt.
     """
     given, model = model, uncompiled(model)
     if given is not model:

@@ -61,7 +61,17 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Count a patched model. Raises ValueError on one that is not patched."""
+    """Count a patched model.
+
+    Args:
+        model: patched by `apt.patch_model`, compiled or not.
+
+    Returns:
+        Counts, which ``print`` shows as a table.
+
+    Raises:
+        ValueError: it is not patched.
+    """
     model = uncompiled(model)
     state = patch_state(model)
     modules = dict(adapted(model))

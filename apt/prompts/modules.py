@@ -47,6 +47,7 @@ class PTuningEmbedding(nn.Module):
 
     @property
     def num_virtual_tokens(self) -> int:
+        """P."""
         return self.virtual_embeddings.shape[0]
 
     def forward(self, batch_size: int) -> Tensor:
@@ -112,10 +113,12 @@ class PrefixTuning(nn.Module):
 
     @property
     def num_virtual_tokens(self) -> int:
+        """P, as of the other prompt."""
         return self.prefix_length
 
     @property
     def num_layers(self) -> int:
+        """Layers that have keys and values of their own."""
         return len(self.num_heads)
 
     @property

@@ -24,7 +24,7 @@ def gate(
 ) -> Tensor:
     """Multiply by a unit mask and collect what salience needs.
 
-    Returns ``h * m``. Where `sums` is given, the backward pass adds ``sum_t |h|`` to ``sums[0]``, ``sum_t |dL/dy|``
+    Where `sums` is given, the backward pass adds ``sum_t |h|`` to ``sums[0]``, ``sum_t |dL/dy|``
     (the upstream gradient at the gate's output) to ``sums[1]`` and the number of tokens to `count`, padding left out.
 
     Args:
@@ -34,6 +34,9 @@ def gate(
         count: ``[]`` or ``[1]``, float, accumulated in place; required with `sums`.
         valid: 1 where a token is real, 0 where it is padding, the leading shape of h; None is all real.
         backend: forces an implementation; None chooses.
+
+    Returns:
+        ``h * m``.
 
     Raises:
         ValueError: shapes disagree, or the backend does not exist.
@@ -56,9 +59,18 @@ def gate(
 
 
 def column_sums(x: Tensor, valid: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """``sum over tokens of |x|``: ``[D]`` in at least float32. `valid` has the leading shape of x; None is all real.
+    """``sum over tokens of |x|``. It is a statistic: through the kernels no gradient flows.
 
-    It is a statistic: through the kernels no gradient flows.
+    Args:
+        x: ``[..., D]``.
+        valid: 1 where a token is real, 0 where it is padding, the leading shape of x; None is all real.
+        backend: forces an implementation; None chooses.
+
+    Returns:
+        ``[D]``, at least float32.
+
+    Raises:
+        ValueError: shapes disagree, or the backend does not exist.
     """
     require("column_sums", {"valid": (valid, tuple(x.shape[:-1]))})
     x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
