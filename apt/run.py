@@ -28,7 +28,17 @@ from apt.model_card import README, CardFacts, model_card
 from apt.patch import patch_model, summary
 from apt.records import write_json
 from apt.report import print_report
-from apt.run_folder import CHECKPOINTS, METRICS, begin, find_checkpoint, give_name, is_done, is_whole, partial_of
+from apt.run_folder import (
+    CHECKPOINTS,
+    EFFICIENCY,
+    METRICS,
+    begin,
+    find_checkpoint,
+    give_name,
+    is_done,
+    is_whole,
+    partial_of,
+)
 from apt.tasks import (
     GENERATING,
     build_model,
@@ -75,14 +85,15 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
     if checkpoint is None:
         begin(partial, config)
     trainer, seconds = _fit(config, model, tokenizer, data, partial, checkpoint)
-    metrics = _measure(config, tokenizer, data, partial, trainer)
+    metrics, times = _measure(config, tokenizer, data, partial, trainer)
+    efficiency = {"train_seconds": seconds, **trainer.throughput(), **times}
     if checkpoint is not None:
         # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
         step = int(Path(checkpoint).name.rpartition("-")[2])
-        metrics |= {"resumed_from_step": step, "tokens_per_s_before": None, "tokens_per_s_after": None}
-    metrics |= {"train_seconds": seconds}
-    _write_card(config, trainer, partial / MODEL, metrics, command)
-    write_json(partial / METRICS, metrics)
+        efficiency |= {"resumed_from_step": step, "tokens_per_s_before": None, "tokens_per_s_after": None}
+    _write_card(config, trainer, partial / MODEL, metrics | efficiency, command)
+    write_json(partial / EFFICIENCY, efficiency)
+    write_json(partial / METRICS, metrics)  # the last of all: it marks the run as whole
     return _name_and_report(partial, output)
 
 
@@ -188,8 +199,13 @@ def _fit(
     return trainer, seconds
 
 
-def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, trainer: APTrainer) -> dict[str, Any]:
-    """Export the model, load it again, and measure what was loaded; writes the model and the timings of the events."""
+def _measure(
+    config: RunConfig, tokenizer: Any, data: Loader, partial: Path, trainer: APTrainer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Export the model, load it again, and measure what was loaded; writes the model and the timings of the events.
+
+    Returns what config, data, seed and versions decide, and what a clock says.
+    """
     settings, device = config.evaluation, choose_device(config.hardware)
     metric = metric_names(config)[0]
     evaluator = _evaluator(config, tokenizer)
@@ -201,13 +217,13 @@ def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, tra
     tokenizer.save_pretrained(partial / MODEL)
     small = load_model(partial / MODEL).to(device)
     dense = build_model(config, data.num_labels, tokenizer).to(device)
-    latency = _latency(config, dense, small, len(tokenizer))
+    times = _latency(config, dense, small, len(tokenizer))
     if config.model.task in GENERATING:
-        latency |= _generation(config, dense, small, data)
+        times |= _generation(config, dense, small, data)
     scores = _scores(config, evaluator, small, data)
     if trainer.controller.events and settings.event_timing_steps:
         write_json(partial / TIMINGS, _event_timing(config, tokenizer, data, trainer, dense))
-    return {
+    metrics = {
         "method": config.model.method,
         "ablation": config.ablation,
         "model": config.model.name,
@@ -222,8 +238,6 @@ def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, tra
         "num_events": len(trainer.controller.events),
         "active_gates": counts.active if METHODS[config.model.method].make is not None else None,
         "steps": trainer.state.global_step,
-        **latency,
-        **trainer.throughput(),
         "self_distillation": None if distillation is None else distillation.account(),
         "train_size": len(data.train),
         "test_size": len(data.test),
@@ -232,6 +246,7 @@ def _measure(config: RunConfig, tokenizer: Any, data: Loader, partial: Path, tra
         "device": str(device),
         "versions": _versions(),
     }
+    return metrics, times
 
 
 def _evaluator(config: RunConfig, tokenizer: Any) -> Evaluator:

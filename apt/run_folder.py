@@ -7,7 +7,7 @@ from pathlib import Path
 
 from apt.config import RunConfig, load_config
 
-CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
+CONFIG, METRICS, EFFICIENCY, CHECKPOINTS = "config.yaml", "metrics.json", "efficiency.json", "checkpoints"
 SHAPES_A_RUN = ("model", "data", "training", "pruning", "adapter", "prompt", "tuning", "distillation")  # of the config
 FREE_ON_RESUME = ("save_steps", "logging_steps", "report_to")  # of the training section
 

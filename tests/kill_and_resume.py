@@ -2,8 +2,9 @@
 
 Each trial draws a step and a place in it: the forward pass, the backward pass, the event or the masks, halfway through
 a file of a checkpoint, before or after its renaming, or the time after the last step. Half of the trials are killed a
-second time. One line of JSON a trial; the exit code is 1 where weights or decisions differ from those of a run that was
-left alone. Runs are forked from one process that has imported everything and computed nothing.
+second time. One line of JSON a trial; the exit code is 1 where weights, decisions or the metrics file differ from those
+of a run that was left alone. With ``--distil`` all of them have a teacher. Runs are forked from one process that has
+imported everything and computed nothing.
 """
 
 import argparse
@@ -33,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pruning": {"num_events": 3, "prune_end": 0.8},  # after 13, 25 and 38 steps; masks fall in between
     "evaluation": {"event_timing_steps": 0, "inference_repeats": 1},
 }
+TAUGHT = {"use_self_distillation": True, "distill_end": 0.9}
 
 
 def die() -> None:
@@ -112,10 +114,10 @@ def forked(arguments: list[str], log: Path, arm: Callable[[], None] | None = Non
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def outcome(folder: Path) -> tuple[bytes, list[Any]]:
-    """The weights of the export, and what the events decided."""
+def outcome(folder: Path) -> tuple[bytes, list[Any], bytes]:
+    """The weights of the export, what the events decided, and the metrics file."""
     events = [(row["step"], row["prune"], row["rank"]) for row in read_jsonl(folder / "events.jsonl")]
-    return (folder / "model" / "model.safetensors").read_bytes(), events
+    return (folder / "model" / "model.safetensors").read_bytes(), events, (folder / "metrics.json").read_bytes()
 
 
 def trial(folder: Path, config: Path, number: int, seed: int) -> dict[str, Any]:
@@ -130,9 +132,11 @@ def trial(folder: Path, config: Path, number: int, seed: int) -> dict[str, Any]:
         if code == 0:  # the second trap lay before the checkpoint that the run went on from
             break
     code = forked([*command, "--resume"], log)
-    ours, theirs = (outcome(each) if code == 0 else (b"", []) for each in (output, folder / "whole"))
-    row = {"trial": number, "kills": kills, "exit": code, "weights_equal": ours[0] == theirs[0]}
-    return row | {"events_equal": ours[1] == theirs[1], "ok": code == 0 and ours == theirs and kills[0]["killed"]}
+    nothing: tuple[bytes, list[Any], bytes] = (b"", [], b"")
+    ours, theirs = (outcome(each) if code == 0 else nothing for each in (output, folder / "whole"))
+    row = {"trial": number, "kills": kills, "exit": code}
+    row |= {f"{what}_equal": ours[i] == theirs[i] for i, what in enumerate(("weights", "events", "metrics"))}
+    return row | {"ok": code == 0 and ours == theirs and kills[0]["killed"]}
 
 
 def main() -> int:
@@ -141,8 +145,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--distil", action="store_true")
     arguments = parser.parse_args()
-    config = write_config(arguments.folder, **SETTINGS)
+    config = write_config(arguments.folder, **SETTINGS, distillation=TAUGHT if arguments.distil else {})
     code = forked(["train", str(config), f"output_dir={arguments.folder / 'whole'}"], arguments.folder / "whole.log")
     assert code == 0, (arguments.folder / "whole.log").read_text(encoding="utf-8")
     assert len(outcome(arguments.folder / "whole")[1]) == 3

@@ -88,6 +88,15 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def metrics_of(run: Path) -> dict[str, Any]:
-    """What a finished run measured."""
-    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    return metrics
+    """What a finished run scored and counted."""
+    return _read(run / "metrics.json")
+
+
+def efficiency_of(run: Path) -> dict[str, Any]:
+    """What it took of time."""
+    return _read(run / "efficiency.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -10,7 +10,8 @@ import yaml
 from apt.recorder import SHAPES, STEPS
 from apt.records import Event, read_jsonl
 
-METRICS, EVENTS, TIMINGS, CONFIG = "metrics.json", "events.jsonl", "event_timing.json", "config.yaml"
+METRICS, EFFICIENCY, CONFIG = "metrics.json", "efficiency.json", "config.yaml"
+EVENTS, TIMINGS = "events.jsonl", "event_timing.json"
 WORDS = ("method", "ablation", "model", "data", "metric", "unit", "device")  # of metrics.json; all else has no text
 
 
@@ -20,7 +21,7 @@ class RunRecord:
 
     folder: Path
     label: str  # what it is called in tables and titles
-    metrics: dict[str, Any]
+    metrics: dict[str, Any]  # of metrics.json, and of efficiency.json, which an older run has in the first
     events: list[Event]
     timings: dict[str, Any]  # of the events; {} where none was timed
     steps: list[dict[str, Any]]  # rows at logging steps
@@ -59,7 +60,7 @@ def load_run(folder: Path, label: str | None = None) -> RunRecord:
     return RunRecord(
         folder=folder,
         label=folder.resolve().name if label is None else label,
-        metrics=_metrics(folder / METRICS),
+        metrics=(_metrics(folder / EFFICIENCY) if (folder / EFFICIENCY).exists() else {}) | _metrics(folder / METRICS),
         events=_events(folder / EVENTS),
         timings=_timings(folder / TIMINGS),
         steps=[row for row in rows if "loss" in row],

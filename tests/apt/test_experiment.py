@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_run import metrics_of, write_config
+from tiny_run import efficiency_of, metrics_of, write_config
 
 from apt.cli import main
 from apt.experiment import cells, load_grid, run_experiment
@@ -100,7 +100,8 @@ def test_a_run_that_fails_stops_no_other_and_what_is_finished_is_skipped(
         arms = {row["arm"]: row for row in csv.DictReader(file)}
     assert set(arms) == {"apt-50", "lora"}
     assert float(arms["lora"]["score_over_lora"]) == 1.0
-    ours = metrics_of(tmp_path / "grid" / "apt-50-seed0")
+    folder = tmp_path / "grid" / "apt-50-seed0"
+    ours = metrics_of(folder) | efficiency_of(folder)
     assert float(arms["apt-50"]["params_after"]) == ours["params_after"]
     text = (tmp_path / "grid" / "tables.md").read_text(encoding="utf-8")
     assert "## Beside lora" in text

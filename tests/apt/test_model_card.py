@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tiny_run import tiny_bert, write_config
+from tiny_run import efficiency_of, metrics_of, tiny_bert, write_config
 
 import apt
 from apt.cli import main
@@ -30,7 +30,7 @@ def test_a_run_writes_all_it_knows(tmp_path: Path) -> None:
     (tmp_path / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n# tiny\n", encoding="utf-8")
     assert main(["train", str(config), "seed=3"]) == 0
     folder = tmp_path / "run" / "model"
-    card, metrics = ModelCard.load(folder / "README.md"), json.loads((tmp_path / "run/metrics.json").read_text())
+    card, metrics = ModelCard.load(folder / "README.md"), metrics_of(tmp_path / "run") | efficiency_of(tmp_path / "run")
     rows = rows_of(card)
     figures = {name: str(value) for name, value in metrics.items() if name not in NOT_FIGURES and value is not None}
     assert {name: rows[name] for name in figures} == figures

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from run_records import METRICS, run_folder
+from run_records import METRICS, run_folder, write_metrics
 
 from apt.report import print_report
 
@@ -46,6 +46,13 @@ def test_a_run_without_events_has_one_table(tmp_path: Path) -> None:
     text = printed(run_folder(tmp_path / "run", METRICS | {"method": "lora"}, events=0, timings=False))
     assert "Events" not in text
     assert "Forward and backward" not in text
+
+
+def test_times_in_a_file_of_their_own_or_with_the_scores(tmp_path: Path) -> None:
+    older = printed(run_folder(tmp_path / "run", METRICS))
+    write_metrics(tmp_path / "run", METRICS)
+    assert "train_seconds" not in (tmp_path / "run" / "metrics.json").read_text(encoding="utf-8")
+    assert printed(tmp_path / "run") == older
 
 
 def test_a_resumed_run_says_so(tmp_path: Path) -> None:

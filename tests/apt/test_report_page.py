@@ -142,6 +142,7 @@ def test_what_is_shown_is_escaped(tmp_path: Path) -> None:
         ("metrics.json", "{", "metrics.json: "),
         ("metrics.json", "[1]", "metrics.json: it holds no table"),
         ("metrics.json", '{"accuracy": "high"}', "metrics.json: accuracy is 'high'"),
+        ("efficiency.json", '{"train_seconds": "long"}', "efficiency.json: train_seconds is 'long'"),
         ("steps.jsonl", '{"step": 1', "steps.jsonl: "),
         ("steps.jsonl", '{"loss": 1.0}', "steps.jsonl: a row without a step"),
         ("steps.jsonl", '{"step": 1, "loss": "low"}', "steps.jsonl: loss of step 1 is no number"),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import metrics_of, tiny_tokenizer, write_config
+from tiny_run import efficiency_of, metrics_of, tiny_tokenizer, write_config
 
 from apt.cli import main
 from apt.controller import Controller
@@ -22,16 +22,14 @@ METRICS = {
     "sparsity",
     "params_before",
     "params_after",
-    "train_seconds",
-    "latency_ms_dense",
-    "latency_ms_small",
-    "speedup",
-    "tokens_per_s_before",
-    "tokens_per_s_after",
     "num_events",
     "test_size",
     "seed",
     "versions",
+}
+EFFICIENCY = {
+    *("train_seconds", "tokens_per_s_before", "tokens_per_s_after"),
+    *("latency_ms_dense", "latency_ms_small", "latency_shape", "speedup"),
 }
 
 
@@ -68,7 +66,9 @@ def test_a_run_leaves_model_metrics_and_events(finished: Path) -> None:
     assert metrics["accuracy"] == metrics["accuracy_before_export"] >= 0.9
     assert metrics["sparsity"] >= metrics["target_sparsity"] == 0.5
     assert metrics["params_after"] < metrics["params_before"]
-    assert metrics["latency_ms_small"] > 0.0
+    assert set(efficiency_of(run)) == EFFICIENCY
+    assert not EFFICIENCY & set(metrics)
+    assert efficiency_of(run)["latency_ms_small"] > 0.0
     events = read_jsonl(run / "events.jsonl")
     assert [event["step"] for event in events] == sorted(event["step"] for event in events)
     assert (len(events), events[-1]["sparsity"]) == (3, metrics["sparsity"])
@@ -82,6 +82,14 @@ def test_another_process_loads_and_scores_the_export(finished: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["accuracy"] == metrics_of(finished / "run")["accuracy"]
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_the_same_config_in_another_process_the_same_metrics(finished: Path, tmp_path: Path) -> None:
+    done = shell("train", finished / "config.yaml", f"output_dir={tmp_path / 'again'}")
+    assert done.returncode == 0, done.stderr
+    names = ("metrics.json", "model/model.safetensors")
+    ours, theirs = ([(run / name).read_bytes() for name in names] for run in (finished / "run", tmp_path / "again"))
+    assert ours == theirs
 
 
 def test_report_and_config_print(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,10 +145,9 @@ def test_resume_goes_on_as_if_nothing_had_happened(
         capsys, "train", config, "--resume", "learning_rate=0.5"
     )
     assert main(["train", str(config), "--resume", "save_steps=10"]) == 0
-    whole, resumed = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "run")
-    assert resumed["resumed_from_step"] == 10
-    for name in ("accuracy", "sparsity", "params_after", "steps", "num_events"):
-        assert resumed[name] == whole[name]
+    whole, resumed = ((tmp_path / name / "metrics.json").read_bytes() for name in ("whole", "run"))
+    assert resumed == whole
+    assert efficiency_of(tmp_path / "run")["resumed_from_step"] == 10
     plans = [
         [(event["step"], event["prune"], event["rank"]) for event in read_jsonl(tmp_path / name / "events.jsonl")]
         for name in ("whole", "run")
@@ -155,7 +162,7 @@ def test_resume_without_a_checkpoint_starts_fresh(tmp_path: Path) -> None:
     config = write_config(tmp_path, training={"max_steps": 20})
     (tmp_path / "run.partial").mkdir()
     assert main(["train", str(config), "--resume"]) == 0
-    assert "resumed_from_step" not in metrics_of(tmp_path / "run")
+    assert "resumed_from_step" not in efficiency_of(tmp_path / "run")
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:

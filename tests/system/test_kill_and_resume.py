@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL at a random place and resumed end with the weights of one that was left alone."""
+"""Runs killed with SIGKILL at a random place and resumed end with weights and metrics of one that was left alone."""
 
 import json
 import os
@@ -31,6 +31,18 @@ def test_killed_halfway_through_a_file(tmp_path: Path) -> None:
     assert kill["step"] > 24 + 7
     assert row["weights_equal"]
     assert row["events_equal"]
+    assert row["metrics_equal"]
+
+
+def test_killed_while_it_distils(tmp_path: Path) -> None:
+    """Killed in a backward pass after the first event, so that the teacher comes out of a checkpoint."""
+    (row,) = kill_and_resume(tmp_path, "--kills", 1, "--first", 6, "--seed", 1, "--distil")
+    (kill,) = row["kills"]
+    assert (kill["place"], kill["killed"]) == ("backward", True)
+    assert 13 + 7 < kill["step"] < 25
+    assert row["metrics_equal"]
+    metrics = json.loads((tmp_path / "killed6/metrics.json").read_text(encoding="utf-8"))
+    assert metrics["self_distillation"]["teacher_of_steps"]
 
 
 @pytest.mark.slow

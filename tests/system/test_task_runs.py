@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import efficiency_of, metrics_of
 from tiny_tasks import DATA, tiny_decoder, tiny_encoder_decoder, tiny_reader, word_tokenizer, write_task_config
 
 from apt.cli import main
@@ -14,7 +15,7 @@ def run(folder: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> tuple
     """Train, and score the export in another command, which must say the same; returns the metrics and the report."""
     assert main(["train", str(config)]) == 0
     report = capsys.readouterr().out
-    metrics: dict[str, Any] = json.loads((folder / "run/metrics.json").read_text(encoding="utf-8"))
+    metrics = metrics_of(folder / "run")
     assert metrics["sparsity"] >= 0.3
     name = metrics["metric"]
     assert metrics[name] == pytest.approx(metrics[f"{name}_before_export"], rel=1e-5)
@@ -33,7 +34,7 @@ def test_instruction_following(tmp_path: Path, capsys: pytest.CaptureFixture[str
     metrics, report = run(tmp_path, config, capsys)
     assert 1.0 < metrics["perplexity"] < len(word_tokenizer())
     assert f"perplexity on {metrics['test_tokens']:,} tokens" in report
-    assert metrics["generated_per_s_small"] > 0.0
+    assert efficiency_of(tmp_path / "run")["generated_per_s_small"] > 0.0
 
 
 def test_summarization(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
