@@ -91,6 +91,22 @@ def is_a_message(quoted: str) -> bool:
     return any(pattern.search(message) for message in messages())
 
 
+def anchors(text: str) -> set[str]:
+    """What links to the headings of a page end in."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def lost_anchors(page: Path, text: str) -> list[str]:
+    """Links into a page whose heading is not there; pages themselves are looked for in test_repository.py."""
+    lost = []
+    for name, anchor in re.findall(r"\]\(([^)\s:]*\.md)?#([^)\s]+)\)", FENCE.sub("", text)):
+        target = page.parent / name if name else page
+        if anchor not in anchors(target.read_text(encoding="utf-8") if name else text):
+            lost.append(f"{name}#{anchor}")
+    return lost
+
+
 def first_cells(text: str) -> Iterator[str]:
     """What is quoted in the first cell of each row of a page's tables."""
     for line in text.splitlines():

@@ -23,6 +23,7 @@ from pages import (
     files,
     first_cells,
     is_a_message,
+    lost_anchors,
     lost_paths,
     tiny_pretrained,
     toy_rows,
@@ -206,8 +207,9 @@ def test_the_config_of_a_task_trains(number: int, desk: Path, capsys: pytest.Cap
 
 
 @every_page
-def test_quoted_paths_are_there(page: Path) -> None:
+def test_quoted_paths_and_linked_headings_are_there(page: Path) -> None:
     assert not lost_paths(text_of(page))
+    assert not lost_anchors(page, text_of(page))
 
 
 def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
@@ -228,6 +230,7 @@ FAULTS = {
     "target": "```\nmake demos\n```",
     "module": "```\npython -m bench.nothing --tune\n```",
     "path": "It is in `tests/apt/test_nothing.py`.",
+    "heading": "See [there](settings.md#nothing).",
     "bare name": "It is in `test_nothing.py`.",
     "message": "| `schedule: a run of … steps is too long` | nothing |",
 }
@@ -245,4 +248,5 @@ def check_all(text: str, desk: Path) -> None:
     for line in commands(text):
         check_command(line)
     assert not lost_paths(text)
+    assert not lost_anchors(ROOT / "docs/page.md", text)
     assert all(map(is_a_message, first_cells(text)))
