@@ -213,13 +213,16 @@ class InputHook(_Hook):
         self.context.continues = cache is not None and int(cache.get_seq_length()) > 0
 
 
-class PositionHook(_Hook):
-    """Of an attention that projects relative positions by its own query and key."""
+class PositionHook:
+    """Of the dropout by which an attention hands relative positions to its own query and key."""
 
-    argument = "rel_embeddings"
+    module = "pos_dropout"
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.context.positions = self.given(args, kwargs).get(self.argument)
+    def __init__(self, context: GateContext) -> None:
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.context.positions = output
 
 
 class CaptureHook:

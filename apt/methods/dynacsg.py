@@ -1,6 +1,5 @@
 """Dynamic conditional spectral gates: one small network opens singular directions, example by example."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,8 +121,9 @@ def place_gates(
     for layer in layers:
         for part in layer.stack.parts:
             attention = layer.module.get_submodule(part.module) if isinstance(part, Attention) else None
-            if attention is not None and PositionHook.argument in inspect.signature(attention.forward).parameters:
-                hooks.append(attention.register_forward_pre_hook(PositionHook(attention, context), with_kwargs=True))
+            positions = getattr(attention, PositionHook.module, None)
+            if positions is not None:
+                hooks.append(positions.register_forward_hook(PositionHook(context)))
     if context.prompts and hasattr(model, "generate"):
         model.generate = Generate(model, context)  # type: ignore[assignment]
     return hooks

@@ -198,6 +198,30 @@ def test_relative_positions_belong_to_no_example() -> None:
         assert (alone[0] - together[row]).abs().max() < 1e-9
 
 
+class Halved(torch.nn.Module):
+    """Stands where positions are dropped out: like dropout it makes a new tensor, but always the same one."""
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return 0.5 * positions
+
+
+def test_positions_that_were_dropped_out_are_still_of_no_example() -> None:
+    model, plain = tiny_model("deberta"), tiny_model("deberta")
+    for side in (model, plain):
+        for layer in side.deberta.encoder.layer:
+            layer.attention.self.pos_dropout = Halved()
+    apt.patch_model(model, method="dynacsg", target_modules=("q", "k"), rank=RANK)
+    batch = tiny_batch("deberta", length=8)
+    close("all gates shut", run(model, batch).logits, run(plain, batch).logits)
+    torch.nn.init.normal_(model.apt_gates.open.weight)
+    spread(model, batch)
+    together = run(model, batch).logits
+    assert (together - run(plain, batch).logits).abs().max() > 1e-6
+    for row in range(len(together)):
+        alone = run(model, {name: value[row : row + 1] for name, value in batch.items()}).logits
+        assert (alone[0] - together[row]).abs().max() < 1e-9
+
+
 def test_another_batch_below_is_refused() -> None:
     model, batch = patched("bert"), tiny_batch("bert")
     layer = model.bert.encoder.layer[2].intermediate.dense
