@@ -91,9 +91,11 @@ def _bars(
         axis.set_axis_off()
     for axis, (key, mine) in zip(axes.flat, panels.items(), strict=False):
         values = [length(row) for row in mine]
-        bars = axis.barh([row[name] for row in mine], values, color="tab:blue", alpha=0.6)
-        axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8, backgroundcolor="white")
+        axis.barh([row[name] for row in mine], values, color="tab:blue", alpha=0.6)
         axis.plot([mark(row) for row in mine], range(len(mine)), "k|", markersize=11, zorder=5, label=mark_name)
+        for place, value in enumerate(values):  # inside its bar, where no mark of another length can seem to be meant
+            text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+            axis.text(0.0, place, f"  {text}", va="center", fontsize=8)
         for row in mine:
             if row[name] == base:
                 axis.axvline(length(row), color="tab:red", linestyle="--", label=base)
@@ -129,7 +131,7 @@ def cost(rows: Rows) -> Any:
         title = f"{key[0]}: size to the {grows:.2f}" + (", worse than linear" if steep else "")
         axis.set_title(title, fontsize=9, color="tab:red" if steep else "black")
         axis.set_xlabel(key[1])
-        axis.set_xticks(sizes, [f"{size:,.3g}" if size < 1e4 else f"{size:.1e}" for size in sizes])
+        axis.set_xticks(sizes, [f"{size:,.0f}" if size < 1e6 else f"{size:.1e}" for size in sizes])
         axis.set_yticks(times, [f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in times])
         axis.minorticks_off()
         axis.set_ylabel("ms")
