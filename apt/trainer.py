@@ -229,6 +229,11 @@ class APTrainer(Trainer):
         self.control.should_log = due
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed behind the last step: the Trainer would do one more
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         # A loss function of the user's own is given the number of items, and divides by it.
         own = self.compute_loss_func is not None

@@ -194,6 +194,18 @@ def test_throughput_without_events(tmp_path: Path) -> None:
     assert speed["tokens_per_s_before"] == speed["tokens_per_s_after"] > 0
 
 
+def test_resumed_behind_the_last_step_there_is_none_to_do(tmp_path: Path) -> None:
+    """Step 30 lies within an epoch; at the same learning rate, a step more would show."""
+    settings: dict[str, Any] = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": STEPS}
+    whole = trainer(tmp_path, **settings)
+    whole.train()
+    again = trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))
+    assert again.state.global_step == STEPS
+    ours, theirs = again.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 @pytest.mark.parametrize("at", [13, 16, 28], ids=["mid-decay", "at an event", "after the last"])
 @pytest.mark.parametrize("name", ["bert", "llama_gqa"])
 def test_a_resumed_run_is_the_uninterrupted_one(name: str, at: int, tmp_path: Path) -> None:
