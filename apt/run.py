@@ -20,6 +20,7 @@ from apt import __version__
 from apt.checkpoint import random_state_kept
 from apt.config import RunConfig
 from apt.data import Loader
+from apt.disk import check_writable, writing
 from apt.evaluate import Evaluator, latency_ms, time_events
 from apt.export import CARD, export_model, load_model
 from apt.language import generation_metrics
@@ -55,6 +56,10 @@ from apt.tasks import (
 from apt.trainer import APTrainer
 
 EVENTS, TIMINGS, MODEL = "events.jsonl", "event_timing.json", "model"
+ADVICE = (
+    "free space there or make it writable, and go on with --resume, from the last checkpoint if there is one; or give "
+    "another output_dir"
+)
 
 
 def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, command: str | None = None) -> Path:
@@ -66,6 +71,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
 
     Raises:
         ValueError: the output folder holds something, or a setting, the data or the model is not what it must be.
+        OSError: the folder cannot be written, or its disk is full; what is there lies under the temporary name.
         FloatingPointError: the loss became NaN or infinite; the last good state is saved as a checkpoint.
     """
     output = Path(config.output_dir).expanduser()
@@ -74,6 +80,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
         return output
     if is_whole(partial, config, resume=resume):
         return _name_and_report(partial, output)
+    check_writable(partial, "train")
     checkpoint = find_checkpoint(partial, config, overwrite=overwrite, resume=resume)
     _start(config)
     tokenizer = build_tokenizer(config)
@@ -82,18 +89,19 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
     model = build_model(config, data.num_labels, tokenizer, data.label_names)
     check_shape(config, model)
     check_lengths(data, model)
-    if checkpoint is None:
-        begin(partial, config)
-    trainer, seconds = _fit(config, model, tokenizer, data, partial, checkpoint)
-    metrics, times = _measure(config, tokenizer, data, partial, trainer)
-    efficiency = {"train_seconds": seconds, **trainer.throughput(), **times}
-    if checkpoint is not None:
-        # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
-        step = int(Path(checkpoint).name.rpartition("-")[2])
-        efficiency |= {"resumed_from_step": step, "tokens_per_s_before": None, "tokens_per_s_after": None}
-    _write_card(config, trainer, partial / MODEL, metrics | efficiency, command)
-    write_json(partial / EFFICIENCY, efficiency)
-    write_json(partial / METRICS, metrics)  # the last of all: it marks the run as whole
+    with writing(partial, "train", ADVICE):
+        if checkpoint is None:
+            begin(partial, config)
+        trainer, seconds = _fit(config, model, tokenizer, data, partial, checkpoint)
+        metrics, times = _measure(config, tokenizer, data, partial, trainer)
+        efficiency = {"train_seconds": seconds, **trainer.throughput(), **times}
+        if checkpoint is not None:
+            # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
+            step = int(Path(checkpoint).name.rpartition("-")[2])
+            efficiency |= {"resumed_from_step": step, "tokens_per_s_before": None, "tokens_per_s_after": None}
+        _write_card(config, trainer, partial / MODEL, metrics | efficiency, command)
+        write_json(partial / EFFICIENCY, efficiency)
+        write_json(partial / METRICS, metrics)  # the last of all: it marks the run as whole
     return _name_and_report(partial, output)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from apt.config import DataConfig
 from apt.data.examples import Examples
-from apt.data.rows import chosen_rows, optional_text, role_columns, sample, split
+from apt.data.rows import chosen_rows, optional_text, role_columns, sample, split, unseen
 from apt.data.sources import Table, read_tables
 from apt.data.text import NOT_A_TARGET, collate_blocks
 
@@ -56,7 +56,7 @@ class InstructionLoader:
         tables = {name: self._conversations(table) for name, table in read_tables(config.datasets).items()}
         train, test = split(tables, config)
         held_out = set(test.columns["prompt"])
-        train = train.take([row for row, prompt in enumerate(train.columns["prompt"]) if prompt not in held_out])
+        train = unseen(train, [row for row, prompt in enumerate(train.columns["prompt"]) if prompt not in held_out])
         self.train = self._tokenise(sample(train, config.max_train_samples, seed))
         self.test = self._tokenise(sample(test, config.max_test_samples, config.split_seed))
         self.collator = collate_blocks

@@ -4,7 +4,7 @@ from typing import Any
 
 from apt.config import DataConfig
 from apt.data.examples import TOKENIZER_BATCH, Examples
-from apt.data.rows import chosen_rows, role_columns, sample, split
+from apt.data.rows import chosen_rows, role_columns, sample, split, unseen
 from apt.data.sources import Table, read_tables
 from apt.data.text import NOT_A_TARGET
 
@@ -51,7 +51,7 @@ class PairLoader:
         tables = {name: self._pairs(table) for name, table in read_tables(config.datasets).items()}
         train, test = split(tables, config)
         held_out = set(test.columns["source"])
-        train = train.take([row for row, text in enumerate(train.columns["source"]) if text not in held_out])
+        train = unseen(train, [row for row, text in enumerate(train.columns["source"]) if text not in held_out])
         self.train = self._tokenise(sample(train, config.max_train_samples, seed))
         self.test = self._tokenise(sample(test, config.max_test_samples, config.split_seed))
         self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_A_TARGET)

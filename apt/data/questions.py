@@ -5,7 +5,7 @@ from typing import Any
 
 from apt.config import DataConfig
 from apt.data.examples import Examples
-from apt.data.rows import chosen_rows, permutation, role_columns, sample, split
+from apt.data.rows import chosen_rows, permutation, role_columns, sample, split, unseen
 from apt.data.sources import Table, read_tables
 
 MOST_HELD_OUT = 1000  # questions of the training data on which the threshold for no answer is chosen
@@ -73,9 +73,8 @@ class QuestionLoader:
         train, test = split(tables, config)
         held_out = set(zip(test.columns["question"], test.columns["context"], strict=True))
         asked = zip(train.columns["question"], train.columns["context"], strict=True)
-        train = sample(
-            train.take([row for row, pair in enumerate(asked) if pair not in held_out]), config.max_train_samples, seed
-        )
+        train = unseen(train, [row for row, pair in enumerate(asked) if pair not in held_out])
+        train = sample(train, config.max_train_samples, seed)
         self.validation = None
         size = min(MOST_HELD_OUT, len(train) // 10)
         if hold_out and size and not all(answers["text"] for answers in train.columns["answers"]):

@@ -37,6 +37,13 @@ def split(tables: dict[str, Table], config: DataConfig) -> tuple[Table, Table]:
     return train.take(sorted(order[size:])), train.take(sorted(order[:size]))
 
 
+def unseen(train: Table, rows: list[int]) -> Table:
+    """The rows to train on that are not held out too, or ValueError where there are none."""
+    if not rows:
+        raise ValueError(f"data: every row of {train.source} is held out too; nothing is left to train on")
+    return train.take(rows)
+
+
 def text_columns(table: Table, config: DataConfig) -> list[str]:
     """The columns with the text: those asked for, GLUE's, or the first known name."""
     if config.text_columns is not None:

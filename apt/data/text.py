@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apt.config import DataConfig
 from apt.data.examples import TOKENIZER_BATCH, Examples
-from apt.data.rows import chosen_rows, sample, split, text_columns
+from apt.data.rows import chosen_rows, sample, split, text_columns, unseen
 from apt.data.sources import Table, read_tables
 
 NOT_A_TARGET = -100  # label of a position that no loss counts
@@ -51,7 +51,7 @@ class TextLoader:
         train, test = split(tables, config)
         texts, tested = train.columns[columns["train"]], test.columns[columns.get("test", columns["train"])]
         held_out = set(tested)
-        train = train.take([row for row, text in enumerate(texts) if text not in held_out])
+        train = unseen(train, [row for row, text in enumerate(texts) if text not in held_out])
         train = sample(train, config.max_train_samples, seed)
         test = sample(test, config.max_test_samples, config.split_seed)
         self.train_documents, self.test_documents = len(train), len(test)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from apt.disk import check_writable
 from apt.experiment.grid import Cell, Grid, cells, load_grid
 from apt.experiment.tables import collect
 from apt.run_folder import METRICS, other_settings
@@ -28,6 +29,7 @@ def run_experiment(path: str | Path) -> list[str]:
     folder.
 
     Raises:
+        OSError: the folder of the grid cannot be written.
         ValueError: a setting is wrong, a finished run of the folder was made with other settings, or a GPU that the
             grid names is not there. Nothing has begun then.
     """
@@ -49,6 +51,7 @@ def folder_of(cell: Cell) -> Path:
 
 
 def _check(grid: Grid, todo: list[Cell]) -> None:
+    check_writable(Path(grid.output_dir), "experiment")
     there = torch.cuda.device_count()
     missing = [gpu for gpu in grid.gpus if not 0 <= gpu < there]
     if missing:

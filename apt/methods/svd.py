@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -66,13 +67,17 @@ def _read(path: Path) -> tuple[Tensor, Tensor, Tensor] | None:
     """A broken file is as good as none: it is written anew."""
     try:
         stored = load_file(path)
-    except (FileNotFoundError, SafetensorError):
+    except (OSError, SafetensorError):
         return None
     return stored["U"], stored["S"], stored["Vh"]
 
 
 def _write(path: Path, found: tuple[Tensor, Tensor, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Where it cannot be written, a warning says so, and the next run computes it again."""
     partial = path.with_suffix(f".{os.getpid()}")
-    save_file({name: t.cpu().contiguous() for name, t in zip(("U", "S", "Vh"), found, strict=True)}, partial)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.cpu().contiguous() for name, t in zip(("U", "S", "Vh"), found, strict=True)}, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"svd_cache: nothing is kept in {path.parent}: {error}", stacklevel=2)

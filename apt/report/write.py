@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from apt.disk import writing
 from apt.report.compare import comparisons
 from apt.report.page import PAGE, Page, folder_page, run_page
 from apt.report.pictures import check_drawing
@@ -12,6 +13,7 @@ from apt.report.tables import sheets
 from apt.report.terminal import WIDE, print_sheets
 
 PICTURES = "report"  # the folder of the PNGs, beside the page
+ADVICE = "only the page is missing; free space there, or copy the folder to where it can be written"
 
 
 def report(folder: str | Path) -> Path:
@@ -24,6 +26,7 @@ def report(folder: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is no finished run.
         ValueError: a record is corrupt; in a folder of runs, each of them.
+        OSError: the page cannot be written; the tables have been printed by then.
         ImportError: matplotlib or jinja2 is missing; the tables have been printed by then.
     """
     folder = Path(folder)
@@ -36,10 +39,12 @@ def report(folder: str | Path) -> Path:
         runs, unread = _load_all(folder)
         print_sheets(comparisons(runs), width=WIDE)
         check_drawing()
-        for run in runs:
-            _write(run.folder, run_page(run))
+        with writing(folder, "report", ADVICE):
+            for run in runs:
+                _write(run.folder, run_page(run))
         page = folder_page(folder, runs, unread)
-    path = _write(folder, page)
+    with writing(folder, "report", ADVICE):
+        path = _write(folder, page)
     print(f"apt: {path} shows this, with {len(page.pictures)} pictures", file=sys.stderr)
     return path
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from tiny_run import sentences, tiny_tokenizer, write_csv
+from tiny_tasks import DATA, word_tokenizer
 
 from apt.config import DataConfig
-from apt.data import DatasetLoader, resolve_model
+from apt.data import DatasetLoader, InstructionLoader, PairLoader, QuestionLoader, TextLoader, resolve_model
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +304,20 @@ def test_the_hub_out_of_reach(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(ValueError, match=r"me/own cannot be loaded from the hub \(no route\)"):
         load("me/own", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sample"),
+    [
+        (InstructionLoader, "instructions.jsonl"),
+        (PairLoader, "summaries.jsonl"),
+        (QuestionLoader, "questions.jsonl"),
+        (TextLoader, None),
+    ],
+)
+def test_a_test_split_that_is_the_training_data(kind: Any, sample: str | None, tmp_path: Path) -> None:
+    content = "one text\n\nanother text\n" if sample is None else (DATA / sample).read_text(encoding="utf-8")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}{'.txt' if sample is None else '.jsonl'}").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"every row of .*train\..* is held out too; nothing is left to train on"):
+        kind(DataConfig(datasets=str(tmp_path)), word_tokenizer())

@@ -266,6 +266,10 @@ def test_a_decomposition_is_kept_by_the_hash_of_its_weight(tmp_path: Path, monke
     for file in tmp_path.iterdir():
         file.write_bytes(b"broken")
     assert torch.equal(svd.singular_triplets(weight, 4, str(tmp_path))[1], svd.singular_triplets(weight, 4)[1])
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    with pytest.warns(UserWarning, match="svd_cache: nothing is kept in"):
+        unkept = svd.singular_triplets(weight, 4, str(tmp_path / "file" / "svd"))
+    assert torch.equal(unkept[1], svd.singular_triplets(weight, 4)[1])
 
 
 @pytest.mark.parametrize("method", [*DELTAS, "lora"])

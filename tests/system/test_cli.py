@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import efficiency_of, metrics_of, tiny_tokenizer, write_config
+from tiny_run import efficiency_of, metrics_of, tiny_tokenizer, write_config, write_csv
 
 from apt.cli import main
 from apt.controller import Controller
@@ -264,6 +264,33 @@ def test_a_row_that_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "rows.csv").write_text("\n".join([*rows[:9], "word1,5", *rows[10:]]), encoding="utf-8")
     error = refused(capsys, "train", config, "num_labels=2")
     assert "rows.csv, line 10, column 'label': label 5 is out of range" in error
+
+
+NUMBERED, NAMED = [("good word1", "0"), ("bad word1", "1")], [("good word1", "pos"), ("bad word1", "neg")]
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        ({"train": NUMBERED, "test": []}, "test.csv is empty; it has no rows"),
+        ({"train": [], "test": NUMBERED}, "train.csv is empty; it has no rows"),
+        ({"test": NUMBERED}, "holds no train file"),
+        ({"train": NUMBERED, "test": [("word2", "2")]}, "test.csv, line 2, column 'label': label 2 is out of range"),
+        ({"train": NAMED, "test": [("word2", "neutral")]}, "label 'neutral' is not one of neg, pos, the labels of the"),
+        ({"train": NUMBERED, "test": NAMED}, "test.csv, line 2, column 'label': label 'pos' is not a whole number"),
+    ],
+    ids=["empty test", "empty train", "no train", "another number", "another name", "names for numbers"],
+)
+def test_splits_that_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], splits: dict[str, list[tuple[str, ...]]], words: str
+) -> None:
+    config = write_config(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name, rows in splits.items():
+        write_csv(tmp_path / "data" / f"{name}.csv", rows)
+    error = refused(capsys, "train", config, f"data.datasets={tmp_path / 'data'}", "test_size=null")
+    assert words in error
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("run")]
 
 
 def test_an_export_that_is_truncated(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
