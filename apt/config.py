@@ -108,6 +108,7 @@ class DataConfig:
     train_size: int | None = None  # examples to train on, at least 1, for --dry-run, which does not read them
     max_train_samples: int | None = None  # sentences, documents, at least 1; null: all
     max_test_samples: int | None = None  # sentences, documents, at least 1; null: all
+    cache: str | None = "auto"  # folder for the tokens of large data; "auto": in the user's cache; null: none are kept
     group_by_length: bool = True  # batches of sentences of like length, so that less of them is padding
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from apt.config import RunConfig, load_config
 
 CONFIG, METRICS, EFFICIENCY, CHECKPOINTS = "config.yaml", "metrics.json", "efficiency.json", "checkpoints"
 SHAPES_A_RUN = ("model", "data", "training", "pruning", "adapter", "prompt", "tuning", "distillation")  # of the config
-FREE_ON_RESUME = ("save_steps", "logging_steps", "report_to")  # of the training section
+FREE_ON_RESUME = ("training.save_steps", "training.logging_steps", "training.report_to", "data.cache")
 
 
 def partial_of(output: Path) -> Path:
@@ -111,7 +111,7 @@ def _difference(path: Path, config: RunConfig, which: str) -> str | None:
     for section in SHAPES_A_RUN:
         ours, theirs = vars(getattr(config, section)), vars(getattr(before, section))
         for key in ours:
-            if ours[key] != theirs[key] and not (section == "training" and key in FREE_ON_RESUME):
+            if ours[key] != theirs[key] and f"{section}.{key}" not in FREE_ON_RESUME:
                 return f"{section}.{key} is {ours[key]!r}, but {which} has {theirs[key]!r}"
     if config.hardware.precision != before.hardware.precision:
         return f"hardware.precision is {config.hardware.precision!r}, but {which} has {before.hardware.precision!r}"

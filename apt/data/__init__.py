@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from apt.config import DataConfig
+from apt.data.cache import Columns, kept
 from apt.data.examples import TOKENIZER_BATCH, Examples
 from apt.data.instructions import InstructionLoader
 from apt.data.labels import Labels, numbers
@@ -83,13 +84,19 @@ class DatasetLoader:
         self.collator = DataCollatorWithPadding(tokenizer)
 
     def _tokenise(self, table: Table, columns: list[str], tokenizer: Any) -> Examples:
-        tokens: dict[str, list[Any]] = {"labels": list(self._labels_of(table))}
-        for start in range(0, len(table), TOKENIZER_BATCH):
-            texts = [table.columns[name][start : start + TOKENIZER_BATCH] for name in columns]
-            batch = tokenizer(*texts, truncation=True, max_length=self.config.max_length)
-            for name, values in batch.items():
-                tokens.setdefault(name, []).extend(values)
-        return Examples(tokens)
+        labels, texts = list(self._labels_of(table)), [table.columns[name] for name in columns]
+
+        def make() -> Columns:
+            tokens: Columns = {}
+            for start in range(0, len(table), TOKENIZER_BATCH):
+                some = [column[start : start + TOKENIZER_BATCH] for column in texts]
+                batch = tokenizer(*some, truncation=True, max_length=self.config.max_length)
+                for name, values in batch.items():
+                    tokens.setdefault(name, []).extend(values)
+            return tokens
+
+        asks = {"loader": "sentences", "max_length": self.config.max_length}
+        return Examples({"labels": labels, **kept(self.config, tokenizer, asks, texts, make)})
 
 
 Loader = (

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 from apt.config import DataConfig
+from apt.data.cache import Columns, kept
 from apt.data.examples import Examples
 from apt.data.rows import chosen_rows, optional_text, role_columns, sample, split, unseen
 from apt.data.sources import Table, read_tables
@@ -84,12 +85,28 @@ class InstructionLoader:
         return prompt, whole[len(prompt) :].rstrip("\n")
 
     def _tokenise(self, table: Table) -> Examples:
+        longest, texts = self.config.max_length, [table.columns["prompt"], table.columns["response"]]
+        asks = {"loader": "instructions", "max_length": longest, "end": self.tokenizer.eos_token_id}
+        tokens = kept(self.config, self.tokenizer, asks, texts, lambda: self._tokens(table))
+        if not tokens["input_ids"]:
+            raise ValueError(
+                f"data: of no row of {table.source} a response fits into {longest} tokens; raise data.max_length"
+            )
+        if lost := len(table) - len(tokens["input_ids"]):
+            warnings.warn(
+                f"data: {lost} of {len(table)} rows of {table.source} are left out, as their instruction alone has "
+                f"{longest} tokens or more; data.max_length sets how many are read",
+                stacklevel=4,
+            )
+        return Examples(tokens)
+
+    def _tokens(self, table: Table) -> Columns:
         end, templated, longest = (
             self.tokenizer.eos_token_id,
             bool(self.tokenizer.chat_template),
             self.config.max_length,
         )
-        rows, targets, lost = [], [], 0
+        rows, targets = [], []
         for prompt, response in zip(table.columns["prompt"], table.columns["response"], strict=True):
             # A template writes the special tokens itself.
             asked = self.tokenizer(prompt, add_special_tokens=not templated, verbose=False)["input_ids"]
@@ -97,22 +114,11 @@ class InstructionLoader:
             said = self.tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
             said = said if templated and response.endswith(self._turn_ends) else [*said, end]
             if len(asked) >= longest:
-                lost += 1
                 continue
             ids = [*asked, *said][:longest]
             rows.append(ids)
             targets.append([*[NOT_A_TARGET] * len(asked), *ids[len(asked) :]])
-        if not rows:
-            raise ValueError(
-                f"data: of no row of {table.source} a response fits into {longest} tokens; raise data.max_length"
-            )
-        if lost:
-            warnings.warn(
-                f"data: {lost} of {len(table)} rows of {table.source} are left out, as their instruction alone has "
-                f"{longest} tokens or more; data.max_length sets how many are read",
-                stacklevel=4,
-            )
-        return Examples({"input_ids": rows, "labels": targets})
+        return {"input_ids": rows, "labels": targets}
 
     @property
     def _turn_ends(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from apt.config import DataConfig
+from apt.data.cache import Columns, kept
 from apt.data.examples import TOKENIZER_BATCH, Examples
 from apt.data.rows import chosen_rows, role_columns, sample, split, unseen
 from apt.data.sources import Table, read_tables
@@ -64,7 +65,14 @@ class PairLoader:
         return Table(table.source, {"source": table.columns[names[0]], "target": table.columns[target]}, table.lines)
 
     def _tokenise(self, table: Table) -> TextPairs:
-        tokens: dict[str, list[Any]] = {}
+        config, texts = self.config, [table.columns["source"], table.columns["target"]]
+        lengths = {"max_length": config.max_length, "max_target_length": config.max_target_length}
+        asks = {"loader": "pairs", "prefix": config.source_prefix, "end": self.tokenizer.eos_token_id, **lengths}
+        tokens = kept(config, self.tokenizer, asks, texts, lambda: self._tokens(table))
+        return TextPairs(tokens, table.columns["target"])
+
+    def _tokens(self, table: Table) -> Columns:
+        tokens: Columns = {}
         for start in range(0, len(table), TOKENIZER_BATCH):
             rows = slice(start, start + TOKENIZER_BATCH)
             sources = [self.config.source_prefix + text for text in table.columns["source"][rows]]
@@ -73,7 +81,7 @@ class PairLoader:
             for name, values in {**batch, "labels": [self._ended(ids) for ids in targets]}.items():
                 tokens.setdefault(name, []).extend(values)
         tokens.pop("token_type_ids", None)  # an encoder-decoder has none
-        return TextPairs(tokens, table.columns["target"])
+        return tokens
 
     def _ended(self, ids: list[int]) -> list[int]:
         """A target that ends, within its length: a text that never ends would not be learnt to."""

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from apt.config import DataConfig
+from apt.data.cache import Columns, kept
 from apt.data.examples import Examples
 from apt.data.rows import chosen_rows, permutation, role_columns, sample, split, unseen
 from apt.data.sources import Table, read_tables
 
 MOST_HELD_OUT = 1000  # questions of the training data on which the threshold for no answer is chosen
 Span = tuple[int, int]  # characters of a context, the end not in it
+NOWHERE = -1, -1  # stands for no span where only numbers are kept
+WINDOW = ("window.question", "window.offsets", "window.no_answer")  # columns of a window's fields
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,23 @@ class QuestionLoader:
     def _tokenise(self, table: Table) -> Questions:
         longest = self.config.max_length
         stride = longest // 3 if self.config.doc_stride is None else self.config.doc_stride
-        columns: dict[str, list[Any]] = {}
-        questions: list[Question] = []
-        windows: list[Window] = []
-        rows = zip(table.lines, *(table.columns[name] for name in ("question", "context", "answers")), strict=True)
-        for line, question, context, answers in rows:
+        questions, contexts, answers = (table.columns[name] for name in ("question", "context", "answers"))
+        asks = {"loader": "questions", "max_length": longest, "doc_stride": stride, "answers": answers}
+        columns = kept(
+            self.config, self.tokenizer, asks, [questions, contexts], lambda: self._tokens(table, longest, stride)
+        )
+        told = [columns.pop(name) for name in WINDOW]
+        windows = [Window(*row) for row in zip(told[0], map(_spans, told[1]), told[2], strict=True)]
+        pairs = zip(contexts, answers, strict=True)
+        return Questions(columns, [Question(context, list(of["text"])) for context, of in pairs], windows)
+
+    def _tokens(self, table: Table, longest: int, stride: int) -> Columns:
+        """What a model is given, and the fields of each `Window`, as numbers: the characters -1, -1 for None."""
+        columns: Columns = {}
+        rows = enumerate(
+            zip(table.lines, *(table.columns[name] for name in ("question", "context", "answers")), strict=True)
+        )
+        for number, (line, question, context, answers) in rows:
             # A question may begin with blanks by which it alone would fill a window.
             used = len(self.tokenizer(question.strip(), add_special_tokens=False, verbose=False)["input_ids"])
             room = longest - used - self.tokenizer.num_special_tokens_to_add(pair=True)
@@ -129,14 +144,20 @@ class QuestionLoader:
                 pairs = zip(batch["offset_mapping"][i], of_context, strict=True)
                 offsets = [tuple(span) if inside else None for span, inside in pairs]
                 cls = self.tokenizer.cls_token_id
-                window = Window(len(questions), offsets, ids.index(cls) if cls in ids else 0)
+                window = Window(number, offsets, ids.index(cls) if cls in ids else 0)
                 start, end = _tokens_of(window, answers)
                 found = {name: batch[name][i] for name in self.tokenizer.model_input_names if name in batch}
-                for name, value in {**found, "start_positions": start, "end_positions": end}.items():
+                flat = [place for span in offsets for place in (NOWHERE if span is None else span)]
+                placed = dict(zip(WINDOW, (number, flat, window.no_answer), strict=True))
+                for name, value in {**found, "start_positions": start, "end_positions": end, **placed}.items():
                     columns.setdefault(name, []).append(value)
-                windows.append(window)
-            questions.append(Question(context, list(answers["text"])))
-        return Questions(columns, questions, windows)
+        return columns
+
+
+def _spans(flat: list[int]) -> list[Span | None]:
+    """The offsets of a window out of a row of numbers."""
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    return [None if pair == NOWHERE else pair for pair in pairs]
 
 
 def _check(answers: Any, context: str, place: str) -> None:

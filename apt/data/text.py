@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from apt.config import DataConfig
+from apt.data.cache import Columns, kept
 from apt.data.examples import TOKENIZER_BATCH, Examples
 from apt.data.rows import chosen_rows, sample, split, text_columns, unseen
 from apt.data.sources import Table, read_tables
@@ -65,11 +66,16 @@ class TextLoader:
             )
 
     def _pack(self, table: Table, column: str, tokenizer: Any, *, held_out: bool = False) -> Examples:
-        end = tokenizer.eos_token_id
-        tokens: list[int] = []
-        for start in range(0, len(table), TOKENIZER_BATCH):
-            documents = tokenizer(table.columns[column][start : start + TOKENIZER_BATCH], verbose=False)["input_ids"]
-            tokens.extend(chain.from_iterable(ids if ids[-1:] == [end] else [*ids, end] for ids in documents))
+        end, texts = tokenizer.eos_token_id, table.columns[column]
+
+        def make() -> Columns:
+            made: list[int] = []
+            for start in range(0, len(table), TOKENIZER_BATCH):
+                documents = tokenizer(texts[start : start + TOKENIZER_BATCH], verbose=False)["input_ids"]
+                made.extend(chain.from_iterable(ids if ids[-1:] == [end] else [*ids, end] for ids in documents))
+            return {"tokens": made}
+
+        tokens = kept(self.config, tokenizer, {"loader": "text", "end": end}, [texts], make)["tokens"]
         length = self.config.block_length
         if held_out:
             blocks = [tokens[start : start + length] for start in range(0, len(tokens) - 1, length - 1)]
