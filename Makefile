@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder ratings test check browser bench bench-accuracy bench-adapters bench-finetune bench-gpu gpu clean
+.PHONY: help demo decoder ratings test check browser harness bench bench-accuracy bench-adapters bench-finetune bench-gpu gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,8 +26,8 @@ ratings: $(STAMPS)/demo ## LoRA and APT on reviews with ratings: a number, three
 	$(PY) -m apt experiment examples/ratings_grid.yaml
 	$(PY) -m apt experiment examples/sentiment_grid.yaml
 
-test check browser gpu: export HF_HUB_OFFLINE = 1
-test check browser: export OMP_NUM_THREADS = 1
+test check browser harness gpu: export HF_HUB_OFFLINE = 1
+test check browser harness: export OMP_NUM_THREADS = 1
 
 WORKERS ?= auto
 PYTEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
@@ -43,6 +43,9 @@ check: $(STAMPS)/dev $(STAMPS)/demo ## lint, format, types, then the default tes
 
 browser: $(STAMPS)/dev ## the page of a report in Chromium (Debian: apt-get install chromium), which CI runs too
 	$(PYTEST) -m browser tests/system/test_page_in_browser.py
+
+harness: $(STAMPS)/harness ## scores by lm-evaluation-harness on tasks of our own (340 MB), which CI runs too
+	$(PY) -m pytest -m harness tests/system/test_harness.py
 
 # The minutes are those in which something is begun; what was begun ends, so the three stay below 25 in all.
 bench: $(STAMPS)/dev ## step, answers and costs on this CPU in 25 minutes, with docs/results.md; again: the rest
@@ -99,4 +102,8 @@ $(STAMPS)/smollm2: requirements/smollm2.txt $(STAMPS)/demo
 
 $(STAMPS)/dev: requirements/dev.txt $(STAMPS)/train
 	$(PIP) -r requirements/dev.txt
+	@touch $@
+
+$(STAMPS)/harness: requirements/harness.txt $(STAMPS)/dev
+	$(PIP) -r requirements/harness.txt
 	@touch $@

@@ -70,6 +70,13 @@ def _run(argv: list[str] | None) -> int:
         from apt.experiment import run_experiment
 
         return int(bool(run_experiment(arguments.grid)))
+    if arguments.command == "harness":
+        from apt.harness import HarnessConfig, harness
+
+        names = tuple(arguments.tasks.split(","))
+        settings = {name: getattr(arguments, name) for name in ("num_fewshot", "include", "limit", "batch_size")}
+        harness(arguments.folder, HarnessConfig(tasks=names, **settings), arguments.out)
+        return 0
     config = _config(arguments, rest)
     if arguments.command == "config":
         print(config.to_yaml(), end="")
@@ -121,6 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("run", type=Path, help="folder of the run, or of several")
     trying = commands.add_parser("experiment", help="do all runs of a grid that are not finished; tables and pages")
     trying.add_argument("grid", type=Path, help="YAML file of the grid, such as examples/grid.yaml")
+    asking = commands.add_parser("harness", help="scores of a decoder on benchmark tasks, by lm-evaluation-harness")
+    asking.add_argument("folder", type=Path, help="an export, or a model folder of transformers, with its tokenizer")
+    named = "of tasks, groups and tags of the library; or paper: ARC, HellaSwag, MMLU and TruthfulQA as in the paper"
+    asking.add_argument("--tasks", required=True, metavar="NAME[,NAME]", help=named)
+    asking.add_argument("--num_fewshot", type=int, metavar="N", help="solved examples in each prompt")
+    asking.add_argument("--include", type=Path, metavar="FOLDER", help="task files (YAML) of your own")
+    asking.add_argument("--limit", type=int, metavar="N", help="rows of each task, to try it out")
+    asking.add_argument("--batch_size", type=int, default=8, metavar="N", help="sequences of one forward pass")
+    asking.add_argument("--out", type=Path, metavar="FILE", help="JSON with all scores, members of groups too")
     showing = commands.add_parser("config", help="print the settings that a run would have")
     commands.add_parser("doctor", help="whether a run can work here: versions, devices, backends, clashes of names")
     guessing = commands.add_parser("estimate", help="peak memory and speed-up of a run, before it; no weights, no data")

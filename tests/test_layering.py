@@ -64,6 +64,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "fusion",
     "peft_files",
     "report",
+    "harness",
     "run_folder",
     "run",
     "experiment",
