@@ -1,0 +1,26 @@
+"""RunConfig: the settings of a whole run. YAML and ``key=value`` in, YAML out."""
+
+from apt.config.load import KEYS, SECTIONS, SHORTHANDS, load_config
+from apt.config.settings import (
+    TASKS,
+    DataConfig,
+    EvaluationConfig,
+    HardwareConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingSettings,
+)
+
+__all__ = [
+    "KEYS",
+    "SECTIONS",
+    "SHORTHANDS",
+    "TASKS",
+    "DataConfig",
+    "EvaluationConfig",
+    "HardwareConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainingSettings",
+    "load_config",
+]
