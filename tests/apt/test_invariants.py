@@ -21,7 +21,7 @@ from apt.surgery import apply_prune_plan
 
 KINDS = ["bert", "llama_gqa", "t5"]
 GENERATORS = ["llama_gqa", "t5"]
-ALL = [name for name, method in METHODS.items() if not method.prompt]  # prompts have tests of their own
+ALL = [name for name, method in METHODS.items() if method.adapts]  # prompts and "full" have tests of their own
 MERGED = [name for name in ALL if not METHODS[name].per_example]
 SMALL = {"rank": 2, "target_modules": ("q", "v", "up", "down"), "hyper_params": 500, "svd_cache": None}
 HEADS = ("classifier", "bert.pooler")
