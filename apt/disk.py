@@ -39,7 +39,7 @@ def writing(folder: Path, room: str, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # torch, safetensors and tokenizers have classes of their own; all others pass on
         reason = _reason(error, folder)
         if reason is None:
             raise

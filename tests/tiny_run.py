@@ -63,10 +63,18 @@ def write_csv(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] =
     return path
 
 
-def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
-    """A config with model, data and every size at toy scale; `sections` go on top."""
+def save_config(folder: Path, document: dict[str, Any], sections: dict[str, dict[str, Any]]) -> Path:
+    """A config in a folder; `sections` go on top of its own."""
     import yaml
 
+    document |= {name: document.get(name, {}) | section for name, section in sections.items()}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A config with model, data and every size at toy scale; `sections` go on top."""
     document: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "model": {"name": str(write_model(folder / "tiny")), "target_modules": ["q", "v", "up", "down"]},
@@ -80,11 +88,7 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
         "evaluation": {"inference_length": 8, "inference_repeats": 2, "event_timing_steps": 2},
         "hardware": {"num_threads": 1, "device": "cpu"},
     }
-    for name, section in sections.items():
-        document[name] = document.get(name, {}) | section
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(document), encoding="utf-8")
-    return path
+    return save_config(folder, document, sections)
 
 
 def metrics_of(run: Path) -> dict[str, Any]:

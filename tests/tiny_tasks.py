@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_run import save_config
 
 from apt.data.instructions import WITH_INPUT, WITHOUT_INPUT
 
@@ -88,8 +89,6 @@ def tiny_encoder_decoder() -> Any:
 
 def write_task_config(folder: Path, model: Any, tokenizer: Any, /, **sections: dict[str, Any]) -> Path:
     """A config for a model, whose folder it writes, with every size at toy scale; `sections` go on top."""
-    import yaml
-
     model.save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
     document: dict[str, Any] = {
@@ -107,8 +106,4 @@ def write_task_config(folder: Path, model: Any, tokenizer: Any, /, **sections: d
         },
         "hardware": {"num_threads": 1, "device": "cpu"},
     }
-    for name, section in sections.items():
-        document[name] = document.get(name, {}) | section
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(document), encoding="utf-8")
-    return path
+    return save_config(folder, document, sections)

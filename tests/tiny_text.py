@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_run import save_config
 
 WORDS = [f"w{letter}" for letter in "abcdefghijklmnop"]
 END = "<|endoftext|>"  # the one that transformers adds to a GPT-2 tokenizer from GGUF where it has none
@@ -130,8 +131,6 @@ def _in_pairs(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
 
 def write_text_config(folder: Path, **sections: dict[str, Any]) -> Path:
     """A config of the language-modelling task with every size at toy scale; `sections` go on top."""
-    import yaml
-
     (folder / "text.txt").write_text("\n\n".join(documents(160)), encoding="utf-8")
     document: dict[str, Any] = {
         "output_dir": str(folder / "run"),
@@ -149,8 +148,4 @@ def write_text_config(folder: Path, **sections: dict[str, Any]) -> Path:
         "hardware": {"num_threads": 1, "device": "cpu"},
     }
     document["model"]["target_modules"] = ["q", "v", "up", "down"]
-    for name, section in sections.items():
-        document[name] = document.get(name, {}) | section
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(document), encoding="utf-8")
-    return path
+    return save_config(folder, document, sections)

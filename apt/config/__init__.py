@@ -1,6 +1,6 @@
 """RunConfig: the settings of a whole run. YAML and ``key=value`` in, YAML out."""
 
-from apt.config.load import KEYS, SECTIONS, SHORTHANDS, load_config
+from apt.config.load import KEYS, SECTIONS, SHORTHANDS, load_config, read_table
 from apt.config.settings import (
     TASKS,
     DataConfig,
@@ -23,4 +23,5 @@ __all__ = [
     "RunConfig",
     "TrainingSettings",
     "load_config",
+    "read_table",
 ]

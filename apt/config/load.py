@@ -54,16 +54,27 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return _build({key: _convert(key, value, _hint(key)) for key, value in translate(values).items()})
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The file as ``{"section.leaf": value}``."""
+def read_table(path: Path, room: str, content: str) -> dict[Any, Any]:
+    """A YAML file that holds a table; `room` begins a message, `content` says what is in such a table.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or no table.
+    """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"config: there is no file {path}") from None
+        raise FileNotFoundError(f"{room}: there is no file {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{room}: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise ValueError(f"config: {path} must hold the sections {', '.join(SECTIONS)}, got {document!r:.60}")
+        raise ValueError(f"{room}: {path} must hold {content}, got {document!r:.60}")
+    return document
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The file as ``{"section.leaf": value}``."""
+    document = read_table(path, "config", f"the sections {', '.join(SECTIONS)}")
     values: dict[str, Any] = {}
     for name, content in document.items():
         if name not in SECTIONS:

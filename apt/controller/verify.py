@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.modes import evaluating
+
 ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest logit
 ALLOWED_HIDDEN = 1e-5  # in float64 too, see `compare`
 ALLOWED_NARROW = 5e-2  # in 16 bits
@@ -34,11 +36,9 @@ class LogitCheck:
         """Of the latest batch, in evaluation mode; None where there is nothing to check."""
         if not self.on or self._batch is None:
             return None
-        training = self.model.training
-        self.model.eval()
-        output = self.model(**self._batch)
+        with evaluating(self.model):
+            output = self.model(**self._batch)
         logits = output["logits"] if "logits" in output else torch.cat([output["start_logits"], output["end_logits"]])
-        self.model.train(training)
         assert isinstance(logits, Tensor)
         return logits
 

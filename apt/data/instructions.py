@@ -56,8 +56,7 @@ class InstructionLoader:
         self.config, self.tokenizer = config, tokenizer
         tables = {name: self._conversations(table) for name, table in read_tables(config.datasets).items()}
         train, test = split(tables, config)
-        held_out = set(test.columns["prompt"])
-        train = unseen(train, [row for row, prompt in enumerate(train.columns["prompt"]) if prompt not in held_out])
+        train = unseen(train, train.columns["prompt"], test.columns["prompt"])
         self.train = self._tokenise(sample(train, config.max_train_samples, seed))
         self.test = self._tokenise(sample(test, config.max_test_samples, config.split_seed))
         self.collator = collate_blocks

@@ -51,8 +51,7 @@ class PairLoader:
         self.config, self.tokenizer = config, tokenizer
         tables = {name: self._pairs(table) for name, table in read_tables(config.datasets).items()}
         train, test = split(tables, config)
-        held_out = set(test.columns["source"])
-        train = unseen(train, [row for row, text in enumerate(train.columns["source"]) if text not in held_out])
+        train = unseen(train, train.columns["source"], test.columns["source"])
         self.train = self._tokenise(sample(train, config.max_train_samples, seed))
         self.test = self._tokenise(sample(test, config.max_test_samples, config.split_seed))
         self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_A_TARGET)

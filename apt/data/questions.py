@@ -74,9 +74,8 @@ class QuestionLoader:
         self.config, self.tokenizer = config, tokenizer
         tables = {name: self._rows(table) for name, table in read_tables(config.datasets).items()}
         train, test = split(tables, config)
-        held_out = set(zip(test.columns["question"], test.columns["context"], strict=True))
-        asked = zip(train.columns["question"], train.columns["context"], strict=True)
-        train = unseen(train, [row for row, pair in enumerate(asked) if pair not in held_out])
+        asked, tested = (zip(t.columns["question"], t.columns["context"], strict=True) for t in (train, test))
+        train = unseen(train, asked, tested)
         train = sample(train, config.max_train_samples, seed)
         self.validation = None
         size = min(MOST_HELD_OUT, len(train) // 10)

@@ -1,6 +1,7 @@
 """Which rows and columns of a source are read, which are held out, and which few of them are taken."""
 
 import warnings
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 
@@ -37,8 +38,16 @@ def split(tables: dict[str, Table], config: DataConfig) -> tuple[Table, Table]:
     return train.take(sorted(order[size:])), train.take(sorted(order[:size]))
 
 
-def unseen(train: Table, rows: list[int]) -> Table:
-    """The rows to train on that are not held out too, or ValueError where there are none."""
+def unseen(train: Table, keys: Iterable[Hashable], held_out: Iterable[Hashable]) -> Table:
+    """The rows to train on that are not held out too, or ValueError where there are none.
+
+    Args:
+        train: with one of the keys a row.
+        keys: what makes two rows the same.
+        held_out: keys of the rows to test on.
+    """
+    tested = set(held_out)
+    rows = [row for row, key in enumerate(keys) if key not in tested]
     if not rows:
         raise ValueError(f"data: every row of {train.source} is held out too; nothing is left to train on")
     return train.take(rows)

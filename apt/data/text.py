@@ -51,8 +51,7 @@ class TextLoader:
         tables = {name: chosen_rows(table, config, [columns[name]]) for name, table in tables.items()}
         train, test = split(tables, config)
         texts, tested = train.columns[columns["train"]], test.columns[columns.get("test", columns["train"])]
-        held_out = set(tested)
-        train = unseen(train, [row for row, text in enumerate(texts) if text not in held_out])
+        train = unseen(train, texts, tested)
         train = sample(train, config.max_train_samples, seed)
         test = sample(test, config.max_test_samples, config.split_seed)
         self.train_documents, self.test_documents = len(train), len(test)

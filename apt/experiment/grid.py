@@ -8,9 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from apt.config import RunConfig, load_config
+from apt.config import RunConfig, load_config, read_table
 from apt.controller import ABLATIONS
 from apt.methods import METHODS
 
@@ -76,15 +74,8 @@ def load_grid(path: Path) -> Grid:
         FileNotFoundError: there is no such file.
         ValueError: broken YAML, an unknown key, a value that is not what it must be.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"experiment: there is no file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"experiment: {path} is not YAML: {' '.join(str(error).split())}") from None
     known = [entry.name for entry in fields(Grid)]
-    if not isinstance(document, dict):
-        raise ValueError(f"experiment: {path} must hold the keys {', '.join(known)}")
+    document = read_table(path, "experiment", f"the keys {', '.join(known)}")
     for key in document:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1) or known

@@ -275,3 +275,12 @@ def test_a_run_that_overflows_at_first_still_prunes(overflows: int) -> None:
     loop.take(overflows, poison=float("inf")).take(26 - overflows)
     assert [event.step for event in loop.run.events] == [20]
     assert 0.5 <= loop.run.events[0].sparsity <= apt.summary(loop.model).sparsity
+
+
+def test_checking_an_event_leaves_each_module_its_own_mode() -> None:
+    loop = Loop("bert", patched("bert", dropout=0.1), 30, target_sparsity=0.4, verify_events=True, **BRIEF)
+    loop.model.bert.embeddings.eval()  # as where a part is kept from dropping out
+    loop.take(30)
+    assert sum(event.prune is not None for event in loop.run.events) == 3
+    assert not loop.model.bert.embeddings.dropout.training
+    assert loop.model.bert.encoder.training
