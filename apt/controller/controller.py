@@ -21,6 +21,7 @@ from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
 from apt.dimensions import Group
 from apt.hidden import hand_on_kernels
+from apt.memory import give_back
 from apt.methods import METHODS, RankBudget, penalty
 from apt.moments import bare_optimizer, check_optimizer
 from apt.records import Event, PrunePlan, TrimPlan, append_jsonl
@@ -268,6 +269,7 @@ class Controller:
     def _record(self, event: Event) -> None:
         self.events.append(event)
         forget_graphs()  # shapes are static between events; start the recompile count anew
+        give_back(next(self.model.parameters()).device)
         if self.event_log is not None:
             append_jsonl(self.event_log, event.to_json())
 

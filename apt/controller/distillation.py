@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from apt.adapters import adapted
 from apt.distiller import DistillationConfig, LayerTransform, SelfDistiller
+from apt.memory import give_back
 from apt.modes import evaluating
 from apt.schedule import SparsityScheduler, loss_weight, to_steps
 from apt.surgery import forget, free_tails
@@ -178,6 +179,7 @@ class Distillation:
         forget(self.distiller.transform.parameters(), self.optimizer)
         self.distiller.drop()
         free_tails(self.model)
+        give_back(next(self.model.parameters()).device)
         self.over = True
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
