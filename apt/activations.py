@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import apt_kernels
 from apt.adapters import APTAdapter
@@ -87,10 +88,11 @@ def _sizes(g: Tensor) -> tuple[int, int]:
 
 def kind_of(act: nn.Module) -> Kind | None:
     """Which kind of `apt_kernels.gated_activation` a module computes, by what it makes of a few numbers."""
-    g = torch.linspace(-6.0, 6.0, 49, dtype=torch.float64)
-    with torch.no_grad():
+    with torch.no_grad(), unset_fake_temporarily():  # in a model of fake tensors too these numbers are real
+        g = torch.linspace(-6.0, 6.0, 49, dtype=torch.float64)
         y = copy.deepcopy(act)(g)
-    return next((kind for kind, function in KINDS.items() if torch.allclose(y, function(g), rtol=0, atol=1e-8)), None)
+        found = (kind for kind, function in KINDS.items() if torch.allclose(y, function(g), rtol=0, atol=1e-8))
+        return next(found, None)
 
 
 def put_activations(model: nn.Module, family: Family) -> None:

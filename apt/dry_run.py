@@ -160,7 +160,7 @@ def dry_run(config: RunConfig) -> DryRun:
     patch_model(model, replace(settings, adapter=replace(settings.adapter, svd_cache=None)))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[config.training.optimizer](trained, lr=config.training.learning_rate)
-    controller = Controller(model, optimizer, steps)
+    controller = Controller(model, optimizer, steps, held_out=lambda _: 0.0)  # a run holds some data out itself
     state, modules = patch_state(model), [module for _, module in adapted(model) if module.rank]
     distillation = controller.distillation
     target = None if settings.pruning.target_speedup is not None else settings.pruning.target_sparsity

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 
 from apt.adapters import adapted
 from apt.config import RunConfig
-from apt.controller import APTConfig, Controller, patch_state
+from apt.controller import APTConfig, Controller, Distillation, patch_state
 from apt.dry_run import DryRun, PlannedEvent, build_on_meta, dry_run
 from apt.footprint import KINDS, Footprint, forward_flops, measure_step
 from apt.moments import OPTIMIZERS
@@ -115,12 +116,8 @@ def estimate(config: RunConfig, *, baseline: bool = True) -> Estimate:
         baseline: False leaves out the measuring of what the process is before the run.
 
     Raises:
-        ValueError: what `dry_run` says, the run has a teacher, or the model computes by the values of its input.
+        ValueError: what `dry_run` says, or the model computes by the values of its input.
     """
-    if config.distillation.use_self_distillation:
-        raise ValueError(
-            "estimate: a run with a teacher is not predicted; set use_self_distillation=false for what it is without"
-        )
     plan, on_cpu = dry_run(config), choose_device(config.hardware).type == "cpu"
     try:
         with FakeTensorMode(), torch.random.fork_rng(devices=[]):
@@ -142,25 +139,33 @@ def _predict(config: RunConfig, plan: DryRun) -> dict[str, Any]:
     if savings and savings[0][0] > 0:
         run.let_masks_fall()
         phases["masks fall"] = run.step()
-    run = _Simulation(config, settings, plan)
+    distillation, taught = run.run.distillation, 0.0
+    if distillation is not None:
+        run = _Simulation(config, settings, plan, taught=True)
+        run.prune(savings[0][1])
+        phases["first with a teacher"] = run.step()
+        steps = len(range(distillation.first, distillation.end, settings.distillation.distill_every))
+        taught = (phases["first with a teacher"].flops - run.step(taught=False).flops) * steps / plan.total_steps
+    stays = distillation is not None and distillation.end >= plan.total_steps
+    run = _Simulation(config, settings, plan, taught=stays)
     if plan.events:
         if savings:
             run.prune(savings[-1][1])
         run.grow([event.rank_budget for event in plan.events if event.rank_budget is not None])
         phases["after the last event"] = run.step()
+    last = (run.step(taught=False) if stays else list(phases.values())[-1]).flops
     plain = [build_on_meta(config, "cpu"), unpatch_model(run.model)]
     inference = _batch(config, plain[0], config.evaluation.inference_batch_size, config.evaluation.inference_length)
     of_dense, of_small = (forward_flops(model, inference) for model in plain)
     lora = _Simulation(config, _lora(settings), plan).step().flops
     end = list(phases.values())[-1]
-    last = end.flops
     return {
         "phases": phases,
         "measuring": sum(p.numel() * p.element_size() for model in plain for p in model.parameters())
         + sum(end.bytes_of[kind] for kind in ("weights", "adapters", "head", "moments")),
-        "step_speedup": dense / last,
+        "step_speedup": dense / end.flops,
         "inference_speedup": of_dense / of_small,
-        "run_over_lora": _mean_flops(plan, savings, dense, last) / lora,
+        "run_over_lora": (_mean_flops(plan, savings, dense, last) + taught) / lora,
         "batch": tuple(batch["input_ids"].shape),
     }
 
@@ -188,16 +193,19 @@ def _mean_flops(plan: DryRun, savings: list[tuple[int, float]], dense: int, last
 
 
 class _Simulation:
-    """A patched model of fake tensors at a moment of a run."""
+    """A patched model of fake tensors at a moment of a run; where it is `taught`, the model as it begins teaches it."""
 
-    def __init__(self, config: RunConfig, settings: APTConfig, plan: DryRun) -> None:
+    def __init__(self, config: RunConfig, settings: APTConfig, plan: DryRun, *, taught: bool = False) -> None:
         self.config, self.settings = config, settings
         self.model = build_on_meta(config, "cpu")
         patch_model(self.model, replace(settings, adapter=replace(settings.adapter, svd_cache=None)))
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[config.training.optimizer](trained, lr=config.training.learning_rate)
-        self.run = Controller(self.model, self.optimizer, plan.total_steps)
+        self.run = Controller(self.model, self.optimizer, plan.total_steps, held_out=lambda _: 0.0)
+        self.teaching = self.run.distillation if taught else None
+        if self.teaching is not None:
+            self.teaching.distiller.snapshot()
         data, blocks = config.data, config.model.task == "language_modeling"
         length = data.block_length if blocks else data.max_length
         most = positions(self.model)
@@ -219,7 +227,9 @@ class _Simulation:
             scores = {g.name: torch.tensor(g.cost() * (0.5 + draw.random(g.num_units))) for g in groups}
             by_params = UnitSearch(state.block_params, replace(self.settings.pruning, target_speedup=None))
             plan = by_params.plan(groups, scores, block_params(self.model, state.family), 1, saving)
-        apply_prune_plan(self.model, plan, self.optimizer)
+        apply_prune_plan(self.model, plan, self.optimizer, keep_tail=self.teaching is not None)
+        if self.teaching is not None:
+            self.teaching.follow()
 
     def grow(self, budgets: list[int]) -> None:
         """Let ranks grow to each budget; which adapters matter is drawn."""
@@ -230,13 +240,18 @@ class _Simulation:
             grown = plan_ranks(sizes, step, budget, most, strategy=tuning.rank_increase_strategy, rule=tuning.rule)
             apply_rank_plan(self.model, grown, self.optimizer)
 
-    def step(self) -> Footprint:
-        """The footprint of a training step now."""
+    def step(self, *, taught: bool = True) -> Footprint:
+        """The footprint of a training step now; with its teacher, if it has one and is to be `taught`."""
+        teaching = self.teaching if taught else None
+        if self.teaching is not None:
+            self.teaching.distiller.listen(taught)
         adapters: list[Tensor] = [
             p for _, module in adapted(self.model) for p in module.parameters() if p.requires_grad
         ]
         ours = {id(parameter) for parameter in adapters}
         head: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
+        if self.teaching is not None:
+            head += self.teaching.distiller.teacher.head.values()
         accumulate = self.config.training.gradient_accumulation_steps > 1
         groups: dict[str, list[Tensor]] = {
             "adapters": adapters,
@@ -244,13 +259,17 @@ class _Simulation:
             "temporaries": list(self.batch.values()),
         }
         self.model.train()
-        return measure_step(self.model, self.optimizer, self._forward, groups, accumulate=accumulate)
+        return measure_step(self.model, self.optimizer, partial(self._forward, teaching), groups, accumulate=accumulate)
 
-    def _forward(self) -> tuple[Tensor, list[Tensor]]:
+    def _forward(self, teaching: Distillation | None) -> tuple[Tensor, list[Tensor]]:
         narrow = AUTOCAST.get(self.config.hardware.precision)
         with nullcontext() if narrow is None else torch.autocast("cpu", dtype=narrow):
             output = self.model(**self.batch)
-        return output.loss, [value for name, value in output.items() if name.endswith("logits")]
+        loss = output.loss
+        if teaching is not None:
+            every = teaching.config.distill_every
+            loss = teaching.loss(loss, output, self.batch, -(-teaching.first // every) * every)
+        return loss, [value for name, value in output.items() if name.endswith("logits")]
 
 
 def _batch(config: RunConfig, model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:

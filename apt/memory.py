@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 STATUS = Path("/proc/self/status")  # Linux; its marks begin anew with the program, those of getrusage do not
-C_LIBRARY = ctypes.CDLL(None) if os.name == "posix" else None  # of this process
+# Of the C library of this process: glibc has it, others give memory back by themselves.
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def memory_mb(device: torch.device) -> tuple[float, float] | None:
@@ -35,5 +36,5 @@ def give_back(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif hasattr(C_LIBRARY, "malloc_trim"):  # glibc has it; others give memory back by themselves
-        C_LIBRARY.malloc_trim(0)
+    elif TRIM is not None:
+        TRIM(0)

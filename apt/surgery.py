@@ -203,11 +203,10 @@ def _permute_teacher(linear: APTAdapter, axis: str, order: Tensor) -> None:
 
 def _retained_first(features: Tensor, live: int, full: int) -> Tensor:
     """The stable partition: kept features, then those cut now, then the tail of earlier events as it was."""
-    cut = torch.ones(full, dtype=torch.bool, device=features.device)
-    cut[features] = False
-    cut[live:] = False
-    tail = torch.arange(live, full, device=features.device)
-    return torch.cat([features, cut.nonzero().flatten(), tail])
+    part = torch.ones(full, dtype=torch.uint8, device=features.device)
+    part[features] = 0
+    part[live:] = 2
+    return part.argsort(stable=True)
 
 
 def apply_rank_plan(model: nn.Module, plan: RankPlan, optimizer: torch.optim.Optimizer | None = None) -> None:

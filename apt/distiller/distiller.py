@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from apt.distiller.config import DistillationConfig
 from apt.distiller.layers import TRANSFORM, LayerTransform, Taps, matching_layers, sample_layers, untap
@@ -99,9 +100,10 @@ class SelfDistiller:
     def draw(self) -> None:
         """Sample the teacher's layers for the next batch: of every stack one of each of `num_teacher_layers` blocks."""
         blocks, generator = self.config.num_teacher_layers, self.generator
-        self.sampled = [
-            places[layer] for _, places in self._stacks for layer in sample_layers(len(places), blocks, generator)
-        ]
+        with unset_fake_temporarily():  # of a model of fake tensors too the layers are real numbers
+            self.sampled = [
+                places[layer] for _, places in self._stacks for layer in sample_layers(len(places), blocks, generator)
+            ]
         self._choose_taps()
 
     def follow(self) -> None:
@@ -257,10 +259,8 @@ def place_transform(model: nn.Module, config: DistillationConfig, seed: int = 0)
     if isinstance(found, LayerTransform):
         return found
     width, stored = _widths(model)
-    parameter = next(base_model(model).parameters())
-    generator = torch.Generator().manual_seed(seed)
-    transform = LayerTransform(width, stored, config.transform_rank, TRANSFORM_SCALE, generator)
-    transform = transform.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+    generator, like = torch.Generator().manual_seed(seed), next(base_model(model).parameters())
+    transform = LayerTransform(width, stored, config.transform_rank, TRANSFORM_SCALE, generator, like)
     setattr(model, TRANSFORM, transform)
     return transform
 

@@ -27,17 +27,19 @@ class LayerTransform(nn.Module):
         rank: R of the trainable part.
         scale: unitless, s.
         generator: draws A; the global random state is left alone.
+        like: device and dtype are those of this tensor, the dtype float32 at least.
     """
 
     lora_A: nn.Parameter  # [R, D]
     lora_B: nn.Parameter  # [to, R]
 
-    def __init__(self, width: int, to: int, rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(self, width: int, to: int, rank: int, scale: float, generator: torch.Generator, like: Tensor) -> None:
         super().__init__()
         self.scale = scale
         bound = 1.0 / max(1, width) ** 0.5  # LoRA's kaiming-uniform start
-        self.lora_A = nn.Parameter((torch.rand(rank, width, generator=generator) * 2.0 - 1.0) * bound)
-        self.lora_B = nn.Parameter(torch.zeros(to, rank))
+        start = (torch.rand(rank, width, generator=generator) * 2.0 - 1.0) * bound, torch.zeros(to, rank)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.lora_A, self.lora_B = (nn.Parameter(tensor.to(like.device, dtype)) for tensor in start)
 
     def forward(self, h: Tensor) -> Tensor:
         delta = F.linear(F.linear(h.to(self.lora_A.dtype), self.lora_A), self.lora_B)

@@ -25,12 +25,12 @@ def tempered_kl(student: Tensor, teacher: Tensor, valid: Tensor | None, tau: flo
         tau: temperature.
     """
     wide = torch.promote_types(student.dtype, torch.float32)
-    if valid is not None:
-        student, teacher = student[valid], teacher[valid]
     log_q = F.log_softmax(student.to(wide) / tau, -1)
     log_p = F.log_softmax(teacher.to(wide) / tau, -1)
     rows = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return tau * tau * rows.sum() / max(1, rows.numel())
+    if valid is None:
+        return tau * tau * rows.sum() / max(1, rows.numel())
+    return tau * tau * rows.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
 
 
 def prediction_loss(

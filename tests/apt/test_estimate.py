@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
+from tiny_models import MODELS, SIZES
 from tiny_run import write_config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from apt.cli import main
 from apt.config import RunConfig, load_config
 from apt.dry_run import build_on_meta
-from apt.estimate import _batch, estimate
+from apt.estimate import Estimate, _batch, estimate
 from apt.footprint import forward_flops, measure_step
 from apt.patch import patch_model
 
@@ -161,20 +163,71 @@ def test_lora_is_its_own_measure(tmp_path: Path) -> None:
     assert (found.step_speedup, found.inference_speedup, found.run_over_lora) == (1.0, 1.0, 1.0)
 
 
-def test_a_run_with_a_teacher_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a run with a teacher is not predicted"):
-        estimate(loaded(tmp_path, distillation={"use_self_distillation": True}), baseline=False)
+def test_a_teacher_adds_its_forward_and_keeps_dense_weights(tmp_path: Path) -> None:
+    def found(**settings: Any) -> Estimate:
+        return estimate(loaded(tmp_path, distillation=settings), baseline=False)
+
+    alone = found()
+    ends, stays = (found(use_self_distillation=True, distill_end=end) for end in (0.9, 1.0))
+    assert list(ends.phases) == ["before pruning", "masks fall", "first with a teacher", "after the last event"]
+    taught = ends.phases["first with a teacher"].bytes_of["weights"]
+    dense, small = (alone.phases[name].bytes_of["weights"] for name in ("before pruning", "after the last event"))
+    first, second = (ends.phases[name].bytes_of for name in ("before pruning", "first with a teacher"))
+    assert taught - dense == pytest.approx(first["adapters"], rel=0.1)  # of the snapshot; masks of what is gone are not
+    assert second["head"] - first["head"] == alone.phases["before pruning"].bytes_of["head"]
+    assert ends.phases["after the last event"].bytes_of["weights"] == small
+    assert stays.phases["after the last event"].bytes_of["weights"] >= dense
+    assert (ends.step_speedup, ends.inference_speedup) == (alone.step_speedup, alone.inference_speedup)
+    assert stays.step_speedup < ends.step_speedup
+    # A step of LoRA is a forward and the gradients of what comes in, as many products: a forward is half of it.
+    seldom = found(use_self_distillation=True, distill_every=2, distill_end=1.0)
+    often, half = (teaching.run_over_lora - alone.run_over_lora for teaching in (stays, seldom))
+    assert stays.plan.distilled_steps is not None
+    assert 0.45 < often / (1.0 - stays.plan.distilled_steps[0] / 100) < 0.55
+    assert half == pytest.approx(often / 2, rel=0.05)
 
 
-@pytest.mark.parametrize(("rows", "length", "width"), [(64, 64, 128), (128, 32, 256)])
-def test_the_peak_of_a_process_that_trains(tmp_path: Path, rows: int, length: int, width: int) -> None:
+# One of each kind of block: the others are made of the same.
+@pytest.mark.parametrize(
+    "name", ["distilbert", "opt_350m", "llama_cls", "qwen2_mixed", "gemma3", "gpt2_cls", "phi3_sliding", "t5_gated"]
+)
+def test_families_with_a_teacher(tmp_path: Path, name: str) -> None:
+    kinds = {"SequenceClassification": "classification", "ConditionalGeneration": "summarization"}
+    task = next((task for end, task in kinds.items() if MODELS[name].model.endswith(end)), "language_modeling")
+    shape = {"model_type": getattr(transformers, MODELS[name].config).model_type, **SIZES, **MODELS[name].settings}
+    shape.pop("num_labels", None)
+    config = loaded(
+        tmp_path,
+        model={"shape": shape, "task": task, "num_labels": 2 if task == "classification" else None},
+        data={"max_target_length": 8, "block_length": 16} if task != "classification" else {},
+        distillation={"use_self_distillation": True},
+    )
+    found = estimate(config, baseline=False)
+    assert all(phase.flops > 0 and phase.saved > 0 for phase in found.phases.values())
+    assert found.inference_speedup > 1.0
+    assert "first with a teacher" in found.phases
+
+
+def test_a_model_that_computes_by_its_input_is_refused(tmp_path: Path) -> None:
+    shape = {"model_type": "deberta-v2", **SIZES, **MODELS["deberta"].settings, "num_labels": 2}
+    with pytest.raises(ValueError, match="deberta-v2 computes by the values of its input"):
+        estimate(loaded(tmp_path, model={"shape": shape}), baseline=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "width", "taught"), [(64, 64, 128, False), (128, 32, 256, False), (64, 64, 256, True)]
+)
+def test_the_peak_of_a_process_that_trains(tmp_path: Path, rows: int, length: int, width: int, taught: bool) -> None:
+    early = {"target_sparsity": 0.1, "prune_start": 0.0, "prune_end": 1, "num_events": 1}  # so the teacher is the peak
+    late = {"target_sparsity": 0.5, "prune_start": 0.9, "prune_end": 0.95, "num_events": 1}
     shape = SHAPE | {"hidden_size": width, "intermediate_size": 4 * width}
     path = config_of(
         tmp_path,
         model={"shape": shape},
         data={"max_length": length},
         training={"batch_size": rows},
-        pruning={"target_sparsity": 0.5, "prune_start": 0.9, "prune_end": 0.95, "num_events": 1},
+        pruning=early if taught else late,
+        distillation={"use_self_distillation": taught},
     )
     # Freed blocks go back to the system, so that the peak is that of the tensors and not of the allocator's history.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -182,7 +235,8 @@ def test_the_peak_of_a_process_that_trains(tmp_path: Path, rows: int, length: in
         [sys.executable, "-c", TRAIN, str(path)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    expected = estimate(load_config(path), baseline=False).phases["before pruning"].peak
+    phase = "first with a teacher" if taught else "before pruning"
+    expected = estimate(load_config(path), baseline=False).phases[phase].peak
     assert int(done.stdout.split()[-1]) == pytest.approx(expected, rel=0.12)
 
 
