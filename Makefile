@@ -25,6 +25,7 @@ ratings: $(STAMPS)/demo ## LoRA and APT on reviews with ratings: a number, three
 	$(PY) examples/ratings.py runs/data/vaderSentiment-0.5.zip runs/data/ratings.csv
 	$(PY) -m apt experiment examples/ratings_grid.yaml
 	$(PY) -m apt experiment examples/sentiment_grid.yaml
+	$(PY) -m bench.ratings
 
 test check browser harness gpu: export HF_HUB_OFFLINE = 1
 test check browser harness: export OMP_NUM_THREADS = 1

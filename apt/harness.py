@@ -12,10 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from apt import __version__
 from apt.config import HardwareConfig
 from apt.export import CARD, load_model
 from apt.modes import evaluating
@@ -23,6 +21,7 @@ from apt.records import write_json
 from apt.report.tables import Sheet
 from apt.report.terminal import print_sheets
 from apt.tasks import choose_device
+from apt.versions import versions_used
 
 ALL_OF_PAPER = "paper"
 PAPER = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0}  # task -> examples in the prompt
@@ -82,7 +81,7 @@ def harness(folder: Path, config: HarnessConfig, out: Path | None = None) -> lis
     print_sheets([Sheet(f"{folder}: lm-evaluation-harness", HEADERS, shown)])
     if out is not None:
         facts = {"folder": str(folder), "class": kind, "limit": config.limit, "batch_size": config.batch_size}
-        write_json(out, {**facts, "rows": rows, "versions": _versions()})
+        write_json(out, {**facts, "rows": rows, "versions": versions_used("lm_eval")})
     return rows
 
 
@@ -129,14 +128,6 @@ def _load(folder: Path) -> tuple[nn.Module, Any]:
     if (folder / CARD).exists():
         return load_model(folder), tokenizer
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), tokenizer
-
-
-def _versions() -> dict[str, str]:
-    import lm_eval
-    import transformers
-
-    ours = {"apt-lm": __version__, "torch": str(torch.__version__)}
-    return {**ours, "transformers": transformers.__version__, "lm_eval": lm_eval.__version__}
 
 
 @cache

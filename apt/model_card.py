@@ -1,20 +1,17 @@
 """The model card of an export: what it is made of, what was removed, how good and how fast it is, how to load it."""
 
 import os
-import platform
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from apt import __version__
 from apt.data.sources import resolve_model
 from apt.patch import Summary
+from apt.versions import versions_used
 
 README = "README.md"
 NOT_FIGURES = ("method", "ablation", "model", "data", "metric", "unit", "device", "versions", "self_distillation")
@@ -88,12 +85,7 @@ def model_card(
         parts += ["## Scores and efficiency", _figures(metrics)]
     if command is not None:
         parts += ["## How it was made", f"```\n{command}\n```"]
-    versions = metrics.get("versions") or {
-        "apt-lm": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    versions = metrics.get("versions") or versions_used()
     parts += ["## Versions", _table(versions, ("package", "version"))]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from torch import nn
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from apt import __version__
 from apt.checkpoint import random_state_kept
 from apt.config import RunConfig
 from apt.data import Loader
@@ -54,6 +52,7 @@ from apt.tasks import (
     training_arguments,
 )
 from apt.trainer import APTrainer
+from apt.versions import versions_used
 
 EVENTS, TIMINGS, MODEL = "events.jsonl", "event_timing.json", "model"
 ADVICE = (
@@ -252,7 +251,7 @@ def _measure(
         "unit": data.unit,
         "seed": config.training.seed,
         "device": str(device),
-        "versions": _versions(),
+        "versions": versions_used(),
     }
     return metrics, times
 
@@ -335,16 +334,6 @@ def _event_timing(
 
     rows = time_events(make_model, trainer.controller.events, batch, steps)
     return {"sentences": size, "tokens": batch["input_ids"].shape[1], "steps": steps, "events": rows}
-
-
-def _versions() -> dict[str, str]:
-
-    return {
-        "apt-lm": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:

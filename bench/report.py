@@ -2,16 +2,17 @@
 
 For each machine (a folder in bench/results) that has rows of a benchmark, its table and picture are drawn from the CSV
 beside it. In docs/results.md what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` is replaced by the
-command that measures it, and the tables; text around the marks stays. What no machine has measured reads `unmeasured`.
+command that measures it, and the tables; in README.md by the table alone. Text around the marks stays. What no machine
+has measured reads `unmeasured`.
 """
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from os.path import relpath
 from pathlib import Path
 
-from bench import ablations, accuracy, adapters, cost, events, goals, inference, train_step
+from bench import ablations, accuracy, adapters, cost, events, footprints, goals, inference, ratings, train_step
 from bench.grid import Rows
 from bench.plots import PICTURES, save
 from bench.rows import read_rows
@@ -24,7 +25,10 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "accuracy": accuracy.table,
     "ablations": ablations.table,
     "adapters": adapters.table,
+    "footprints": footprints.table,
+    "ratings": ratings.table,
 }
+ON_README = ("footprints",)
 ROWS = {"ablations": "accuracy"}  # whose rows a table is drawn from, where they are another's
 GOALS = "goals"  # the block of all bars
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -56,32 +60,48 @@ def goals_section(results: Path) -> str:
     return "\n".join(lines)
 
 
-def rewrite(page: Path, results: Path) -> None:
+def excerpt(name: str, results: Path) -> str:
+    """The tables of one benchmark, and nothing else."""
+    tables = [TABLES[name](read_rows(file)) for file in sorted(results.glob(f"*/{ROWS.get(name, name)}.csv"))]
+    return "\n" + ("\n".join(tables) or "`unmeasured`\n")
+
+
+def rewrite(page: Path, needed: Collection[str], written: Callable[[str], str]) -> None:
     """Replace what stands between the marks of a page.
 
+    Args:
+        page: has one pair of marks for each name that is `needed`.
+        needed: the names.
+        written: from a name to what is to stand there.
+
     Raises:
-        ValueError: a mark names no benchmark, or the page lacks the marks of one.
+        ValueError: a mark names something else, or the page lacks the marks of a name.
     """
     text = page.read_text(encoding="utf-8")
-    named, needed = [match[1] for match in BLOCK.findall(text)], [*TABLES, GOALS]
-    if sorted(named) != sorted(needed):
-        raise ValueError(f"{page}: it needs one <!-- bench:NAME --> ... <!-- /bench --> for each of {needed}")
-
-    def written(match: re.Match[str]) -> str:
-        name = match[2]
-        return match[1] + (goals_section(results) if name == GOALS else section(name, results, page)) + match[3]
-
-    new = BLOCK.sub(written, text)
+    if sorted(match[1] for match in BLOCK.findall(text)) != sorted(needed):
+        raise ValueError(f"{page}: it needs one <!-- bench:NAME --> ... <!-- /bench --> for each of {list(needed)}")
+    new = BLOCK.sub(lambda match: match[1] + written(match[2]) + match[3], text)
     page.write_text(new, encoding="utf-8")
+
+
+def rewrite_results(page: Path, results: Path) -> None:
+    """All benchmarks and every bar, on the page of results; ValueError where it lacks a mark."""
+    rewrite(
+        page,
+        [*TABLES, GOALS],
+        lambda name: goals_section(results) if name == GOALS else section(name, results, page),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
     arguments = parser.parse_args()
-    rewrite(arguments.page, arguments.results)
-    print(f"{arguments.page} is up to date with {arguments.results}")
+    rewrite_results(arguments.page, arguments.results)
+    rewrite(arguments.readme, ON_README, lambda name: excerpt(name, arguments.results))
+    print(f"{arguments.page} and {arguments.readme} are up to date with {arguments.results}")
 
 
 if __name__ == "__main__":

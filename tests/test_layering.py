@@ -11,6 +11,7 @@ import pytest
 
 ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the rooms above it
     "doctor",
+    "versions",
     "records",
     "disk",
     "clock",

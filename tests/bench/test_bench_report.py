@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench import plan, plots
-from bench.report import GOALS, TABLES, rewrite
+from bench.report import GOALS, TABLES, excerpt, rewrite, rewrite_results
 from bench.rows import append_rows, environment
 
 STEEP = [{"part": "search", "axis": "layers", "size": n, "ms_p50": n**1.5, "commit": "abc"} for n in (1, 10, 100)]
@@ -25,9 +25,9 @@ def test_the_page_shows_what_was_measured_and_keeps_its_own_words(tmp_path: Path
     page.write_text("first\n" + "".join(blocks))
     results = tmp_path / "bench" / "results"
     append_rows(results / "cpu" / "cost.csv", STEEP)
-    rewrite(page, results)
+    rewrite_results(page, results)
     once = page.read_text(encoding="utf-8")
-    rewrite(page, results)
+    rewrite_results(page, results)
     assert page.read_text(encoding="utf-8") == once
     assert once.startswith("first\n<!-- bench:train_step -->\n\nMeasure it with `python -m bench.train_step`")
     assert once.count("\n`unmeasured`\n") == len(TABLES) - 1
@@ -44,7 +44,20 @@ def test_a_page_without_the_marks_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- bench:cost -->\n<!-- /bench -->\n")
     with pytest.raises(ValueError, match="it needs one <!-- bench:NAME -->"):
-        rewrite(page, tmp_path)
+        rewrite_results(page, tmp_path)
+
+
+def test_readme_has_the_table_alone(tmp_path: Path) -> None:
+    page, results = tmp_path / "README.md", tmp_path / "results"
+    page.write_text("before\n<!-- bench:footprints -->\nold\n<!-- /bench -->\nafter\n")
+    rewrite(page, ["footprints"], lambda name: excerpt(name, results))
+    assert page.read_text() == "before\n<!-- bench:footprints -->\n\n`unmeasured`\n<!-- /bench -->\nafter\n"
+    common = {"config": "c", "model": "m", "task": "t_u", "precision": "fp32", "sparsity": 0.6, "batch": 4, "tokens": 8}
+    counted = [("LoRA", "before pruning", 5e9), ("APT", "before pruning", 6e9), ("APT", "after the last event", 25e8)]
+    rows = [common | {"arm": arm, "phase": phase, "peak_bytes": int(size)} for arm, phase, size in counted]
+    append_rows(results / "cpu" / "footprints.csv", rows)
+    rewrite(page, ["footprints"], lambda name: excerpt(name, results))
+    assert "\n| m, t u, fp32 | 4 x 8 | 60% | 5.00 | 6.00 | - | 2.50 |\n" in page.read_text()
 
 
 def test_growth_worse_than_linear_is_named_in_red() -> None:
