@@ -182,8 +182,14 @@ def table(rows: list[dict[str, str]]) -> str:
 def speed_table(rows: list[dict[str, str]]) -> str:
     """Ratios of the latest measurement of each arm, taken in turns."""
     latest = {(row["what"], row["shape"], row["arm"]): row for row in rows}
-    lines = ["| what | tokens | arm | over LoRA (training), dense (generation) |", "|---|---|---|---|"]
-    lines += [f"| {what} | {shape} | {arm} | {row['ratio_p50']} |" for (what, shape, arm), row in latest.items()]
+    lines = [
+        "| what | tokens | arm | tokens a second | over LoRA's (training), dense (generation) |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {what} | {shape} | {arm} | {float(row['tokens_per_s_p50']):,.1f} | {float(row['ratio_p50']):.3f} |"
+        for (what, shape, arm), row in latest.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

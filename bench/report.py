@@ -12,7 +12,19 @@ from collections.abc import Callable, Collection
 from os.path import relpath
 from pathlib import Path
 
-from bench import ablations, accuracy, adapters, cost, events, footprints, goals, inference, ratings, train_step
+from bench import (
+    ablations,
+    accuracy,
+    adapters,
+    cost,
+    decoder,
+    events,
+    footprints,
+    goals,
+    inference,
+    ratings,
+    train_step,
+)
 from bench.grid import Rows
 from bench.plots import PICTURES, save
 from bench.rows import read_rows
@@ -27,6 +39,12 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "adapters": adapters.table,
     "footprints": footprints.table,
     "ratings": ratings.table,
+    "decoder": decoder.table,
+    "decoder_speed": decoder.speed_table,
+}
+COMMANDS = {  # where it is not python -m bench.NAME
+    "ratings": "make ratings",
+    "decoder_speed": "python -m bench.decoder --arms apt lora --speed",
 }
 ON_README = ("footprints",)
 ROWS = {"ablations": "accuracy"}  # whose rows a table is drawn from, where they are another's
@@ -36,7 +54,8 @@ BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 def section(name: str, results: Path, page: Path) -> str:
     """What the page says about one benchmark."""
-    lines = ["", f"Measure it with `python -m bench.{name}`, draw it with `python -m bench.report`.", ""]
+    command = COMMANDS.get(name, f"python -m bench.{name}")
+    lines = ["", f"Measure it with `{command}`, draw it with `python -m bench.report`.", ""]
     files = sorted(results.glob(f"*/{ROWS.get(name, name)}.csv"))
     for file in files:
         rows = read_rows(file)
