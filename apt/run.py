@@ -1,6 +1,5 @@
 """A whole run: from a config to a folder that holds the small model, its metrics and its events."""
 
-import copy
 import json
 import sys
 import time
@@ -19,10 +18,8 @@ from apt.checkpoint import random_state_kept
 from apt.config import RunConfig
 from apt.data import Loader
 from apt.disk import check_writable, writing
-from apt.evaluate import Evaluator, latency_ms, time_events
-from apt.export import CARD, export_model, load_model
-from apt.language import generation_metrics
-from apt.methods import METHODS
+from apt.export import CARD, load_model
+from apt.measure import MODEL, build_evaluator, measure, scores_of
 from apt.model_card import README, CardFacts, model_card
 from apt.patch import patch_model, summary
 from apt.records import write_json
@@ -39,22 +36,18 @@ from apt.run_folder import (
     partial_of,
 )
 from apt.tasks import (
-    GENERATING,
     build_model,
     build_tokenizer,
     check_lengths,
     check_shape,
     choose_device,
-    chosen_scores,
     load_data,
-    metric_names,
     optimizer_class,
     training_arguments,
 )
 from apt.trainer import APTrainer
-from apt.versions import versions_used
 
-EVENTS, TIMINGS, MODEL = "events.jsonl", "event_timing.json", "model"
+EVENTS = "events.jsonl"
 ADVICE = (
     "free space there or make it writable, and go on with --resume, from the last checkpoint if there is one; or give "
     "another output_dir"
@@ -92,7 +85,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
         if checkpoint is None:
             begin(partial, config)
         trainer, seconds = _fit(config, model, tokenizer, data, partial, checkpoint)
-        metrics, times = _measure(config, tokenizer, data, partial, trainer)
+        metrics, times = measure(config, tokenizer, data, partial, trainer)
         efficiency = {"train_seconds": seconds, **trainer.throughput(), **times}
         if checkpoint is not None:
             # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
@@ -192,8 +185,8 @@ def _fit(
     bar = _Bar()
     trainer.add_callback(bar)
     if config.evaluation.score_steps:
-        evaluator, steps = _evaluator(config, tokenizer), config.evaluation.score_steps
-        trainer.add_callback(_Curve(trainer, steps, lambda model: _scores(config, evaluator, model, data)))
+        evaluator, steps = build_evaluator(config, tokenizer), config.evaluation.score_steps
+        trainer.add_callback(_Curve(trainer, steps, lambda model: scores_of(config, evaluator, model, data)))
     for callback in trainer.callback_handler.callbacks:  # by default TensorBoard's files would go with the checkpoints
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = callback.logging_dir or str(partial / "tensorboard")
@@ -206,136 +199,6 @@ def _fit(
     return trainer, seconds
 
 
-def _measure(
-    config: RunConfig, tokenizer: Any, data: Loader, partial: Path, trainer: APTrainer
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Export the model, load it again, and measure what was loaded; writes the model and the timings of the events.
-
-    Returns what config, data, seed and versions decide, and what a clock says.
-    """
-    settings, device = config.evaluation, choose_device(config.hardware)
-    metric = metric_names(config)[0]
-    evaluator = _evaluator(config, tokenizer)
-    model = trainer.model
-    assert model is not None
-    counts, distillation = summary(model), trainer.controller.distillation
-    trained = evaluator.evaluate(model, data.test, getattr(data, "validation", None))[metric]
-    export_model(model, partial / MODEL, overwrite=True)
-    tokenizer.save_pretrained(partial / MODEL)
-    small = load_model(partial / MODEL).to(device)
-    dense = build_model(config, data.num_labels, tokenizer).to(device)
-    times = _latency(config, dense, small, len(tokenizer))
-    if config.model.task in GENERATING:
-        times |= _generation(config, dense, small, data)
-    scores = _scores(config, evaluator, small, data)
-    if trainer.controller.events and settings.event_timing_steps:
-        write_json(partial / TIMINGS, _event_timing(config, tokenizer, data, trainer, dense))
-    metrics = {
-        "method": config.model.method,
-        "ablation": config.ablation,
-        "model": config.model.name,
-        "data": config.data.datasets,
-        "metric": metric,
-        **scores,
-        f"{metric}_before_export": trained,
-        **_goal(config, trainer),
-        "sparsity": counts.sparsity,
-        "params_before": counts.params_before,
-        "params_after": counts.params_after,
-        "num_events": len(trainer.controller.events),
-        "active_gates": counts.active if METHODS[config.model.method].make is not None else None,
-        "steps": trainer.state.global_step,
-        "self_distillation": None if distillation is None else distillation.account(),
-        "train_size": len(data.train),
-        "test_size": len(data.test),
-        "unit": data.unit,
-        "seed": config.training.seed,
-        "device": str(device),
-        "versions": versions_used(),
-    }
-    return metrics, times
-
-
-def _evaluator(config: RunConfig, tokenizer: Any) -> Evaluator:
-    settings = config.evaluation
-    return Evaluator(
-        tokenizer,
-        settings.inference_batch_size,
-        config.model.task,
-        max_new_tokens=config.data.max_target_length,
-        num_beams=settings.num_beams,
-        max_answer_length=settings.max_answer_length,
-        no_answer_threshold=settings.no_answer_threshold,
-    )
-
-
-def _scores(config: RunConfig, evaluator: Evaluator, model: nn.Module, data: Loader) -> dict[str, float]:
-    """The scores asked for, on the test split."""
-    return chosen_scores(config, evaluator.evaluate(model, data.test, getattr(data, "validation", None)))
-
-
-def _goal(config: RunConfig, trainer: APTrainer) -> dict[str, Any]:
-    """What was asked of pruning, and with a speed-up as the goal what the latency table says was reached."""
-    pruning, prunes = config.pruning, config.apt_config().prunes
-    if not prunes or pruning.target_speedup is None:
-        return {"target_sparsity": pruning.target_sparsity if prunes else 0.0}
-    events = [event for event in trainer.controller.events if event.prune is not None]
-    predicted = events[-1].predicted_speedup if events else None
-    return {"target_sparsity": None, "target_speedup": pruning.target_speedup, "predicted_speedup": predicted}
-
-
-def _latency(config: RunConfig, dense: nn.Module, small: nn.Module, vocab_size: int) -> dict[str, Any]:
-
-    settings = config.evaluation
-    shape = settings.inference_batch_size, settings.inference_length
-    times = latency_ms(
-        {"dense": dense, "small": small},
-        batch_size=shape[0],
-        length=shape[1],
-        vocab_size=vocab_size,
-        repeats=settings.inference_repeats,
-    )
-    return {
-        "latency_ms_dense": times["dense"],
-        "latency_ms_small": times["small"],
-        "speedup": times["dense"] / times["small"],
-        "latency_shape": list(shape),
-    }
-
-
-def _generation(config: RunConfig, dense: nn.Module, small: nn.Module, data: Loader) -> dict[str, Any]:
-    settings = config.evaluation
-    return generation_metrics(
-        dense,
-        small,
-        data.test,
-        batch_size=settings.inference_batch_size,
-        length=min(settings.inference_length, max(map(len, data.test.columns["input_ids"]))),
-        new_tokens=settings.generated_tokens,
-        repeats=settings.inference_repeats,
-    )
-
-
-def _event_timing(
-    config: RunConfig, tokenizer: Any, data: Loader, trainer: APTrainer, dense: nn.Module
-) -> dict[str, Any]:
-    """Steps before and after each event, on a batch of sentences of middling length."""
-
-    size = min(config.training.batch_size, len(data.train))
-    by_length = sorted(range(len(data.train)), key=lambda i: len(data.train.columns["input_ids"][i]))
-    middle = (len(by_length) - size) // 2
-    device = next(dense.parameters()).device
-    batch = data.collator([data.train[i] for i in by_length[middle : middle + size]])
-    batch = {name: value.to(device) for name, value in batch.items()}
-    steps = config.evaluation.event_timing_steps
-
-    def make_model() -> nn.Module:
-        return patch_model(copy.deepcopy(dense), config.apt_config()).to(device)
-
-    rows = time_events(make_model, trainer.controller.events, batch, steps)
-    return {"sentences": size, "tokens": batch["input_ids"].shape[1], "steps": steps, "events": rows}
-
-
 def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
     """Scores of an export, with the tokenizer beside it, on the test split of a config.
 
@@ -343,15 +206,14 @@ def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
         ValueError: the folder is no export, or the data does not fit it.
     """
     _start(config)
-
     model = load_model(folder).to(choose_device(config.hardware))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     hf_config: Any = model.config
     data = load_data(config, tokenizer, num_labels=hf_config.num_labels)
-    evaluator = _evaluator(config, tokenizer)
+    evaluator = build_evaluator(config, tokenizer)
     check_lengths(data, model)
     return {
-        **_scores(config, evaluator, model, data),
+        **scores_of(config, evaluator, model, data),
         "test_size": len(data.test),
         "folder": str(folder),
         "data": config.data.datasets,

@@ -67,6 +67,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "report",
     "harness",
     "run_folder",
+    "measure",
     "run",
     "experiment",
     "efficient_finetuning",
