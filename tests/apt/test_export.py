@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_models import GENERATORS, NAMES, fill_adapters, free_heads, random_plan, set_masks, tiny_batch, tiny_model
 
 import apt
-import apt.export
+import apt.export.write
 from apt.export import FORMAT
 from apt.surgery import apply_prune_plan
 
@@ -252,7 +252,7 @@ def test_a_failure_while_saving_leaves_nothing_half_written(
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(apt.export, "save_file", full_disk)
+        patch.setattr(apt.export.write, "save_file", full_disk)
         with pytest.raises(OSError, match="No space left"):
             apt.export_model(model, folder, overwrite=True)
     assert folder.exists() == exists

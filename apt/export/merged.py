@@ -1,0 +1,56 @@
+"""The weights of a patched model under their stock names, adapters merged."""
+
+import torch
+from torch import Tensor, nn
+
+from apt.controller import patch_state
+from apt.dimensions import hidden_group, live_views
+from apt.distiller import TRANSFORM
+from apt.fused import FusedLinears, plain_linear, replaced
+from apt.gate_files import has_gates
+from apt.methods import GATES
+from apt.prompts import PROMPT, placed_prompt
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned, a tied tensor once."""
+    ours, done, dtypes = dict(replaced(model)), set(), patch_state(model).dtypes
+    merge = not has_gates(model)
+    group = hidden_group(model, patch_state(model).family)
+    live = {id(stored): view for stored, view in live_views(model, group)}
+    state: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        parent, _, leaf = name.rpartition(".")
+        if parent == TRANSFORM or name.startswith((f"{GATES}.", f"{PROMPT}.")):
+            continue  # it served training alone, has its own file, or comes below
+        place = parent  # a part of a fused projection lies deeper, and so does what an adapter is made from
+        while place and place not in ours:
+            place = place.rpartition(".")[0]
+        linear = ours.get(place)
+        if isinstance(linear, FusedLinears):
+            if place not in done:
+                done.add(place)
+                plain = plain_linear(linear, merge=merge).state_dict()
+                state.update({f"{place}.{part}": _copy(value) for part, value in plain.items()})
+            continue
+        if linear is not None and (place != parent or leaf not in ("weight", "bias")):
+            continue
+        if linear is None or not linear.rank:  # what has an adapter is tied no more
+            if tensor.numel() and tensor.data_ptr() in seen:
+                continue
+            seen.add(tensor.data_ptr())
+        if linear is not None and leaf == "weight":
+            tensor = plain_linear(linear, merge=merge).get_parameter("weight")
+        elif name in parameters:
+            tensor = live.get(id(parameters[name]), tensor)
+        state[name] = _copy(tensor.to(dtypes.get(name, tensor.dtype)))
+    prompt = placed_prompt(model)
+    if prompt is not None:
+        state.update({f"{PROMPT}.{name}": _copy(tensor) for name, tensor in prompt.plain().state_dict().items()})
+    return state
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,117 @@
+"""An export back into a plain model of its stock class, with the sizes it was saved with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.dimensions import resize_dimensions
+from apt.export.files import CARD, WEIGHTS, read_card, read_weights
+from apt.families import Attention, Family, find_family
+from apt.fused import replace_module, restore_plain, split_fused
+from apt.gate_files import load_gates
+from apt.linears import features, is_conv1d, make_linear, weight_and_bias
+from apt.methods import METHODS
+from apt.prompts import place_plain_prompt
+from apt.units import num_units, part_linears
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """Load an export as a plain model of its stock class, in evaluation mode, with the layer sizes it was saved with.
+
+    A model with gates that depend on the example comes patched, as it was trained.
+
+    Args:
+        folder: as `export_model` wrote it.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        ValueError: the folder is not an export, a file is truncated or corrupt, or a newer version made it.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"load_model: {folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from None
+    state = read_weights(folder, card)
+    with init_empty_weights(include_buffers=False):
+        model = _model_class(card["class"])(config)
+        if card["units"]:
+            _resize(model, find_family(model), card)
+        if card.get("prompt") is not None:
+            place_plain_prompt(model, find_family(model), *_prompt_of(card["prompt"]))
+    try:
+        unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"load_model: {folder / WEIGHTS} does not fit the model: {reason}") from None
+    model.tie_weights()
+    absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if absent or unexpected:
+        raise ValueError(
+            f"load_model: {folder / WEIGHTS} does not fit the model: {(absent + list(unexpected))[0]} is off"
+        )
+    plain: nn.Module = model.eval().requires_grad_(True)
+    if card.get("gates") is not None:
+        load_gates(plain, folder, card["gates"])
+    return plain
+
+
+def _prompt_of(entry: Any) -> tuple[str, int]:
+    """Method and virtual tokens of what `_describe` wrote."""
+    method, count = (entry.get(name) for name in ("method", "virtual_tokens")) if isinstance(entry, dict) else (None, 0)
+    if method not in METHODS or not METHODS[method].prompt or not isinstance(count, int) or count < 1:
+        raise ValueError(f"load_model: {CARD} is corrupt (prompt is off); export the model again")
+    return method, count
+
+
+def _model_class(name: str) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ValueError(f"load_model: transformers {transformers.__version__} has no class {name!r}; upgrade it")
+    return found
+
+
+def _resize(model: nn.Module, family: Family, card: dict[str, Any]) -> None:
+    """Give the linears of an empty model the sizes of an export; the weights follow."""
+    units, orders, hidden = card["units"], card.get("head_order", {}), card.get("hidden")
+    parts = {f"{layer.name}.{p.units}": (layer, p) for layer in family.layers(model) for p in layer.stack.parts}
+    if units.keys() != parts.keys():
+        raise ValueError(f"load_model: {CARD} is corrupt (it lists {len(units)} unit groups); export the model again")
+    split_fused(model, family)
+    if hidden is not None:
+        resize_dimensions(model, family, hidden)
+    for name, (layer, part) in parts.items():
+        linears, before = part_linears(layer, part), num_units(layer, part)
+        for role in part.producers:
+            if role in linears:
+                _set_size(layer.module, part.linears[role], out=features(linears[role])[0] // before * units[name])
+        into = features(linears[part.reader])[1] // before * units[name]
+        _set_size(layer.module, part.linears[part.reader], into=into)
+        if isinstance(part, Attention):
+            order = torch.tensor(orders[name]) if name in orders else None
+            lacks = order is None and part.follow is not None and 0 < units[name] < before
+            if lacks or (order is not None and order.shape != (units[name],)):
+                raise ValueError(f"load_model: {CARD} is corrupt (head_order of {name} is off); export the model again")
+            part.set_heads(layer.module, before, units[name], order)
+            if units[name] == 0:
+                part.remove(layer.module)
+    restore_plain(model, merge=False)
+
+
+def _set_size(layer: nn.Module, name: str, *, out: int | None = None, into: int | None = None) -> None:
+    """Put a linear of that kind, with another number of outputs or inputs and no numbers yet, in the place of one."""
+    linear = layer.get_submodule(name)
+    (weight, bias), conv1d = weight_and_bias(linear), is_conv1d(linear)
+    out, into = weight.shape[0] if out is None else out, weight.shape[1] if into is None else into
+    empty_bias = None if bias is None else bias.new_empty(out, device="meta")
+    replace_module(layer, name, make_linear(weight.new_empty(out, into, device="meta"), empty_bias, conv1d=conv1d))

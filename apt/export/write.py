@@ -1,0 +1,145 @@
+"""A finished model to a folder that others load: merged, shrunk, safetensors and JSON only."""
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from apt import __version__
+from apt.controller import patch_state, uncompiled
+from apt.dimensions import has_dimensions
+from apt.export.files import CARD, WEIGHTS, sha256_of
+from apt.export.merged import merged_state
+from apt.families import Attention
+from apt.families.hidden import hidden_parts, hidden_size
+from apt.gate_files import has_gates, save_gates
+from apt.model_card import README, CardFacts, model_card
+from apt.patch import Summary, summary
+from apt.prompts import PTuningEmbedding, placed_prompt
+from apt.stock import first_difference, stock_config
+from apt.units import present_units
+
+
+def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Save a patched model as an ordinary smaller one: adapters merged in float32, pruned units gone.
+
+    The folder holds ``config.json``, ``model.safetensors`` under the stock parameter names, and ``apt_export.json``
+    with the number of units in every group and of hidden dimensions, which `load_model` reads, and ``README.md``, a
+    model card. Where a stock configuration describes the result ("stock" in that file), as with ``layout="uniform"``,
+    it is the one that is saved, and ``AutoModel`` loads the folder too. Gates that depend on the example (method
+    "dynacsg") cannot be merged: they lie beside the weights, and `load_model` puts them back. A prompt is kept without
+    the network that makes it, and `load_model` puts it to work. The model in memory is not changed.
+
+    Args:
+        model: patched by `apt.patch_model`, a Hugging Face model.
+        folder: written under a temporary name, then renamed.
+        overwrite: replace a folder that exists.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model is not patched or still masks units between two events, or the folder exists.
+    """
+    folder, model = Path(folder), uncompiled(model)
+    state, counts = patch_state(model), summary(model)
+    if counts.masked:
+        raise ValueError(f"export: {counts.masked} units are masked but not removed yet; train past the next event")
+    if folder.exists() and not overwrite:
+        raise ValueError(f"export: {folder} exists; give another folder or overwrite=True")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+    tensors = merged_state(model)
+    counts = _with_sizes(model, counts, tensors)
+    config, reason = _config(model, counts, tensors)
+    if reason is not None and state.config.pruning.layout == "uniform":
+        warnings.warn(
+            f"export: no stock configuration describes this model, so AutoModel cannot load it: {reason}; "
+            "apt.load_model can",
+            stacklevel=2,
+        )
+    if state.use_cache is not None:
+        config.use_cache = state.use_cache
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(partial)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(partial)
+    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    gates, prompt = save_gates(model, partial) if has_gates(model) else None, placed_prompt(model)
+    narrower = 0 < counts.hidden < int(getattr(config, "hidden_size", 0))  # than the saved config says
+    card = {
+        "format": 4 if prompt is not None else 3 if gates is not None else 2 if narrower else 1,
+        "apt_version": __version__,
+        "class": type(model).__name__,
+        "stock": reason is None,
+        "why_not_stock": reason,
+        "units": counts.units,
+        "head_order": _head_order(model, counts.units),
+        **({"hidden": counts.hidden} if narrower else {}),
+        **({} if gates is None else {"gates": gates}),
+        **({} if prompt is None else {"prompt": _describe(prompt)}),
+        "sparsity": counts.sparsity,
+        "params_before": counts.params_before,
+        "params_after": counts.params_after,
+        "bytes": (partial / WEIGHTS).stat().st_size,
+        "sha256": sha256_of(partial / WEIGHTS),
+    }
+    (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    base: Any = getattr(model.config, "_name_or_path", "")
+    facts = CardFacts(str(base or ""), type(model).__name__, state.config.method, reason is None, counts)
+    (partial / README).write_text(model_card(facts), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(partial, folder)
+    return folder
+
+
+def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> Summary:
+    """The counts with the sizes of a model that was pruned before it was patched: its config does not say them."""
+    family = patch_state(model).family
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if family is None or counts.units or first_difference(type(model), model.config, shapes) is None:
+        return counts
+    hidden = hidden_size(hidden_parts(model, family)) if has_dimensions(model, family) else 0
+    return dataclasses.replace(counts, units=present_units(model, family), hidden=hidden)
+
+
+def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tuple[Any, str | None]:
+    """A copy of the config that describes the model, or of its own and what that cannot say."""
+    state = patch_state(model)
+    if has_gates(model):
+        return copy.deepcopy(model.config), "it has gates that depend on the example"
+    if counts.virtual_tokens:
+        return copy.deepcopy(model.config), "a stock configuration has no virtual tokens"
+    if state.family is None or not counts.units:
+        return copy.deepcopy(model.config), None
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return stock_config(model, state.family, counts.units, shapes, counts.hidden)
+
+
+def _describe(prompt: nn.Module) -> dict[str, Any]:
+    """What `load_model` must know of a prompt beside its numbers."""
+    method = "p_tuning" if isinstance(prompt, PTuningEmbedding) else "prefix_tuning"
+    return {"method": method, "virtual_tokens": prompt.num_virtual_tokens}
+
+
+def _head_order(model: nn.Module, units: dict[str, int]) -> dict[str, list[int]]:
+    """Which heads of the model as it came are left, by unit group, where the family's attentions must know."""
+    family, orders = patch_state(model).family, {}
+    for layer in [] if family is None else family.layers(model):
+        for part in layer.stack.parts:
+            order = part.head_order(layer.module) if isinstance(part, Attention) else None
+            if order is not None:
+                name = f"{layer.name}.{part.units}"
+                orders[name] = order[: units[name]].tolist()
+    return orders
