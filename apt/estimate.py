@@ -2,35 +2,24 @@
 
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
-    unset_fake_temporarily,
 )
 
-from apt.adapters import adapted
 from apt.config import RunConfig
-from apt.controller import APTConfig, Controller, Distillation, patch_state
+from apt.controller import APTConfig
 from apt.dry_run import DryRun, PlannedEvent, build_on_meta, dry_run
-from apt.footprint import KINDS, Footprint, forward_flops, measure_step
-from apt.moments import OPTIMIZERS
-from apt.patch import patch_model, unpatch_model
-from apt.pruner import UnitSearch
-from apt.surgery import apply_prune_plan, apply_rank_plan
-from apt.tasks import OF_TOKENS, choose_device, positions
-from apt.tuner import adapter_sizes, plan_ranks
-from apt.units import block_params
+from apt.footprint import KINDS, Footprint, forward_flops
+from apt.patch import unpatch_model
+from apt.simulation import Simulation, batch_for
+from apt.tasks import choose_device
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # A process that has loaded what a run loads, and trained something small, since much is loaded at the first step.
 BASELINE = """
 import tempfile, warnings
@@ -132,7 +121,7 @@ def estimate(config: RunConfig, *, baseline: bool = True) -> Estimate:
 def _predict(config: RunConfig, plan: DryRun) -> dict[str, Any]:
     """All that follows from shapes."""
     settings = config.apt_config()
-    run = _Simulation(config, settings, plan)
+    run = Simulation(config, settings, plan)
     phases = {"before pruning": run.step()}
     dense, batch = phases["before pruning"].flops, run.batch
     savings = [(event.step, saving) for event in plan.events if (saving := _saving(event)) is not None]
@@ -141,13 +130,13 @@ def _predict(config: RunConfig, plan: DryRun) -> dict[str, Any]:
         phases["masks fall"] = run.step()
     distillation, taught = run.run.distillation, 0.0
     if distillation is not None:
-        run = _Simulation(config, settings, plan, taught=True)
+        run = Simulation(config, settings, plan, taught=True)
         run.prune(savings[0][1])
         phases["first with a teacher"] = run.step()
         steps = len(range(distillation.first, distillation.end, settings.distillation.distill_every))
         taught = (phases["first with a teacher"].flops - run.step(taught=False).flops) * steps / plan.total_steps
     stays = distillation is not None and distillation.end >= plan.total_steps
-    run = _Simulation(config, settings, plan, taught=stays)
+    run = Simulation(config, settings, plan, taught=stays)
     if plan.events:
         if savings:
             run.prune(savings[-1][1])
@@ -155,9 +144,9 @@ def _predict(config: RunConfig, plan: DryRun) -> dict[str, Any]:
         phases["after the last event"] = run.step()
     last = (run.step(taught=False) if stays else list(phases.values())[-1]).flops
     plain = [build_on_meta(config, "cpu"), unpatch_model(run.model)]
-    inference = _batch(config, plain[0], config.evaluation.inference_batch_size, config.evaluation.inference_length)
+    inference = batch_for(config, plain[0], config.evaluation.inference_batch_size, config.evaluation.inference_length)
     of_dense, of_small = (forward_flops(model, inference) for model in plain)
-    lora = _Simulation(config, _lora(settings), plan).step().flops
+    lora = Simulation(config, _lora(settings), plan).step().flops
     end = list(phases.values())[-1]
     return {
         "phases": phases,
@@ -190,101 +179,6 @@ def _mean_flops(plan: DryRun, savings: list[tuple[int, float]], dense: int, last
         flops, before = dense + (last - dense) * share, step
     spent += (flops if savings else float(last)) * (total - before)
     return spent / total
-
-
-class _Simulation:
-    """A patched model of fake tensors at a moment of a run; where it is `taught`, the model as it begins teaches it."""
-
-    def __init__(self, config: RunConfig, settings: APTConfig, plan: DryRun, *, taught: bool = False) -> None:
-        self.config, self.settings = config, settings
-        self.model = build_on_meta(config, "cpu")
-        patch_model(self.model, replace(settings, adapter=replace(settings.adapter, svd_cache=None)))
-        self.model.train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = OPTIMIZERS[config.training.optimizer](trained, lr=config.training.learning_rate)
-        self.run = Controller(self.model, self.optimizer, plan.total_steps, held_out=lambda _: 0.0)
-        self.teaching = self.run.distillation if taught else None
-        if self.teaching is not None:
-            self.teaching.distiller.snapshot()
-        data, blocks = config.data, config.model.task == "language_modeling"
-        length = data.block_length if blocks else data.max_length
-        most = positions(self.model)
-        self.batch = _batch(
-            config, self.model, config.training.batch_size, length if most is None else min(length, most)
-        )
-
-    def let_masks_fall(self) -> None:
-        """As in the window before an event; the masks have no numbers that could say so."""
-        for group in self.run.groups:
-            group.gate._masked = True
-
-    def prune(self, saving: float) -> None:
-        """Let units go as an event does, at random salience in proportion to what a unit costs."""
-        groups, state = self.run.groups, patch_state(self.model)
-        assert state.family is not None
-        draw = np.random.default_rng(0)
-        with unset_fake_temporarily():
-            scores = {g.name: torch.tensor(g.cost() * (0.5 + draw.random(g.num_units))) for g in groups}
-            by_params = UnitSearch(state.block_params, replace(self.settings.pruning, target_speedup=None))
-            plan = by_params.plan(groups, scores, block_params(self.model, state.family), 1, saving)
-        apply_prune_plan(self.model, plan, self.optimizer, keep_tail=self.teaching is not None)
-        if self.teaching is not None:
-            self.teaching.follow()
-
-    def grow(self, budgets: list[int]) -> None:
-        """Let ranks grow to each budget; which adapters matter is drawn."""
-        draw, tuning = np.random.default_rng(0), self.settings.tuning
-        order = {name: float(draw.random()) for name, _ in adapted(self.model)}
-        for step, budget in enumerate(budgets, 1):
-            sizes, most = adapter_sizes(self.model, order), tuning.max_rank
-            grown = plan_ranks(sizes, step, budget, most, strategy=tuning.rank_increase_strategy, rule=tuning.rule)
-            apply_rank_plan(self.model, grown, self.optimizer)
-
-    def step(self, *, taught: bool = True) -> Footprint:
-        """The footprint of a training step now; with its teacher, if it has one and is to be `taught`."""
-        teaching = self.teaching if taught else None
-        if self.teaching is not None:
-            self.teaching.distiller.listen(taught)
-        adapters: list[Tensor] = [
-            p for _, module in adapted(self.model) for p in module.parameters() if p.requires_grad
-        ]
-        ours = {id(parameter) for parameter in adapters}
-        head: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
-        if self.teaching is not None:
-            head += self.teaching.distiller.teacher.head.values()
-        accumulate = self.config.training.gradient_accumulation_steps > 1
-        groups: dict[str, list[Tensor]] = {
-            "adapters": adapters,
-            "head": head,
-            "temporaries": list(self.batch.values()),
-        }
-        self.model.train()
-        return measure_step(self.model, self.optimizer, partial(self._forward, teaching), groups, accumulate=accumulate)
-
-    def _forward(self, teaching: Distillation | None) -> tuple[Tensor, list[Tensor]]:
-        narrow = AUTOCAST.get(self.config.hardware.precision)
-        with nullcontext() if narrow is None else torch.autocast("cpu", dtype=narrow):
-            output = self.model(**self.batch)
-        loss = output.loss
-        if teaching is not None:
-            every = teaching.config.distill_every
-            loss = teaching.loss(loss, output, self.batch, -(-teaching.first // every) * every)
-        return loss, [value for name, value in output.items() if name.endswith("logits")]
-
-
-def _batch(config: RunConfig, model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
-    """What the model is called with, and labels as its task has them."""
-    ids, task = torch.ones(rows, length, dtype=torch.long), config.model.task
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(model.config, "type_vocab_size", 0) > 1:
-        batch["token_type_ids"] = torch.zeros_like(ids)
-    if task == "question_answering":
-        return batch | {name: torch.ones(rows, dtype=torch.long) for name in ("start_positions", "end_positions")}
-    if task == "summarization":
-        return batch | {"labels": torch.ones(rows, config.data.max_target_length, dtype=torch.long)}
-    if task in OF_TOKENS:
-        return batch | {"labels": ids.clone()}
-    return batch | {"labels": torch.ones(rows, dtype=torch.float if task == "regression" else torch.long)}
 
 
 def _baseline() -> int:

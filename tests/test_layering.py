@@ -52,6 +52,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "answers",
     "dry_run",
     "footprint",
+    "simulation",
     "estimate",
     "language",
     "evaluate",

@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from apt.cli import main
 from apt.config import RunConfig, load_config
 from apt.dry_run import build_on_meta
-from apt.estimate import Estimate, _batch, estimate
+from apt.estimate import Estimate, estimate
 from apt.footprint import forward_flops, measure_step
 from apt.patch import patch_model
+from apt.simulation import batch_for
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {
@@ -36,7 +37,7 @@ TRAIN = """
 import sys, torch, apt, apt.run
 from apt.config import load_config
 from apt.dry_run import build_on_meta
-from apt.estimate import _batch
+from apt.simulation import batch_for
 
 def kilobytes(field):
     return int(open("/proc/self/status").read().split(field + ":")[1].split()[0])
@@ -47,7 +48,7 @@ def steps(config, count):
     run = apt.Controller(model, optimizer, 1000)
     rows, length = config.training.batch_size, config.data.max_length
     for _ in range(count):
-        batch = _batch(config, model, rows, length)
+        batch = batch_for(config, model, rows, length)
         run.loss(model(**batch), batch).backward()
         run.after_backward()
         optimizer.step()
@@ -109,7 +110,7 @@ def test_fake_tensors_keep_what_real_ones_keep(tmp_path: Path) -> None:
     for fake in (True, False):
         with FakeTensorMode() if fake else torch.random.fork_rng():
             model = patch_model(build_on_meta(config, "cpu"), config.apt_config()).train()
-            batch = _batch(config, model, 8, 16)
+            batch = batch_for(config, model, 8, 16)
             own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch.values())}
             kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
 
@@ -151,7 +152,7 @@ def test_flops_of_an_encoder_by_closed_form(tmp_path: Path) -> None:
     config = loaded(tmp_path)
     with FakeTensorMode():
         model = build_on_meta(config, "cpu")
-        found = forward_flops(model, _batch(config, model, 8, 16))
+        found = forward_flops(model, batch_for(config, model, 8, 16))
     tokens, width, inner = 8 * 16, 64, 128
     layer = 2 * tokens * (4 * width * width + 2 * width * inner) + 2 * 2 * tokens * 16 * width
     assert found == 3 * layer + 2 * 8 * (width * width + 2 * width)
