@@ -98,7 +98,7 @@ def estimate(config: RunConfig, *, baseline: bool = True) -> Estimate:
 
     Which units go is not known before: they are taken at random, heads and neurons alike for what they cost, ranks grow
     where such an importance says. A target of speed counts as the same saving in parameters. Sequences are as long as
-    the config lets them be.
+    the config lets them be. A teacher teaches from the first event that prunes on.
 
     Args:
         config: of the run; `hardware.device` decides whether memory is that of the process or that of the GPU.

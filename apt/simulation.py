@@ -114,7 +114,8 @@ def batch_for(config: RunConfig, model: nn.Module, rows: int, length: int) -> di
     if task == "question_answering":
         return batch | {name: torch.ones(rows, dtype=torch.long) for name in ("start_positions", "end_positions")}
     if task == "summarization":
-        return batch | {"labels": torch.ones(rows, config.data.max_target_length, dtype=torch.long)}
+        written = torch.ones(rows, config.data.max_target_length, dtype=torch.long)
+        return batch | {"labels": written, "decoder_input_ids": written.clone()}
     if task in OF_TOKENS:
         return batch | {"labels": ids.clone()}
     return batch | {"labels": torch.ones(rows, dtype=torch.float if task == "regression" else torch.long)}
