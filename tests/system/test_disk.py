@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import tiny_tokenizer, write_config
 
-from apt import disk, run
+from apt import disk, measure, run
 from apt.cli import main
 from apt.trainer import APTrainer
 
@@ -78,7 +78,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     [
         (APTrainer, "_save_checkpoint", 4096),  # the weights, by safetensors
         (APTrainer, "_save_checkpoint", 140_000),  # the optimizer, by torch
-        (run, "export_model", 4096),
+        (measure, "export_model", 4096),
         (run, "_write_card", 0),
         (run, "write_json", 0),
     ],
