@@ -142,12 +142,12 @@ def _predict(config: RunConfig, plan: DryRun) -> dict[str, Any]:
             run.prune(savings[-1][1])
         run.grow([event.rank_budget for event in plan.events if event.rank_budget is not None])
         phases["after the last event"] = run.step()
-    last = (run.step(taught=False) if stays else list(phases.values())[-1]).flops
+    end = list(phases.values())[-1]
+    last = run.step(taught=False).flops if stays else end.flops
     plain = [build_on_meta(config, "cpu"), unpatch_model(run.model)]
     inference = batch_for(config, plain[0], config.evaluation.inference_batch_size, config.evaluation.inference_length)
     of_dense, of_small = (forward_flops(model, inference) for model in plain)
     lora = Simulation(config, _lora(settings), plan).step().flops
-    end = list(phases.values())[-1]
     return {
         "phases": phases,
         "measuring": sum(p.numel() * p.element_size() for model in plain for p in model.parameters())

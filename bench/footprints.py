@@ -30,7 +30,7 @@ def rows_of(path: Path, arm: str) -> list[dict[str, object]]:
     common = {
         "config": str(path),
         "arm": arm,
-        "model": config.model.name.removeprefix("package:").split("/")[-2 if "package:" in config.model.name else -1],
+        "model": config.model.name.removeprefix("package:").removesuffix("/model").rpartition("/")[2],
         "task": config.model.task,
         "precision": config.hardware.precision,
         "sparsity": config.pruning.target_sparsity,

@@ -23,7 +23,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 import torch
 from tiny_run import write_config
 
-from apt import cli, run, trainer
+from apt import cli, measure, run, trainer
 from apt.controller import Controller
 from apt.records import read_jsonl
 
@@ -68,7 +68,7 @@ def set_trap(place: str, step: int, draw: random.Random) -> None:
     elif place == "after the name":
         before(trainer, "rotate_checkpoints", lambda output_dir, **_: bool(newest(output_dir) >= step))
     elif place == "measuring":
-        before(run, "export_model", lambda *_, **__: True)
+        before(measure, "export_model", lambda *_, **__: True)
     elif place == "naming":
         before(run, "give_name", lambda *_: True)
 
