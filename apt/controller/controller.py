@@ -21,7 +21,7 @@ from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
 from apt.dimensions import Group
 from apt.hidden import hand_on_kernels
-from apt.memory import give_back
+from apt.memory import give_back, give_back_regularly
 from apt.methods import METHODS, RankBudget, penalty
 from apt.moments import bare_optimizer, check_optimizer
 from apt.records import Event, PrunePlan, TrimPlan, append_jsonl
@@ -140,6 +140,10 @@ class Controller:
         return self.pruning if self._num_pruned < len(self.timeline.prune_steps) else None
 
     @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def _grad_scale(self) -> float:
         """The factor on the gradients until the scaler takes it out."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
@@ -220,6 +224,7 @@ class Controller:
             self._towards_event()
         if self.distillation is not None:
             self.distillation.after_step(self.step)
+        give_back_regularly(self._device, self.step)
 
     def _towards_event(self) -> None:
         """Move the masks, and carry out the event where it is due."""
@@ -269,7 +274,7 @@ class Controller:
     def _record(self, event: Event) -> None:
         self.events.append(event)
         forget_graphs()  # shapes are static between events; start the recompile count anew
-        give_back(next(self.model.parameters()).device)
+        give_back(self._device)
         if self.event_log is not None:
             append_jsonl(self.event_log, event.to_json())
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from own_loop import BRIEF, Loop, patched
 
+from apt import memory
 from apt.controller import controller, distillation
 from apt.memory import give_back, memory_mb
 
@@ -49,3 +50,18 @@ def test_it_is_given_back_at_every_event_and_when_the_teacher_goes(monkeypatch: 
     steps = [event.step for event in loop.run.events]
     assert [step + 1 for step in range(30) if counts[step] > ([0, *counts])[step]] == sorted([*steps, 24])
     assert set(given) == {"cpu"}
+
+
+def test_it_is_given_back_every_fifty_steps_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, str]] = []
+    for step in range(1, 121):
+        monkeypatch.setattr(memory, "give_back", lambda device, step=step: given.append((step, device.type)))
+        memory.give_back_regularly(CPU, step)
+        memory.give_back_regularly(torch.device("cuda"), step)
+    assert given == [(50, "cpu"), (100, "cpu")]
+    given.clear()
+    monkeypatch.setattr(memory, "EVERY", 10)
+    monkeypatch.setattr(memory, "give_back", lambda device: given.append((loop.run.step, device.type)))
+    loop = Loop("bert", patched("bert"), 30, target_sparsity=0.0, num_events=0)
+    loop.take(30)
+    assert given == [(10, "cpu"), (20, "cpu"), (30, "cpu")]
