@@ -1,13 +1,12 @@
-"""One adapter method, ours or PEFT's: trained on the task of a config, or stepped on a model of a known shape.
+"""One adapter method, ours or PEFT's, trained on the task of a config.
 
-``python -m bench.adapter_arms ARM SEED --config FILE [--set KEY=VALUE ...]`` or ``ARM 0 --shape NAME`` prints its row
-as JSON; `bench.adapters` calls it, so that each row comes from a process of its own.
+``python -m bench.adapter_arms ARM SEED --config FILE [--set KEY=VALUE ...]`` prints its row as JSON; `bench.adapters`
+calls it, so that each row comes from a process of its own. `bench.adapter_steps` has the same arms at a known shape.
 """
 
 import argparse
 import json
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,13 @@ import torch
 from torch import nn
 
 import apt
-from bench.contestants import controlled_step
-from bench.memory import PeakMemory
-from bench.rows import environment, quantiles
-from bench.shapes import SHAPES
+from bench.rows import environment
 from bench.training import Course, block_parameters, train
 
 RANK, SCALE, TOKENS, MLP = 8, 2.0, 20, 512  # of all adapters; of all prompts, and P-tuning's network
 FIRST_RANK = 12  # of AdaLoRA, which ends at RANK
 GATES_AND_PROMPTS = 1e-2  # learning rate of what starts small or has few numbers; adapters have the config's
 HEADS = ("pooler", "classifier", "score")  # train in full in every arm, as in ours
-WARM_STEPS = 3
 OWN = (
     "adapter.",
     "prompt.",
@@ -65,6 +60,7 @@ ARMS = {
     "peft prefix_tuning": Arm("prefix_tuning", peft=True, learning_rate=GATES_AND_PROMPTS),
 }
 PROMPTS = ("p_tuning", "prefix_tuning")
+BASELINE = "peft lora"
 
 
 def settings(arm: Arm, total_steps: int, targets: tuple[str, ...] | None) -> dict[str, Any]:
@@ -182,68 +178,14 @@ def file_bytes(model: Any, arm: Arm) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
 
 
-def step(shape_name: str, name: str, runs: int) -> dict[str, Any]:
-    """Time and memory of training steps on random weights of a known shape; what cannot be done says why."""
-    arm, shape = ARMS[name], SHAPES[shape_name]
-    start = {"arm": name, "seed": 0, "shape": shape_name, "overrides": ""}
-    total_steps = 100 * (WARM_STEPS + runs)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model: Any = prepared(arm, shape.model().to(device), total_steps, shape.targets).train()
-        batch = shape.inputs(model, device)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        one_step = _peft_step(arm, model, batch, optimizer)
-        if one_step is None:
-            one_step = controlled_step(apt.Controller(model, optimizer, total_steps), model, batch, optimizer)
-        times = []
-        with PeakMemory() as peak:
-            for _ in range(WARM_STEPS + runs):
-                started = time.perf_counter()
-                one_step()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                times.append((time.perf_counter() - started) * 1e3)
-    except (ValueError, TypeError) as error:  # such as a model that takes no prefixes
-        return start | {"refused": str(error).replace("\n", " ")[:200]} | environment()
-    p20, p50, p80 = (round(value, 3) for value in quantiles(times[WARM_STEPS:]))
-    row = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "runs": runs, "peak_mb": round(peak.mb, 1)}
-    row["trainable_start"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    row |= {"layers": shape.layers, "of": shape.of, "file_bytes": file_bytes(model, arm)}
-    return start | row | environment()
-
-
-def _peft_step(arm: Arm, model: Any, batch: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
-    """A step of PEFT's model; None for ours."""
-    if not arm.peft:
-        return None
-    done = 0
-
-    def one_step() -> None:
-        nonlocal done
-        model(**batch).loss.backward()
-        optimizer.step()
-        done += 1
-        if arm.method == "adalora":
-            model.base_model.update_and_allocate(done)
-        optimizer.zero_grad()
-
-    return one_step
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arm", choices=list(ARMS))
     parser.add_argument("seed", type=int)
     parser.add_argument("--config", type=Path, default=Path("examples/demo.yaml"))
-    parser.add_argument("--shape", choices=list(SHAPES), help="time and memory on random weights, without a task")
-    parser.add_argument("--runs", type=int, default=7, help="timed steps of a shape")
     parser.add_argument("--set", nargs="*", default=[], help="key=value overrides of the config")
     options = parser.parse_args()
-    if options.shape:
-        row = step(options.shape, options.arm, options.runs)
-    else:
-        row = run(options.config, options.arm, options.seed, options.set)
-    print("ROW " + json.dumps(row), flush=True)
+    print("ROW " + json.dumps(run(options.config, options.arm, options.seed, options.set)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every adapter method on one task, beside PEFT's: accuracy, trained parameters, seconds, memory and file size.
 
 ``python -m bench.adapters [--arms lora "peft lora" ...] [--seeds 0 1 2]`` for the task of a config,
-``python -m bench.adapters --shape deberta-v3-base`` for time and memory of training steps alone, on random weights.
+``python -m bench.adapters --shape deberta-v3-base`` for time and memory of steps and answers alone, on random weights.
 
 Every run is a process of its own and one row of bench/results/cpu/adapters.csv, or where --out says; rows that are
 there already are skipped, so a grid that was stopped goes on. The Markdown table beside it is drawn from the CSV alone.
@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.ablations import correct, paired_bootstrap
-from bench.adapter_arms import ARMS
+from bench.adapter_arms import ARMS, BASELINE
 from bench.plan import results
 from bench.rows import append_row, read_rows
 from bench.shapes import SHAPES
 
-BASELINE = "peft lora"
 Row = dict[str, str]
 
 
@@ -33,11 +32,11 @@ def run_apart(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any
     Raises:
         SystemExit: it failed; its last words are the message.
     """
-    command = [sys.executable, "-m", "bench.adapter_arms", arm, str(seed)]
+    command = [sys.executable, "-m"]
     if options.shape:
-        command += ["--shape", options.shape, "--runs", str(options.runs)]
+        command += ["bench.adapter_steps", arm, options.shape, "--runs", str(options.runs)]
     else:
-        command += ["--config", str(options.config), "--set", *options.set]
+        command += ["bench.adapter_arms", arm, str(seed), "--config", str(options.config), "--set", *options.set]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
     if not found:
@@ -90,7 +89,8 @@ def task_table(rows: list[Row]) -> str:
             continue
         accuracies = [float(row["accuracy"]) for row in mine]
         spread = f" ± {statistics.stdev(accuracies):.4f}" if len(accuracies) > 1 else ""
-        active = f"{_mean(mine, 'active'):,.0f} of {_mean(mine, 'ranks'):,.0f}" if mine[0].get("ranks") else "-"
+        ranks = _mean(mine, "ranks") if mine[0].get("ranks") else 0.0  # prompts have none, PEFT's are not counted
+        active = f"{_mean(mine, 'active'):,.0f} of {ranks:,.0f}" if ranks else "-"
         lines.append(
             f"| {arm} | {len(mine)} | {statistics.mean(accuracies):.4f}{spread} | {_difference(mine, baseline)} "
             f"| {_mean(mine, 'trainable_start'):,.0f} | {_mean(mine, 'trainable'):,.0f} | {active} "
@@ -101,23 +101,24 @@ def task_table(rows: list[Row]) -> str:
 
 
 def shape_table(shape: str, rows: list[Row]) -> str:
+    """A step in turns with PEFT's LoRA, an answer in turns with the plain model."""
     measured = [row for row in rows if not row.get("refused")]
     size = f", {measured[0]['layers']} of {measured[0]['of']} layers" if measured else ""
     lines = [
-        f"{shape}{size}, random weights: one training step.",
+        f"{shape}{size}, random weights; a training step beside {BASELINE}'s, an answer beside the plain model's, "
+        "which is what a merged adapter costs:",
         "",
-        "| method | step, ms | over " + BASELINE + " | peak memory, MB | trained | file, kB |",
-        "|---|---|---|---|---|---|",
+        f"| method | step, ms | over {BASELINE} | peak memory, MB | answer, ms | over plain | trained | file, kB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    base = next((float(row["ms_p50"]) for row in measured if row["arm"] == BASELINE), None)
     for arm in ARMS:
         for row in (row for row in rows if row["arm"] == arm):
             if row.get("refused"):
-                lines.append(f"| {arm} | refused: {row['refused']} | | | | |")
+                lines.append(f"| {arm} | refused: {row['refused']} | | | | | | |")
                 continue
-            ratio = f"{float(row['ms_p50']) / base:.3f}" if base else "-"
             lines.append(
-                f"| {arm} | {float(row['ms_p50']):.1f} | {ratio} | {float(row['peak_mb']):.0f} "
+                f"| {arm} | {float(row['ms_p50']):.1f} | {float(row['over_peft']):.3f} | {float(row['peak_mb']):.0f} "
+                f"| {float(row['answer_ms']):.1f} | {float(row['over_plain']):.3f} "
                 f"| {int(row['trainable_start']):,} | {int(row['file_bytes']) / 1e3:,.0f} |"
             )
     return "\n".join(lines) + "\n"
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--shape", choices=list(SHAPES), default="", help="time and memory only, on random weights")
-    parser.add_argument("--runs", type=int, default=7, help="timed steps of a shape")
+    parser.add_argument("--runs", type=int, default=7, help="timed turns of a shape")
     parser.add_argument("--out", type=Path, default=results("adapters"))
     parser.add_argument("--set", nargs="*", default=[], help="key=value overrides of the config, for every arm")
     options = parser.parse_args(arguments)

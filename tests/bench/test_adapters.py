@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_run import write_config
 
-from bench import adapter_arms, adapters
+from bench import adapter_arms, adapter_steps, adapters
 from bench.adapter_arms import ARMS
 from bench.rows import read_rows
 from bench.shapes import SHAPES, Shape, _bert, _deberta
@@ -109,18 +109,21 @@ def test_the_table_pairs_sentences() -> None:
 @pytest.mark.parametrize("name", list(ARMS))
 def test_a_step_of_a_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "toy", TOY)
-    row = adapter_arms.step("toy", name, runs=2)
+    row = adapter_steps.measure(name, "toy", runs=5)
     assert "refused" not in row, row
     assert row["ms_p50"] > 0.0
+    assert row["answer_ms"] > 0.0
+    assert (row["over_peft"] == 1.0) == (name == adapters.BASELINE)
+    assert row["over_plain"] > 0.0
     assert row["trainable_start"] > 0
 
 
 def test_what_a_shape_cannot_do_is_a_row_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "toy", TOY_DEBERTA)
-    rows = [adapter_arms.step("toy", name, runs=2) for name in ("prefix_tuning", "peft prefix_tuning", "p_tuning")]
+    rows = [adapter_steps.measure(name, "toy", runs=5) for name in ("prefix_tuning", "peft prefix_tuning", "p_tuning")]
     assert [bool(row.get("refused")) for row in rows] == [True, True, False]
     lines = adapters.table([{key: str(value) for key, value in row.items()} for row in rows]).splitlines()
-    assert lines[0] == "toy, 2 of 3 layers, random weights: one training step."
+    assert lines[0].startswith("toy, 2 of 3 layers, random weights; a training step beside peft lora's")
     assert any(line.startswith("| prefix_tuning | refused: patch_model: prefix tuning") for line in lines)
 
 
