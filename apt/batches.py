@@ -1,10 +1,10 @@
-"""Which rows make a batch, and what each micro-batch weighs in its step."""
+"""Which rows are trained on, which make a batch, and what each micro-batch weighs in its step."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, Subset
 
 IGNORED = -100  # a label that counts for nothing
 
@@ -35,6 +35,19 @@ class EpochOrder(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
+
+
+def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """What is left of a data set, and a random share of it, at least one row."""
+    if not isinstance(dataset, Sized) or len(dataset) < 2:
+        raise ValueError("trainer: teacher_refresh holds out part of train_dataset, which must have a length above 1")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    num = max(1, int(share * len(dataset)))
+    parts = sorted(order[num:]), sorted(order[:num])
+    if hasattr(dataset, "select"):  # a data set of Hugging Face keeps its columns and lengths
+        return dataset.select(parts[0]), dataset.select(parts[1])
+    rows: Any = dataset
+    return Subset(rows, parts[0]), Subset(rows, parts[1])
 
 
 def micro_batch_weights(batches: Sequence[Mapping[str, Any]], shifted: bool) -> list[float]:

@@ -1,23 +1,19 @@
 """APTrainer: a `transformers.Trainer` that drives the controller. It takes no decision of its own."""
 
 import itertools
-import shutil
 from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import rotate_checkpoints
 
-from apt.batches import EpochOrder, micro_batch_weights
+from apt.batches import EpochOrder, hold_out, micro_batch_weights
 from apt.checkpoint import (
     RandomState,
     load_controller,
-    publish,
     random_state_kept,
     restore_shapes,
     save_controller,
@@ -29,11 +25,10 @@ from apt.moments import bare_optimizer
 from apt.recorder import Recorder, event_scalars
 from apt.records import write_jsonl
 from apt.tuner import adapter_sizes, total_params
+from apt.whole_checkpoints import WholeCheckpoints
 
-PARTIAL = "checkpoint.partial"  # where a checkpoint is written before it gets its name
 
-
-class APTrainer(Trainer):
+class APTrainer(WholeCheckpoints):
     """Trains a patched model and prunes it on the way; every argument of `transformers.Trainer` works.
 
     Args:
@@ -72,14 +67,13 @@ class APTrainer(Trainer):
         self.event_log = event_log
         self._recorder = None if record_to is None else Recorder(Path(record_to))
         self._resume_from: Path | None = None
-        self._staging: Path | None = None  # stands in for the output folder while a checkpoint is written
         self._random = RandomState()  # at the end of the latest step, where a checkpoint would save it
         self._weights: list[float] = []  # of the micro-batches of this step that are still to come
         self._clock = StepClock()
         self._held_out: Any = None
         if self.apt_config.distillation.teacher_refresh:
             share, seed = self.apt_config.distillation.held_out_share, getattr(args, "seed", 0)
-            kwargs["train_dataset"], self._held_out = _hold_out(kwargs.get("train_dataset"), share, seed)
+            kwargs["train_dataset"], self._held_out = hold_out(kwargs.get("train_dataset"), share, seed)
         super().__init__(model=model, args=args, **kwargs)
         if self.apt_config.distillation.use_self_distillation:  # before the optimizer, which is to have it
             place_transform(model, self.apt_config.distillation, torch.initial_seed())
@@ -272,37 +266,6 @@ class APTrainer(Trainer):
         self._random = RandomState()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint under a temporary name, then rename it: a kill meanwhile loses none that is there."""
-        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        self._staging = folder / PARTIAL
-        shutil.rmtree(self._staging, ignore_errors=True)
-        try:
-            super()._save_checkpoint(model, trial)
-            written, best = self._staging / name, self.state.best_model_checkpoint
-            if best is not None and Path(best) == written:  # also in the state that is saved
-                self.state.best_model_checkpoint = str(folder / name)
-                self.state.save_to_json(str(written / "trainer_state.json"))
-        finally:
-            self._staging = None
-        publish(written, folder / name)
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder / name))
-        rotate_checkpoints(
-            output_dir=str(folder),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else its name is still to come
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if hasattr(self, "controller"):
@@ -341,19 +304,6 @@ class _Drive(TrainerCallback):
         trainer.controller.after_step()
         if len(trainer.controller.events) > seen:
             trainer._log_events(seen)
-
-
-def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
-    """What is left of a data set, and a random share of it, at least one row."""
-    if not isinstance(dataset, Sized) or len(dataset) < 2:
-        raise ValueError("trainer: teacher_refresh holds out part of train_dataset, which must have a length above 1")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    num = max(1, int(share * len(dataset)))
-    parts = sorted(order[num:]), sorted(order[:num])
-    if hasattr(dataset, "select"):  # a data set of Hugging Face keeps its columns and lengths
-        return dataset.select(parts[0]), dataset.select(parts[1])
-    rows: Any = dataset
-    return Subset(rows, parts[0]), Subset(rows, parts[1])
 
 
 def _trainer_arguments() -> set[str]:

@@ -59,6 +59,7 @@ ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the r
     "checkpoint",
     "batches",
     "recorder",
+    "whole_checkpoints",
     "trainer",
     "stock",
     "model_card",

@@ -12,10 +12,10 @@ from tiny_models import tiny_batch, tiny_model
 
 import apt
 from apt.adapters import adapted
+from apt.batches import hold_out
 from apt.checkpoint import load_controller, restore_shapes, save_controller
 from apt.distiller import DistillationConfig, SelfDistiller
 from apt.schedule import loss_weight
-from apt.trainer import _hold_out
 
 # Events after steps 6, 12 and 18; masks fall from steps 2, 8 and 14 on for 3 steps; the teacher goes after step 24.
 TAUGHT = {"use_self_distillation": True, "target_sparsity": 0.6, "distill_end": 24, "transform_rank": 2, **BRIEF}
@@ -279,16 +279,16 @@ def test_a_refreshed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_share_of_the_training_data_is_held_out() -> None:
-    rest, held = _hold_out([f"row {i}" for i in range(100)], 0.1, seed=1)
+    rest, held = hold_out([f"row {i}" for i in range(100)], 0.1, seed=1)
     assert (len(rest), len(held)) == (90, 10)
     assert {rest[i] for i in range(90)} | {held[i] for i in range(10)} == {f"row {i}" for i in range(100)}
-    again = _hold_out(list(range(100)), 0.1, seed=1)[1]
-    other = _hold_out(list(range(100)), 0.1, seed=2)[1]
+    again = hold_out(list(range(100)), 0.1, seed=1)[1]
+    other = hold_out(list(range(100)), 0.1, seed=2)[1]
     assert [f"row {i}" for i in again] == list(held)
     assert list(again) != list(other)
-    assert len(_hold_out(list(range(5)), 0.02, seed=1)[1]) == 1
+    assert len(hold_out(list(range(5)), 0.02, seed=1)[1]) == 1
     with pytest.raises(ValueError, match="holds out part of train_dataset, which must have a length above 1"):
-        _hold_out(iter(range(5)), 0.1, seed=1)
+        hold_out(iter(range(5)), 0.1, seed=1)
 
 
 def test_the_optimizer_keeps_its_groups_and_its_schedule() -> None:

@@ -1,58 +1,20 @@
 """The adapted linear layer. Parameters and shapes live here; the arithmetic is one op of `apt_kernels`."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apt_kernels
+from apt.adapters.delta import Delta, RowGate
 from apt.gates import MaskGate
 from apt.linears import is_conv1d, weight_and_bias
 
-
-class Delta(nn.Module, ABC):
-    """The low-rank update of a method whose A and B are more than two parameters: ``s B diag(g) A``.
-
-    Its parameters train; its buffers are frozen. `apt.methods` holds one class a method.
-    """
-
-    @property
-    @abstractmethod
-    def rank(self) -> int: ...
-
-    @property
-    def num_active(self) -> float:
-        """Ranks that change the output at present; a mean where it depends on the example."""
-        return self.rank
-
-    @abstractmethod
-    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A ``[R, n_in]``, B ``[n_out, R]`` and g ``[R]``, differentiable in what trains."""
-
-    @abstractmethod
-    def side(self, axis: str) -> list[Tensor]:
-        """Its tensors with a row an output ("out", along dimension 0) or a column an input ("in", dimension 1).
-
-        Each row (column) of the update must come from that row (column) of them alone, so that to cut one is exact.
-        """
-
-    def rank_side(self) -> list[tuple[Tensor, int]]:
-        """Its tensors with an entry a rank, and along which dimension; none where the ranks are fixed."""
-        return []
-
-    def settle(self) -> None:
-        """Let go of what only the choice of ranks needed: it is made."""
-
-
-class RowGate(Protocol):
-    """Gates that depend on the example, beside those that an update has of its own."""
-
-    def rows(self, x: Tensor, rank: int) -> Tensor:
-        """Gates of an input ``[..., I]``: ``[..., R]``, or ``[R]``."""
+if TYPE_CHECKING:
+    from apt.adapters.shared_input import SharedInput
 
 
 class APTAdapter(nn.Module):
@@ -260,68 +222,6 @@ class APTAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.n_in}, out_features={self.n_out}, rank={self.rank}, scale={self.scale}"
-
-
-class SharedInput:
-    """Adapted linears that read the same tensor (q, k, v; gate, up): the first one called computes all of them.
-
-    The block's own forward calls them one after the other, as it always did; those called later find their output
-    here. It is kept for that one input only, and handed out once.
-
-    Args:
-        members: the linears, none with a gate on its input.
-    """
-
-    def __init__(self, members: list[APTAdapter]) -> None:
-        self.members = members
-        self._forget()
-        for member in members:
-            member.shared = self
-
-    def _forget(self) -> None:
-        self._x: Tensor | None = None
-        self._with_grad = False
-        self._outputs: list[Tensor | None] = [None] * len(self.members)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle has the members and no outputs of a pass in flight."""
-        return {"members": self.members}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.members = state["members"]
-        self._forget()
-
-    @property
-    def together(self) -> bool:
-        """Whether the op that computes all of them can: A and B alone, one scale. Without any there is no need."""
-        adapted = [member for member in self.members if member.rank]
-        plain = all(member.delta is None and not member.drops for member in adapted)
-        return bool(adapted) and plain and len({member.scale for member in adapted}) == 1
-
-    def output(self, member: APTAdapter, x: Tensor) -> Tensor:
-        """What this member makes of x."""
-        index = next(i for i, other in enumerate(self.members) if other is member)
-        found = self._outputs[index]
-        if found is None or self._x is not x or self._with_grad != torch.is_grad_enabled():
-            self._outputs = list(self._compute(x))  # may raise, so it comes first
-            self._x, self._with_grad = x, torch.is_grad_enabled()
-            found = self._outputs[index]
-            assert found is not None
-        self._outputs[index] = None
-        if all(output is None for output in self._outputs):
-            self._x = None
-        return found
-
-    def _compute(self, x: Tensor) -> list[Tensor]:
-        views, factors = [m.view() for m in self.members], [m.factors() for m in self.members]
-        return apt_kernels.masked_lora_linears(
-            x,
-            [weight for weight, _ in views],
-            [a for a, _ in factors],
-            [b for _, b in factors],
-            scale=next(member.scale for member in self.members if member.rank),
-            biases=[bias for _, bias in views],
-        )
 
 
 def exchange(parameter: Tensor, data: Tensor) -> None:

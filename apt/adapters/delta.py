@@ -1,0 +1,47 @@
+"""What a method other than plain A and B puts in their place: an update of its own, and gates of the example."""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Delta(nn.Module, ABC):
+    """The low-rank update of a method whose A and B are more than two parameters: ``s B diag(g) A``.
+
+    Its parameters train; its buffers are frozen. `apt.methods` holds one class a method.
+    """
+
+    @property
+    @abstractmethod
+    def rank(self) -> int: ...
+
+    @property
+    def num_active(self) -> float:
+        """Ranks that change the output at present; a mean where it depends on the example."""
+        return self.rank
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A ``[R, n_in]``, B ``[n_out, R]`` and g ``[R]``, differentiable in what trains."""
+
+    @abstractmethod
+    def side(self, axis: str) -> list[Tensor]:
+        """Its tensors with a row an output ("out", along dimension 0) or a column an input ("in", dimension 1).
+
+        Each row (column) of the update must come from that row (column) of them alone, so that to cut one is exact.
+        """
+
+    def rank_side(self) -> list[tuple[Tensor, int]]:
+        """Its tensors with an entry a rank, and along which dimension; none where the ranks are fixed."""
+        return []
+
+    def settle(self) -> None:
+        """Let go of what only the choice of ranks needed: it is made."""
+
+
+class RowGate(Protocol):
+    """Gates that depend on the example, beside those that an update has of its own."""
+
+    def rows(self, x: Tensor, rank: int) -> Tensor:
+        """Gates of an input ``[..., I]``: ``[..., R]``, or ``[R]``."""
