@@ -15,7 +15,7 @@ import apt
 from bench.adapter_arms import ARMS, BASELINE, Arm, file_bytes, prepared
 from bench.contestants import Contestant, controlled_step
 from bench.memory import PeakMemory
-from bench.rows import environment, quantiles
+from bench.rows import environment
 from bench.shapes import SHAPES, Shape
 from bench.timing import Clock
 
@@ -41,14 +41,14 @@ def measure(name: str, shape_name: str, runs: int) -> dict[str, Any]:
     theirs = mine if name == BASELINE else contestant(ARMS[BASELINE], shape, device)
     steps = clock.interleaved({"mine": [mine.step], "theirs": [theirs.step]})
     row |= {"ms_p50": round(steps["mine"].median, 3), "runs": len(steps["mine"].device_ms)}
-    row["over_peft"] = 1.0 if theirs is mine else _ratio(steps["mine"].device_ms, steps["theirs"].device_ms)
+    row["over_peft"] = 1.0 if theirs is mine else steps["mine"].over(steps["theirs"])
 
     plain, model = shape.model().to(device).eval(), mine.model.eval()
     inputs = {key: value for key, value in shape.inputs(plain, device).items() if key != "labels"}
     with torch.inference_mode():
         answers = clock.interleaved({"mine": [lambda: model(**inputs)], "plain": [lambda: plain(**inputs)]})
     row["answer_ms"] = round(answers["mine"].median, 3)
-    row["over_plain"] = _ratio(answers["mine"].device_ms, answers["plain"].device_ms)
+    row["over_plain"] = answers["mine"].over(answers["plain"])
     return row | {"file_bytes": file_bytes(model, arm)} | environment()
 
 
@@ -72,11 +72,6 @@ def contestant(arm: Arm, shape: Shape, device: str) -> Contestant:
         optimizer.zero_grad()
 
     return Contestant(model, step)
-
-
-def _ratio(mine: list[float], theirs: list[float]) -> float:
-    """Median of the ratios turn by turn."""
-    return round(quantiles([a / b for a, b in zip(mine, theirs, strict=True)])[1], 4)
 
 
 def main() -> None:

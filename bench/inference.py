@@ -78,16 +78,15 @@ def measure(name: str, runs: int) -> list[dict[str, Any]]:
             with torch.inference_mode():
                 clock = Clock(torch.device(device), runs=runs, seconds=90.0)
                 times = clock.interleaved({key: [work[phase]] for key, work in calls.items()})
-            dense, dense_flop = next(iter(times.values())).device_ms, 0.0
+            dense, dense_flop = next(iter(times.values())), 0.0
             for key, measured in times.items():
                 flop = _gflop(calls[key][phase])
                 dense_flop = dense_flop or flop
                 p20, p50, p80 = (round(value, 3) for value in quantiles(measured.device_ms))
-                faster = quantiles([a / b for a, b in zip(dense, measured.device_ms, strict=True)])[1]
                 row: dict[str, Any] = {"what": "inference", "shape": name, "layers": shape.layers, "phase": phase}
                 row |= {"batch": batch, "tokens": shape.tokens, "model": key, "runs": len(measured.device_ms)}
                 row |= {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "sequences_per_s": round(1e3 * batch / p50, 2)}
-                row |= {"speedup": round(faster, 4), "gflop": flop, "flop_ratio": round(dense_flop / flop, 4)}
+                row |= {"speedup": dense.over(measured), "gflop": flop, "flop_ratio": round(dense_flop / flop, 4)}
                 rows.append(row | {"params": sum(p.numel() for p in contestants[key].parameters())})
     return [row | environment() for row in rows]
 

@@ -54,13 +54,14 @@ def measure(shape: str, name: str, runs: int, dtype: torch.dtype, layers: int | 
     if name == REFERENCE:
         rivals = {REFERENCE: mine, LIMIT: rivals[LIMIT]}
     times = Clock(torch.device(device), runs=runs, seconds=60.0).interleaved({k: [c.step] for k, c in rivals.items()})
-    own, theirs, limit = (times[key].device_ms for key in (name, REFERENCE, LIMIT))
-    p20, p50, p80 = (round(value, 3) for value in quantiles(own))
+    own, theirs, limit = (times[key] for key in (name, REFERENCE, LIMIT))
+    p20, p50, p80 = (round(value, 3) for value in quantiles(own.device_ms))
     tokens = chosen.batch * chosen.tokens
     row: dict[str, Any] = {"what": "train_step", "shape": shape, "contestant": name, "dtype": str(dtype)[6:]}
     row |= {"layers": layers or chosen.layers, "of_layers": chosen.of, "batch": chosen.batch, "tokens": chosen.tokens}
-    row |= {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "runs": len(own), "tokens_per_s": round(1e3 * tokens / p50, 1)}
-    row |= {"over_peft": _ratio(own, theirs), "over_limit": _ratio(own, limit), "params": parameters}
+    row |= {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "runs": len(own.device_ms)}
+    row |= {"tokens_per_s": round(1e3 * tokens / p50, 1)}
+    row |= {"over_peft": own.over(theirs), "over_limit": own.over(limit), "params": parameters}
     row |= {"peak_mb": round(peak.mb, 1), "reserved_mb": round(peak.reserved_mb, 1), "gflop": _gflop(mine)}
     return row | environment()
 
@@ -83,10 +84,6 @@ def _gflop(contestant: Contestant) -> float:
     with FlopCounterMode(display=False) as counter:
         contestant.step()
     return round(counter.get_total_flops() / 1e9, 3)
-
-
-def _ratio(mine: list[float], theirs: list[float]) -> float:
-    return round(quantiles([a / b for a, b in zip(mine, theirs, strict=True)])[1], 4)
 
 
 def table(rows: list[dict[str, str]]) -> str:

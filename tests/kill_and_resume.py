@@ -23,7 +23,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 import torch
 from tiny_run import write_config
 
-from apt import cli, measure, run, trainer
+from apt import cli, measure, run, whole_checkpoints
 from apt.controller import Controller
 from apt.records import read_jsonl
 
@@ -64,9 +64,9 @@ def set_trap(place: str, step: int, draw: random.Random) -> None:
     elif place == "file":
         half_a_file(step, draw.randrange(4))
     elif place == "before the name":
-        before(trainer, "publish", lambda _, folder: int(folder.name.rpartition("-")[2]) >= step)
+        before(whole_checkpoints, "publish", lambda _, folder: int(folder.name.rpartition("-")[2]) >= step)
     elif place == "after the name":
-        before(trainer, "rotate_checkpoints", lambda output_dir, **_: bool(newest(output_dir) >= step))
+        before(whole_checkpoints, "rotate_checkpoints", lambda output_dir, **_: bool(newest(output_dir) >= step))
     elif place == "measuring":
         before(measure, "export_model", lambda *_, **__: True)
     elif place == "naming":

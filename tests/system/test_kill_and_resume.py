@@ -22,6 +22,14 @@ def kill_and_resume(folder: Path, *arguments: object) -> list[dict[str, Any]]:
     return rows
 
 
+def test_every_trap_finds_what_it_waits_for() -> None:
+    """In a process of its own, as a trap replaces a function."""
+    arm = "import kill_and_resume as k, random; [k.set_trap(place, 1, random.Random(0)) for place in k.PLACES]"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", arm], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_killed_halfway_through_a_file(tmp_path: Path) -> None:
     """In the second epoch: the file that was cut is of no consequence, nor is what the first epoch drew."""
     (row,) = kill_and_resume(tmp_path, "--kills", 1, "--seed", 3)
