@@ -21,7 +21,7 @@ from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
 from apt.dimensions import Group
 from apt.hidden import hand_on_kernels
-from apt.memory import give_back, give_back_regularly
+from apt.memory import give_back
 from apt.methods import METHODS, RankBudget, penalty
 from apt.moments import bare_optimizer, check_optimizer
 from apt.records import Event, PrunePlan, TrimPlan, append_jsonl
@@ -224,7 +224,6 @@ class Controller:
             self._towards_event()
         if self.distillation is not None:
             self.distillation.after_step(self.step)
-        give_back_regularly(self._device, self.step)
 
     def _towards_event(self) -> None:
         """Move the masks, and carry out the event where it is due."""

@@ -11,6 +11,7 @@ from apt.distiller import release
 from apt.families import Family, find_family, known_family
 from apt.fused import restore_plain, split_fused
 from apt.gates import ValidTokens
+from apt.memory import keep_few_kernels
 from apt.methods import METHODS, place_gates, remove_gates
 from apt.patch.parts import ValidTokenHook, put_adapters, put_gates, share_inputs
 from apt.patch.targets import Places, find_places
@@ -53,6 +54,7 @@ def patch_model(
         raise ValueError("patch_model: this model is patched already; call apt.unpatch_model(model) first")
     if given is not model:  # what was compiled before knows nothing of the parts put in now
         forget_graphs()
+    keep_few_kernels(model)
     if _of_peft(model):
         _fuse_peft(model, config, method, overrides)
         return given
@@ -144,6 +146,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     given, model = model, uncompiled(model)
     if given is not model:
         forget_graphs()
+    keep_few_kernels(model)
     if _of_peft(model):
         from apt.peft_fusion import unfuse
 

@@ -1,14 +1,18 @@
-"""Memory is what the system says, and what is free goes back to it at each event."""
+"""Memory is what the system says, what is free goes back to it at each event, and little is kept."""
 
+import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 from own_loop import BRIEF, Loop, patched
+from torch import nn
 
 from apt import memory
 from apt.controller import controller, distillation
-from apt.memory import give_back, memory_mb
+from apt.memory import give_back, keep_few_kernels, memory_mb
 
 CPU = torch.device("cpu")
 
@@ -52,16 +56,36 @@ def test_it_is_given_back_at_every_event_and_when_the_teacher_goes(monkeypatch: 
     assert set(given) == {"cpu"}
 
 
-def test_it_is_given_back_every_fifty_steps_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[tuple[int, str]] = []
-    for step in range(1, 121):
-        monkeypatch.setattr(memory, "give_back", lambda device, step=step: given.append((step, device.type)))
-        memory.give_back_regularly(CPU, step)
-        memory.give_back_regularly(torch.device("cuda"), step)
-    assert given == [(50, "cpu"), (100, "cpu")]
-    given.clear()
-    monkeypatch.setattr(memory, "EVERY", 10)
-    monkeypatch.setattr(memory, "give_back", lambda device: given.append((loop.run.step, device.type)))
-    loop = Loop("bert", patched("bert"), 30, target_sparsity=0.0, num_events=0)
-    loop.take(30)
-    assert given == [(10, "cpu"), (20, "cpu"), (30, "cpu")]
+COMPILED = """
+import torch
+from transformers import BertConfig, BertModel
+import apt
+
+model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
+apt.patch_model(model, method="lora")
+for length in [*range(2, 2 + {lengths}), 2]:
+    torch.nn.functional.gelu(torch.ones(length, 8))
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize(("lengths", "compiled"), [(60, 60), (70, 71)])  # of 60 the first is still there, of 70 not
+def test_a_patched_model_leaves_onednn_64_kernels(lengths: int, compiled: int) -> None:
+    told = {name: value for name, value in os.environ.items() if name not in memory.CAPACITY} | {"ONEDNN_VERBOSE": "2"}
+    script = COMPILED.format(lengths=lengths)
+    ran = subprocess.run([sys.executable, "-c", script], env=told, capture_output=True, text=True, check=True)
+    assert ran.stdout.count("create:cache_miss,cpu,eltwise") == compiled
+
+
+def test_that_is_for_float32_on_a_cpu_where_the_user_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(model: nn.Module, **given: str) -> dict[str, str]:
+        monkeypatch.setattr(memory.os, "environ", given)
+        keep_few_kernels(model)
+        return given
+
+    plain = nn.Linear(2, 2)
+    assert said(plain) == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+    for other in (nn.Linear(2, 2, dtype=torch.bfloat16), nn.Linear(2, 2, device="meta"), nn.GELU()):
+        assert said(other) == {}
+    for name in memory.CAPACITY:
+        assert said(plain, **{name: "1024"}) == {name: "1024"}
