@@ -94,6 +94,7 @@ def peft_model(method: str, model: Any, names: list[str], total_steps: int) -> A
             target_modules=names,
             modules_to_save=heads,
             total_step=total_steps,
+            task_type="SEQ_CLS",  # without it PEFT goes past the forward that adds the orthogonality penalty
             **budget(total_steps),
         )
     elif method == "p_tuning":

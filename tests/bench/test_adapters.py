@@ -53,6 +53,19 @@ def test_settings_of_a_method_are_not_overridden(config: Path) -> None:
             adapter_arms.run(config, "gsa", 0, [override])
 
 
+def test_the_loss_of_pefts_adalora_has_its_penalty() -> None:
+    plain = TOY.model(None)
+    model = adapter_arms.prepared(ARMS["peft adalora"], plain, 100, TOY.targets)
+    batch = TOY.inputs(plain, "cpu")
+    output = model(**batch)
+    alone = torch.nn.functional.cross_entropy(output.logits, batch["labels"])
+    found = {name: p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
+    sides = [p if "lora_A" in name else p.T for name, p in found.items()]
+    apart = torch.stack([(side @ side.T - torch.eye(len(side))).norm() for side in sides]).mean()
+    assert apart > 1.0
+    torch.testing.assert_close(output.loss, alone + 0.5 * apart)
+
+
 def test_adalora_is_smaller_at_the_end(config: Path) -> None:
     row = trained(config, "adalora")
     assert row["ranks"] < adapter_arms.FIRST_RANK * 12
