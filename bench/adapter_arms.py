@@ -17,7 +17,7 @@ from torch import nn
 
 import apt
 from bench.rows import environment
-from bench.training import Course, block_parameters, linears, train
+from bench.training import Course, block_parameters, train
 
 RANK, SCALE, TOKENS, MLP = 8, 2.0, 20, 512  # of all adapters; of all prompts, and P-tuning's network
 FIRST_RANK = 12  # of AdaLoRA, which ends at RANK
@@ -103,6 +103,15 @@ def peft_model(method: str, model: Any, names: list[str], total_steps: int) -> A
     else:
         config = PrefixTuningConfig(num_virtual_tokens=TOKENS, task_type="SEQ_CLS", modules_to_save=heads)
     return get_peft_model(model, config)
+
+
+def linears(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
+    """Full names of the linears that get an adapter, for PEFT, which knows no roles."""
+    import copy
+
+    with torch.device("meta"):
+        twin = copy.deepcopy(model).to("meta")
+    return list(apt.summary(apt.patch_model(twin, method="lora", target_modules=targets)).ranks)
 
 
 class Allocating(Course):

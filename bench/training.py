@@ -1,15 +1,14 @@
 """Training runs that are measured: their time, their memory, and how accuracy comes while they train."""
 
 import copy
+import os
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 import apt
@@ -102,7 +101,12 @@ def train(
 
 
 def peft_lora(model: Any, config: RunConfig) -> Any:
-    """PEFT's LoRA on the modules that the config's targets name, with the same rank and scale."""
+    """PEFT's LoRA on the modules that the config's targets name, with the same rank and scale.
+
+    A twin tells their names, as PEFT knows no roles. Its adapters are drawn first: the rows depend on that.
+    """
+    with mock.patch.dict(os.environ):  # what patching sets for oneDNN is not to reach the baseline
+        twin = apt.patch_model(copy.deepcopy(model), config.apt_config(), method="lora")
     ends = ("pooler", "classifier", "score")
     trained = [end for end in ends if any(name.endswith(end) for name, _ in model.named_modules())]
     return get_peft_model(
@@ -110,15 +114,7 @@ def peft_lora(model: Any, config: RunConfig) -> Any:
         LoraConfig(
             r=config.training.initial_rank,
             lora_alpha=config.training.initial_rank * config.training.scaling_factor,
-            target_modules=linears(model, config.apt_config().target_modules),
+            target_modules=list(apt.summary(twin).ranks),
             modules_to_save=trained,
         ),
     )
-
-
-def linears(model: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
-    """Full names of the linears that get an adapter of ours, for PEFT, which knows no roles."""
-    # On no device: nothing that patching a model brings with it is to reach a baseline in this process.
-    with torch.device("meta"):
-        twin = copy.deepcopy(model).to("meta")
-    return list(apt.summary(apt.patch_model(twin, method="lora", target_modules=targets)).ranks)

@@ -1,6 +1,7 @@
 """The accuracy benchmark at toy size: what rivals cut, that looking on changes no run, and what its table says."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 from tiny_run import tiny_bert, write_config
 
+from apt import memory
+from apt.config import load_config
 from bench import accuracy, arms, grid
 from bench.accuracy import GRID, goal, series, table, time_to
 from bench.grid import Cell, fill, hours, runs
 from bench.rivals import cut
 from bench.rows import append_row, read_rows
-from bench.training import block_parameters
+from bench.training import block_parameters, peft_lora
 
 BATCHES = [{"input_ids": torch.arange(5, 21).view(2, 8), "attention_mask": torch.ones(2, 8), "labels": torch.arange(2)}]
 BARE = {"label": "lora", "seed": "0", "arm": "lora", "overrides": "", "train_seconds": "10"}
@@ -49,6 +52,14 @@ def test_other_models_and_impossible_sizes_are_refused() -> None:
     model.config.model_type = "roberta"
     with pytest.raises(ValueError, match="set up for BERT here, not for roberta"):
         cut(model, "tp-magnitude", 0.5, BATCHES)
+
+
+def test_the_baseline_gets_nothing_of_a_patched_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in memory.CAPACITY:
+        monkeypatch.setenv(name, "1")  # put back after the test
+        monkeypatch.delenv(name)
+    peft_lora(tiny_bert(), load_config(write_config(tmp_path)))
+    assert not any(name in os.environ for name in memory.CAPACITY)
 
 
 def test_a_course_changes_no_run(tmp_path: Path) -> None:
