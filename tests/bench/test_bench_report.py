@@ -68,16 +68,16 @@ def test_growth_worse_than_linear_is_named_in_red() -> None:
 
 def test_bars_are_as_long_as_the_latest_row_says() -> None:
     common = {"shape": "s", "dtype": "float32", "device": "cpu", "over_limit": 2.0}
-    rows = [common | {"contestant": name, "ms_p50": ms} for name, ms in (("peft lora", 9.0), ("full", 8.0))]
-    figure = plots.train_step(texts([*rows, rows[0] | {"ms_p50": 4.0}]))
+    rows = [common | {"contestant": name, "over_peft": over} for name, over in (("peft lora", 1.0), ("full", 3.0))]
+    figure = plots.train_step(texts([*rows, rows[1] | {"over_peft": 1.5}]))
     (axis,) = figure.axes
-    assert [bar.get_width() for bar in axis.patches] == [4.0, 8.0]
-    assert list(axis.lines[0].get_xdata()) == [2.0, 4.0]  # the limit
-    assert list(axis.lines[1].get_xdata()) == [4.0, 4.0]  # PEFT's
+    assert [bar.get_width() for bar in axis.patches] == [1.0, 1.5]
+    assert list(axis.lines[0].get_xdata()) == [0.5, 0.75]  # the limit
+    assert list(axis.lines[1].get_xdata()) == [1.0, 1.0]  # PEFT's
 
 
 def test_a_point_of_the_accuracy_picture_is_the_mean_of_its_seeds() -> None:
-    common = {"train_seconds": 5, "latency_ms_small": 3}
+    common = {"train_cpu_seconds": 5, "speedup": 3}
     rows = [common | {"label": "lora", "sparsity": 0, "accuracy": a} for a in (0.8, 0.9)]
     rows += [common | {"label": f"apt-{p}", "sparsity": p / 100, "accuracy": 0.7} for p in (80, 60)]
     axis = plots.accuracy(texts(rows)).axes[0]
