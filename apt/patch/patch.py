@@ -146,7 +146,6 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     given, model = model, uncompiled(model)
     if given is not model:
         forget_graphs()
-    keep_few_kernels(model)
     if _of_peft(model):
         from apt.peft_fusion import unfuse
 

@@ -10,9 +10,11 @@ import torch
 from own_loop import BRIEF, Loop, patched
 from torch import nn
 
+import apt
 from apt import memory
 from apt.controller import controller, distillation
 from apt.memory import give_back, keep_few_kernels, memory_mb
+from apt.patch import patch
 
 CPU = torch.device("cpu")
 
@@ -89,3 +91,12 @@ def test_that_is_for_float32_on_a_cpu_where_the_user_says_nothing(monkeypatch: p
         assert said(other) == {}
     for name in memory.CAPACITY:
         assert said(plain, **{name: "1024"}) == {name: "1024"}
+
+
+def test_patching_asks_for_that_once_and_unpatching_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(patch, "keep_few_kernels", asked.append)
+    model = patched("bert")
+    assert asked == [model]
+    apt.unpatch_model(model)
+    assert asked == [model]
