@@ -76,37 +76,46 @@ def goal(rows: Rows) -> float | None:
     return SHARE * statistics.mean(last) if last else None
 
 
+def over_lora(row: dict[str, str], rows: Rows) -> float | None:
+    """CPU seconds of training over LoRA's: that of the same seed on the same machine where the row holds it, else the
+    mean of all LoRA rows; None: there is none."""
+    lora = [row["lora_cpu_seconds"]] if row.get("lora_cpu_seconds") else _column(rows, "lora", "train_cpu_seconds")
+    return float(row["train_cpu_seconds"]) / statistics.mean(map(float, lora)) if lora else None
+
+
+def _column(rows: Rows, label: str, name: str) -> list[str]:
+    return [row[name] for row in rows if row["label"] == label]
+
+
 def table(rows: Rows) -> str:
     """Every run of the grid, means over its seeds; what was not run says so."""
-    wanted, lora = goal(rows), [row for row in rows if row["label"] == "lora"]
     header = ["run", "", "seeds", "sparsity", "accuracy", "over LoRA", "training, s", "CPU s", "CPU s over LoRA"]
     header += ["s to 97 % of full", "answer, ms", "times dense", "parameters", "peak MB"]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for label in GRID:
         mine = [row for row in rows if row["label"] == label]
-        cells = _cells(mine, lora, wanted) if mine else [UNMEASURED] + [""] * (len(header) - 3)
+        cells = _cells(mine, rows) if mine else [UNMEASURED] + [""] * (len(header) - 3)
         lines.append("| " + " | ".join([label, SERIES.get(series(label), "ablation"), *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(rows: Rows, lora: Rows, wanted: float | None) -> list[str]:
-    def mean(name: str, of: Rows = rows) -> float:
-        return statistics.mean(float(row[name]) for row in of)
+def _cells(rows: Rows, everything: Rows) -> list[str]:
+    def mean(name: str) -> float:
+        return statistics.mean(float(row[name]) for row in rows)
 
-    def over_lora(name: str) -> str:
-        return f"{mean(name) / mean(name, lora):.3f}" if lora else UNMEASURED
-
+    lora = _column(everything, "lora", "accuracy")
+    times = [ratio for ratio in (over_lora(row, everything) for row in rows) if ratio is not None]
     accuracies = [float(row["accuracy"]) for row in rows]
     spread = f" ± {statistics.stdev(accuracies):.4f}" if len(accuracies) > 1 else ""
     return [
         str(len(rows)),
         f"{mean('sparsity'):.3f}",
         f"{mean('accuracy'):.4f}{spread}",
-        over_lora("accuracy"),
+        f"{mean('accuracy') / statistics.mean(map(float, lora)):.3f}" if lora else UNMEASURED,
         f"{mean('train_seconds'):.0f}",
         f"{mean('train_cpu_seconds'):.0f}",
-        over_lora("train_cpu_seconds"),
-        _reached(rows, wanted),
+        f"{statistics.mean(times):.3f}" if times else UNMEASURED,
+        _reached(rows, goal(everything)),
         f"{mean('latency_ms_small'):.1f}",
         f"{mean('speedup'):.2f}",
         f"{mean('params'):,.0f}",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.accuracy import over_lora
 from bench.events import LEAST, missed
 from bench.plan import results
 from bench.rows import read_rows
@@ -100,6 +101,13 @@ def run(bench: str, label: str, column: str) -> Callable[[Read], float | None]:
     return measured
 
 
+def time_with_teacher(read: Read) -> float | None:
+    """CPU seconds of whole runs at 60 % with a teacher over LoRA's, each on the machine of its row."""
+    rows = read("accuracy")
+    found = [over_lora(row, rows) for row in rows if row["label"] == "apt-60"]
+    return statistics.mean(ratio for ratio in found if ratio is not None) if any(found) else None
+
+
 def statistics_cost(read: Read) -> float | None:
     """A step with gates and salience over one without."""
     found = [float(r["ratio"]) for r in read("cost") if r["part"] == "step" and r["axis"] == "gates and salience"]
@@ -151,8 +159,7 @@ GOALS = (
     Goal("a whole run at 60 % over PEFT LoRA's, CPU s", "finetune", run("finetune", "apt-60", "train_cpu_seconds"),
          most=0.6),
     Goal("the same at 80 %", "finetune", run("finetune", "apt-80", "train_cpu_seconds"), most=0.55),
-    Goal("a whole run at 60 % with teacher over PEFT LoRA's, CPU s", "accuracy",
-         run("accuracy", "apt-60", "train_cpu_seconds"), most=0.95),
+    Goal("a whole run at 60 % with teacher over PEFT LoRA's, CPU s", "accuracy", time_with_teacher, most=0.95),
     Goal("peak memory of a whole run at 60 % over PEFT LoRA's", "accuracy", run("accuracy", "apt-60 alone", "peak_mb"),
          most=1.05),
     Goal("accuracy at 60 % over PEFT LoRA's", "finetune", run("finetune", "apt-60", "accuracy"), least=0.99),

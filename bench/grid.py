@@ -1,11 +1,12 @@
 """A grid of training runs that can be stopped at any time and goes on where it stopped, and how long the rest takes."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.arms import kept_lora, run_apart
+from bench.arms import ROW, kept_lora, run_apart
 from bench.rivals import KINDS
 from bench.rows import append_row, read_rows
 
@@ -36,6 +37,9 @@ def fill(
 ) -> None:
     """Do every run that has no row yet, each in a process of its own; one row a run, written as soon as it is there.
 
+    Hours may lie between two rows, and machines differ by the hour. So a row has, as `lora_cpu_seconds`, what training
+    LoRA of its seed took here, where that is kept for the rivals.
+
     Raises:
         SystemExit: a run failed, or the file has runs of other settings.
     """
@@ -49,9 +53,15 @@ def fill(
             continue
         keep = kept_lora(config, seed, overrides) if cell.arm == "lora" else None
         row = {"label": label} | run_apart(config, cell.arm, seed, overrides, points, keep)
-        append_row(out, row)
+        append_row(out, row | _lora_beside(kept_lora(config, seed, common)))
         print(f"{label} seed {seed}: accuracy {row['accuracy']:.4f}, {row['train_seconds']} s", flush=True)
         print(hours(grid, seeds, read_rows(out)), flush=True)
+
+
+def _lora_beside(kept: Path) -> dict[str, float]:
+    if not (kept / ROW).exists():
+        return {}
+    return {"lora_cpu_seconds": json.loads((kept / ROW).read_text(encoding="utf-8"))["train_cpu_seconds"]}
 
 
 def hours(grid: Mapping[str, Cell], seeds: Sequence[int] | None, rows: Rows) -> str:

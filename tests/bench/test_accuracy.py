@@ -95,6 +95,10 @@ def test_a_tiny_grid_is_filled_and_resumed(tmp_path: Path, monkeypatch: pytest.M
     assert float(rival["train_seconds"]) == pytest.approx(sums, abs=0.02)
     assert accuracy.course(rival)[0][0] > float(lora["train_seconds"])
 
+    took = {label: row.get("lora_cpu_seconds") for label, row in rows.items()}
+    assert took == dict.fromkeys(labels, lora["train_cpu_seconds"]) | {"full": ""}  # it came before LoRA
+    assert accuracy.over_lora(rival, []) == float(rival["train_cpu_seconds"]) / float(lora["train_cpu_seconds"])
+
     text = table(list(rows.values()))
     assert len(text.splitlines()) == 2 + len(GRID)
     assert text.count("| unmeasured |") == len(GRID) - len(labels)
