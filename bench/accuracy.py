@@ -88,7 +88,7 @@ def _column(rows: Rows, label: str, name: str) -> list[str]:
 
 
 def table(rows: Rows) -> str:
-    """Every run of the grid, means over its seeds; what was not run says so."""
+    """Every run of the grid, means over its seeds; what was not run says so. Then the hours of all."""
     header = ["run", "", "seeds", "sparsity", "accuracy", "over LoRA", "training, s", "CPU s", "CPU s over LoRA"]
     header += ["s to 97 % of full", "answer, ms", "times dense", "parameters", "peak MB"]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
@@ -96,7 +96,7 @@ def table(rows: Rows) -> str:
         mine = [row for row in rows if row["label"] == label]
         cells = _cells(mine, rows) if mine else [UNMEASURED] + [""] * (len(header) - 3)
         lines.append("| " + " | ".join([label, SERIES.get(series(label), "ablation"), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", f"{hours(GRID, None, rows)}.", ""])
 
 
 def _cells(rows: Rows, everything: Rows) -> list[str]:
@@ -144,12 +144,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=results("accuracy"))
     arguments = parser.parse_args()
     grid = {label: GRID[label] for label in arguments.only}
-    if not arguments.hours:
-        fill(arguments.out, arguments.config, grid, arguments.seeds, arguments.set, arguments.points)
-        text = table(read_rows(arguments.out))
-        arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
-        print(text)
-    print(hours(grid, arguments.seeds, read_rows(arguments.out)))
+    if arguments.hours:
+        print(hours(grid, arguments.seeds, read_rows(arguments.out)))
+        return
+    fill(arguments.out, arguments.config, grid, arguments.seeds, arguments.set, arguments.points)
+    text = table(read_rows(arguments.out))
+    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
