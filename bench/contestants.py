@@ -33,8 +33,10 @@ def full(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]
 def frozen(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
     """The limit of any adapter: forward, and the gradient of the input alone, through frozen weights."""
     model = model.requires_grad_(False).train()
-    embed: Any = model.get_input_embeddings()  # type: ignore[operator]
-    embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    tokens: Any = model.get_input_embeddings()  # type: ignore[operator]
+    for module in model.modules():  # an encoder and its decoder have each their own, with the same weight
+        if isinstance(module, nn.Embedding) and module.weight is tokens.weight:
+            module.register_forward_hook(lambda module, args, output: output.requires_grad_())
     return Contestant(model, lambda: model(**batch).loss.backward())
 
 

@@ -40,15 +40,18 @@ def test_every_contestant_learns_what_it_should(shape: str, name: str) -> None:
     assert (len(same_shape) == 0) == (name == "full" or name.startswith("peft"))
 
 
-def test_the_limit_trains_nothing_and_reaches_the_input() -> None:
-    model = TOY["decoder"].model()
+@pytest.mark.parametrize(("shape", "inputs"), [("decoder", 1), ("both", 2)])
+def test_the_limit_trains_nothing_and_reaches_every_input(shape: str, inputs: int) -> None:
+    model = TOY[shape].model()
+    tokens = model.get_input_embeddings()
     seen: list[torch.Tensor] = []
-    contestant = frozen(model, TOY["decoder"].inputs(model), DECODER)
-    model.model.embed_tokens.register_forward_hook(
-        lambda module, args, output: seen.append(output) or output.retain_grad()
-    )
+    contestant = frozen(model, TOY[shape].inputs(model), TOY[shape].targets)
+    for module in model.modules():
+        if getattr(module, "weight", None) is tokens.weight and isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(lambda module, args, output: seen.append(output) or output.retain_grad())
     contestant.step()
-    assert seen[0].grad is not None
+    assert len(seen) == inputs
+    assert all(embedded.grad is not None for embedded in seen)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -58,8 +61,9 @@ def test_prune_reaches_its_sparsity() -> None:
     assert 0.6 <= apt.summary(model).sparsity < 0.62
 
 
-def test_a_row_of_each_and_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [train_step.measure("decoder", name, 5, torch.float32, None) for name in ("peft lora", "apt 0%")]
+@pytest.mark.parametrize("shape", list(TOY))
+def test_a_row_of_each_and_their_tables(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [train_step.measure(shape, name, 5, torch.float32, None) for name in ("peft lora", "apt 0%")]
     assert rows[0]["over_peft"] == 1.0
     assert rows[1]["gflop"] == pytest.approx(rows[0]["gflop"], rel=0.05)
     text = train_step.table([{key: str(value) for key, value in row.items()} for row in rows])
@@ -67,11 +71,12 @@ def test_a_row_of_each_and_their_tables(monkeypatch: pytest.MonkeyPatch) -> None
     assert "| 1.000 |" in text
     monkeypatch.setattr(inference, "SPARSITIES", (0.3,))
     monkeypatch.setattr(inference, "BATCHES", (2,))
-    rows = inference.measure("decoder", 5)
-    phases = ["prefill", f"prefill and {inference.NEW_TOKENS} tokens"]
+    rows = inference.measure(shape, 5)
+    writes = f"prefill and {inference.NEW_TOKENS} tokens"
+    phases = {"encoder": ["forward"], "decoder": ["prefill", writes], "both": [writes]}[shape]
     assert [row["phase"] for row in rows] == [phase for phase in phases for _ in range(4)]
     assert rows[2]["flop_ratio"] > 1.0
-    assert "| apt 30% free | prefill |" in inference.table([{k: str(v) for k, v in row.items()} for row in rows])
+    assert f"| apt 30% free | {phases[0]} |" in inference.table([{k: str(v) for k, v in row.items()} for row in rows])
 
 
 def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
