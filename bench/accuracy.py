@@ -11,10 +11,13 @@ the time to 97 % of what full fine-tuning ends with on the same sentences, at th
 """
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 
-from bench.ablations import DISTILLED, POINTS
+import numpy as np
+
+from bench.ablations import DISTILLED, POINTS, correct, paired_bootstrap
 from bench.ablations import GRID as ABLATIONS
 from bench.grid import Cell, Rows, fill, hours
 from bench.plan import results
@@ -88,7 +91,7 @@ def _column(rows: Rows, label: str, name: str) -> list[str]:
 
 
 def table(rows: Rows) -> str:
-    """Every run of the grid, means over its seeds; what was not run says so. Then the hours of all."""
+    """Every run of the grid, means over its seeds; what was not run says so. Then the hours, and `beside_apt`."""
     header = ["run", "", "seeds", "sparsity", "accuracy", "over LoRA", "training, s", "CPU s", "CPU s over LoRA"]
     header += ["s to 97 % of full", "answer, ms", "times dense", "parameters", "peak MB"]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
@@ -96,7 +99,33 @@ def table(rows: Rows) -> str:
         mine = [row for row in rows if row["label"] == label]
         cells = _cells(mine, rows) if mine else [UNMEASURED] + [""] * (len(header) - 3)
         lines.append("| " + " | ".join([label, SERIES.get(series(label), "ablation"), *cells]) + " |")
-    return "\n".join([*lines, "", f"{hours(GRID, None, rows)}.", ""])
+    return "\n".join([*lines, "", f"{hours(GRID, None, rows)}.", "", *beside_apt(rows), ""])
+
+
+def beside_apt(rows: Rows) -> list[str]:
+    """A table, line by line: APT alone against each other way to the same sizes, where both were run, seed 0."""
+    found = {row["label"]: row for row in rows if row["seed"] == "0"}
+    lines = []
+    for kind in ("apt", "prune", "tp-magnitude", "tp-taylor"):
+        labels = {percent: (f"apt-{percent} alone", f"{kind}-{percent}") for percent in SPARSITIES}
+        pairs = {p: [found[label] for label in both] for p, both in labels.items() if found.keys() >= {*both}}
+        if pairs:
+            where = ", ".join(f"{percent} %" for percent in pairs)
+            lines.append(f"| {SERIES[kind]} | {where} | {_against(list(pairs.values()), rows)} |")
+    header = ["| APT alone against | at | points | 95 % interval | its CPU s over APT's |", "|---|---|---|---|---|"]
+    return [*header, *lines] if lines else []
+
+
+def _against(pairs: list[Rows], rows: Rows) -> str:
+    """Of pairs of APT and the other: points between their accuracies, each test sentence averaged over the pairs, with
+    the interval, and how much longer the other trains: three cells."""
+    ours, theirs = (np.mean([correct(row) for row in side], axis=0) for side in zip(*pairs, strict=True))
+    low, high = paired_bootstrap(ours, theirs)
+    times = [[over_lora(row, rows) or float("nan") for row in pair] for pair in pairs]
+    longer = statistics.mean(other / own for own, other in times)
+    points = 100 * (ours.mean() - theirs.mean())
+    took = UNMEASURED if math.isnan(longer) else f"{longer:.2f}"
+    return f"{points:+.2f} | {100 * low:+.2f} to {100 * high:+.2f} | {took}"
 
 
 def _cells(rows: Rows, everything: Rows) -> list[str]:

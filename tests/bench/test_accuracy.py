@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_run import tiny_bert, write_config
@@ -101,12 +102,27 @@ def test_a_tiny_grid_is_filled_and_resumed(tmp_path: Path, monkeypatch: pytest.M
 
     text = table(list(rows.values()))
     assert text.count("\n|") == 1 + len(GRID)
-    assert text.splitlines()[-1].startswith(f"5 of {len(runs(GRID))} runs done in ")
+    assert text.splitlines()[-2].startswith(f"5 of {len(runs(GRID))} runs done in ")
     assert text.count("| unmeasured |") == len(GRID) - len(labels)
     monkeypatch.setattr(grid, "run_apart", lambda *given: pytest.fail("a run that is there was done again"))
     fill(out, config, cells, None, [])
     with pytest.raises(SystemExit, match="with other settings, ''; name another --out"):
         fill(out, config, cells, None, ["training.epochs=1"])
+
+
+def test_apt_is_compared_at_the_sparsities_that_both_have() -> None:
+    def row(label: str, right: int, seconds: int) -> dict[str, str]:
+        bits = np.packbits(np.arange(1000) < right).tobytes().hex()
+        return BARE | {"label": label, "correct": bits, "test_size": "1000", "train_cpu_seconds": str(seconds)}
+
+    mine = [row("apt-60 alone", 900, 10), row("apt-80 alone", 800, 10), row("apt-90 alone", 0, 10)]
+    theirs = [row("prune-60", 800, 20), row("prune-80", 700, 40), row("tp-taylor-60", 900, 30)]
+    *_, prune, taylor = accuracy.beside_apt([*mine, *theirs, row("lora", 0, 20)])
+    assert prune.startswith("| LoRA, pruned at once, LoRA | 60 %, 80 % | +10.00 | +")
+    assert prune.endswith(" | 3.00 |")  # the mean of 2 and 4
+    assert taylor == "| the same by Torch-Pruning, Taylor | 60 % | +0.00 | +0.00 to +0.00 | 3.00 |"
+    assert accuracy.beside_apt(mine) == []
+    assert accuracy.beside_apt([*mine, *theirs])[-1].endswith("| unmeasured |")  # there is no LoRA
 
 
 def test_the_hours_of_a_grid_come_from_the_rows_most_like_each_run(tmp_path: Path) -> None:
