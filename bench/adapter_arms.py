@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import apt
+from bench.contestants import linear_names
 from bench.rows import environment
 from bench.training import Course, block_parameters, train
 
@@ -105,15 +106,6 @@ def peft_model(method: str, model: Any, names: list[str], total_steps: int) -> A
     return get_peft_model(model, config)
 
 
-def linears(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
-    """Full names of the linears that get an adapter, for PEFT, which knows no roles."""
-    import copy
-
-    with torch.device("meta"):
-        twin = copy.deepcopy(model).to("meta")
-    return list(apt.summary(apt.patch_model(twin, method="lora", target_modules=targets)).ranks)
-
-
 class Allocating(Course):
     """Calls what PEFT's AdaLoRA must be called with after every step, before gradients are gone."""
 
@@ -165,7 +157,7 @@ def run(config_path: Path, name: str, seed: int, overrides: list[str]) -> dict[s
 def prepared(arm: Arm, model: nn.Module, steps: int, targets: tuple[str, ...] | None) -> Any:
     """The model of an arm, ready to train."""
     if arm.peft:
-        return peft_model(arm.method, model, [] if arm.method in PROMPTS else linears(model, targets), steps)
+        return peft_model(arm.method, model, [] if arm.method in PROMPTS else linear_names(model, targets), steps)
     return apt.patch_model(model, method=arm.method, target_sparsity=0.0, num_events=0, **settings(arm, steps, targets))
 
 

@@ -66,7 +66,8 @@ def peft_lora_patched(model: nn.Module, batch: Mapping[str, Tensor], targets: tu
 def lora(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
     """`apt.patch_model(method="lora")`."""
     return _plain(
-        apt.patch_model(model, method="lora", rank=RANK, scale=SCALE, target_modules=_names(model, targets)), batch
+        apt.patch_model(model, method="lora", rank=RANK, scale=SCALE, target_modules=linear_names(model, targets)),
+        batch,
     )
 
 
@@ -153,13 +154,13 @@ def peft_model(model: nn.Module, targets: tuple[str, ...], **settings: Any) -> A
     ends = ("pooler", "classifier", "score")
     saved = [end for end in ends if any(name.endswith(end) for name, _ in model.named_modules())]
     config = LoraConfig(
-        r=RANK, lora_alpha=RANK * SCALE, target_modules=_names(model, targets), modules_to_save=saved or None
+        r=RANK, lora_alpha=RANK * SCALE, target_modules=linear_names(model, targets), modules_to_save=saved or None
     )
     return get_peft_model(model, config, **settings)
 
 
-def _names(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """Full names of the modules that roles stand for: PEFT knows no roles."""
+def linear_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
+    """Full names of the linears that get an adapter, for PEFT, which knows no roles."""
     with torch.device("meta"):
         twin = copy.deepcopy(model).to("meta")
     return list(apt.summary(apt.patch_model(twin, method="lora", target_modules=targets)).ranks)

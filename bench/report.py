@@ -22,6 +22,7 @@ from bench import (
     footprints,
     goals,
     inference,
+    last_phase,
     ratings,
     train_step,
 )
@@ -34,6 +35,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "inference": inference.table,
     "cost": cost.table,
     "events": events.table,
+    "last_phase": last_phase.table,
     "accuracy": accuracy.table,
     "ablations": ablations.table,
     "adapters": adapters.table,

@@ -82,14 +82,27 @@ def block_parameters(model: Any) -> int:
     return block_params(plain, find_family(plain)) - adapters
 
 
+def make_trainer(
+    model: Any,
+    config: RunConfig,
+    data: Any,
+    tokenizer: Any,
+    folder: Path,
+    callback: TrainerCallback,
+    ours: bool = False,
+) -> Any:
+    """An `apt.APTrainer` (`ours`) or a plain `Trainer` on a config's training data; `folder` gets its checkpoints."""
+    common: dict[str, Any] = {"args": training_arguments(config, folder), "train_dataset": data.train}
+    common |= {"data_collator": DataCollatorWithPadding(tokenizer), "callbacks": [callback]}
+    return apt.APTrainer(model=model, **common) if ours else Trainer(model=model, **common)
+
+
 def train(
     model: Any, config: RunConfig, data: Any, tokenizer: Any, course: Course, ours: bool = False
 ) -> tuple[Any, dict[str, Any]]:
-    """Train with `apt.APTrainer` (`ours`) or a plain `Trainer`; the trainer, and what that cost as columns."""
+    """Train with `make_trainer`; the trainer, and what that cost as columns."""
     with tempfile.TemporaryDirectory() as folder:
-        common: dict[str, Any] = {"args": training_arguments(config, Path(folder)), "train_dataset": data.train}
-        common |= {"data_collator": DataCollatorWithPadding(tokenizer), "callbacks": [course]}
-        trainer: Any = apt.APTrainer(model=model, **common) if ours else Trainer(model=model, **common)
+        trainer = make_trainer(model, config, data, tokenizer, Path(folder), course, ours)
         row: dict[str, Any] = {"trainable_start": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         with PeakMemory() as peak:
             if not course.started:

@@ -22,6 +22,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             ("minilm", "apt 60%", 0.51, 200),
         )
     ],
+    "last_phase": [
+        {"arm": arm, "seed": seed, "peak_mb": peak}
+        for arm, seed, peak in (("lora", 0, 400), ("apt-60", 0, 900), ("apt-60", 0, 200), ("apt-60", 1, 800))
+    ],
     "finetune": [
         {"arm": arm, "seed": seed, "overrides": "", "train_cpu_seconds": seconds, "accuracy": accuracy}
         for arm, seed, seconds, accuracy in (("lora", 0, 100, 0.8), ("lora", 1, 900, 0.1), ("apt-60", 0, 59, 0.8))
@@ -52,7 +56,7 @@ def machine(tmp_path: Path) -> Path:
     [
         ('a step of `patch_model(method="lora")` over PEFT\'s', "0.9, met"),  # the worst shape, latest rows
         ("a step after the last event at 60 %", "0.51, **missed**"),
-        ("peak memory of that step's process", "0.5, met"),
+        ("peak memory of the phase after the last event", "0.5, met"),
         ("a step of `patch_model(peft_model)`", "`unmeasured`"),
         ("a whole run at 60 % over PEFT LoRA's", "0.59, met"),  # the seed that both have
         ("a whole run at 60 % with teacher", "0.7, met"),  # each over LoRA on its machine
