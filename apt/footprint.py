@@ -86,7 +86,7 @@ def measure_step(
     *,
     accumulate: bool = False,
 ) -> Footprint:
-    """The footprint of a training step: forward, backward, optimizer. A step is taken before, which makes the moments.
+    """The footprint of a training step: forward, backward, optimizer. Moments are there before, as after a first step.
 
     Args:
         model: of fake tensors.
@@ -95,13 +95,11 @@ def measure_step(
         groups: kind -> tensors that are of this kind, beside those that the step makes.
         accumulate: whether gradients of an earlier micro-batch are there already.
     """
-    forward()[0].backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    make_moments(optimizer)
     if accumulate:
         forward()[0].backward()
     storages, kinds, saved = Storages(), dict[int, str](), set[int]()
-    state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    state = [moment for moments in moments_of(optimizer).values() for moment in moments]
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     frozen = [*model.parameters(), *model.buffers()]
     for kind, tensors in {**groups, "moments": state, "gradients": grads, "weights": frozen}.items():
@@ -124,13 +122,29 @@ def measure_step(
         for parameter in model.parameters():
             if parameter.grad is not None:
                 kinds.setdefault(storages.number(parameter.grad), "gradients")
+        # What the loss does not depend on never gets moments: `make_moments` could not know.
+        idle = {storages.number(m) for p, moments in moments_of(optimizer).items() if p.grad is None for m in moments}
         del loss
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     found = dict.fromkeys(KINDS, 0)
-    for number in storages.at_peak():
+    for number in set(storages.at_peak()) - idle:
         found[kinds.get(number, "temporaries")] += storages.sizes[number]
     return Footprint(found, sum(storages.sizes[number] for number in saved), counter.get_total_flops())
+
+
+def make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter that has none its moments, by a step with a gradient of zero."""
+    new = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
+    for parameter in new:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, list[Tensor]]:
+    """The tensors that an optimizer keeps of each parameter."""
+    return {p: [value for value in kept.values() if isinstance(value, Tensor)] for p, kept in optimizer.state.items()}
 
 
 def forward_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:

@@ -104,6 +104,16 @@ def test_every_kind_of_a_network_counted_by_hand() -> None:
     assert found.bytes_of["activations"] == 4 * 5 * 16
 
 
+def test_what_gets_no_gradient_has_no_moments() -> None:
+    with FakeTensorMode():
+        used, idle, x = nn.Linear(8, 4), nn.Linear(8, 4), torch.zeros(5, 8)
+        model = nn.ModuleList([used, idle])
+        optimizer = torch.optim.AdamW(model.parameters())
+        footprints = [measure_step(model, optimizer, lambda: (used(x).sum(), []), {}) for _ in range(2)]
+    # Two moments of each number, and a counter of steps, of float32, for the weight and for the bias.
+    assert [found.bytes_of["moments"] for found in footprints] == [4 * (2 * (8 * 4 + 4) + 2)] * 2
+
+
 def test_fake_tensors_keep_what_real_ones_keep(tmp_path: Path) -> None:
     config = loaded(tmp_path)
     counts = []
