@@ -161,8 +161,9 @@ def peft_model(model: nn.Module, targets: tuple[str, ...], **settings: Any) -> A
 
 def linear_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
     """Full names of the linears that get an adapter, for PEFT, which knows no roles."""
-    with torch.device("meta"):
-        twin = copy.deepcopy(model).to("meta")
+    meta: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    meta |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    twin = copy.deepcopy(model, meta)  # no numbers, which would count as memory of whoever asks
     return list(apt.summary(apt.patch_model(twin, method="lora", target_modules=targets)).ranks)
 
 

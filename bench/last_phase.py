@@ -4,8 +4,7 @@
 
 Each arm is trained in one process until all its events are over, and saved as a checkpoint; a process of its own
 resumes there and trains to the end, on the same batches in every arm. Its peak is taken over `Trainer.train`, reading
-the checkpoint included, less what was in use before: `peak_mb`, as in the other benchmarks. `with_model_mb` counts the
-model too, which is built whole before a checkpoint prunes it. One CSV row an arm.
+the checkpoint included, less what was in use before: as in the other benchmarks. One CSV row an arm.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from apt.data import DatasetLoader
 from apt.tasks import build_model, build_tokenizer
 from bench import plan
 from bench.ablations import DISTILLED
-from bench.memory import PeakMemory, in_use
+from bench.memory import PeakMemory
 from bench.rows import append_row, environment, read_rows
 from bench.training import block_parameters, make_trainer, peft_lora
 
@@ -71,20 +70,18 @@ def train(config_path: Path, arm: str, seed: int, overrides: list[str], folder: 
     tokenizer = build_tokenizer(config)
     data = DatasetLoader(config.data, tokenizer, seed)
     torch.manual_seed(seed)
-    before = in_use()
     model = build_model(config, data.num_labels, tokenizer)
     total = block_parameters(model)
     trained = peft_lora(model, config) if arm == LORA else apt.patch_model(model, config.apt_config())
     checkpoint, change = get_last_checkpoint(str(folder)), Change(config.apt_config())
     trainer = make_trainer(trained, config, data, tokenizer, folder, change, ours=arm != LORA)
-    built = in_use() - before
     with PeakMemory() as peak:
         trainer.train(resume_from_checkpoint=checkpoint)
     row: dict[str, Any] = {"what": "last_phase", "arm": arm, "seed": seed, "overrides": " ".join(overrides)}
     row |= {"from_step": change.step if checkpoint else 0, "to_step": trainer.state.global_step}
     row["sparsity"] = round(1.0 - block_parameters(trainer.model) / total, 4)
     row |= {"peak_mb": round(peak.mb, 1), "reserved_mb": round(peak.reserved_mb, 1)}
-    return row | {"with_model_mb": round(peak.mb + built / 1e6, 1)} | environment()
+    return row | environment()
 
 
 def in_two_processes(config_path: Path, arm: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -104,13 +101,13 @@ def in_two_processes(config_path: Path, arm: str, seed: int, overrides: list[str
 def table(rows: list[dict[str, str]]) -> str:
     """The latest row of each arm; memory in MB, and over LoRA's."""
     latest = {(row["arm"], row["seed"], row["device"]): row for row in rows}
-    header = ["arm", "seed", "steps", "sparsity", "peak MB", "over LoRA", "with the model, MB", "over LoRA"]
+    header = ["arm", "seed", "steps", "sparsity", "peak MB", "over LoRA"]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for (arm, seed, device), row in latest.items():
         lora = latest.get((LORA, seed, device))
         cells = [arm, seed, f"{row['from_step']} to {row['to_step']}", f"{float(row['sparsity']):.3f}"]
-        for name in ("peak_mb", "with_model_mb"):
-            cells += [f"{float(row[name]):,.0f}", f"{float(row[name]) / float(lora[name]):.3f}" if lora else "-"]
+        peak = float(row["peak_mb"])
+        cells += [f"{peak:,.0f}", f"{peak / float(lora['peak_mb']):.3f}" if lora else "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -134,7 +131,7 @@ def main() -> None:
     for unit in plan.todo(units, given):
         row = in_two_processes(given.config, unit["arm"], given.seed, given.set)
         append_row(given.out, row)
-        print(f"{unit['arm']}: {row['peak_mb']} MB, {row['with_model_mb']} with the model", flush=True)
+        print(f"{unit['arm']}: {row['peak_mb']} MB", flush=True)
     text = table(read_rows(given.out))
     given.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

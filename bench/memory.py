@@ -22,9 +22,10 @@ class PeakMemory:
         if self._cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
         else:
             CLEAR.write_text("5")  # the high-water mark begins anew
-        self._before = in_use()
+            self._before = _resident("VmRSS")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -34,11 +35,6 @@ class PeakMemory:
             self.reserved_mb = torch.cuda.max_memory_reserved() / 1e6
         else:
             self.mb = (_resident("VmHWM") - self._before) / 1e6
-
-
-def in_use() -> int:
-    """Bytes in use now: allocated on a GPU, else resident."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _resident("VmRSS")
 
 
 def _resident(field: str) -> int:

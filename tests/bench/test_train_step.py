@@ -5,7 +5,7 @@ import torch
 
 import apt
 from bench import inference, train_step
-from bench.contestants import CONTESTANTS, frozen, prune
+from bench.contestants import CONTESTANTS, frozen, linear_names, prune
 from bench.memory import PeakMemory
 from bench.shapes import DECODER, ENCODER, SHAPES, Shape, _bert, _llama, _t5
 
@@ -53,6 +53,15 @@ def test_the_limit_trains_nothing_and_reaches_every_input(shape: str, inputs: in
     assert len(seen) == inputs
     assert all(embedded.grad is not None for embedded in seen)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", list(TOY))
+def test_names_for_peft_cost_it_no_copy_of_the_model(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TOY[shape].model()
+    targets = TOY[shape].targets
+    wanted = list(apt.summary(apt.patch_model(TOY[shape].model(), method="lora", target_modules=targets)).ranks)
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda *_: pytest.fail("numbers were copied"))
+    assert linear_names(model, targets) == wanted != []
 
 
 def test_prune_reaches_its_sparsity() -> None:
