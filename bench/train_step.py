@@ -30,11 +30,14 @@ from bench.turns import TURNS
 KEY = ("shape", "layers", "dtype", "contestant")  # what a row is about
 REFERENCE, LIMIT = "peft lora", "frozen"
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
+SECONDS = 60.0
 EXACT = ("full", "peft lora", "apt lora", "apt 0%")  # start as the plain model
 
 
-def measure(shape: str, name: str, runs: int, dtype: torch.dtype, layers: int | None) -> dict[str, Any]:
-    """The row of one contestant, here and now."""
+def measure(
+    shape: str, name: str, runs: int, dtype: torch.dtype, layers: int | None, seconds: float = SECONDS
+) -> dict[str, Any]:
+    """The row of one contestant, here and now, from so many turns, or what `seconds` allow."""
     chosen, device = SHAPES[shape], "cuda" if torch.cuda.is_available() else "cpu"
     plain = chosen.model(layers).to(dtype)
     batch = chosen.inputs(plain, device)
@@ -53,7 +56,9 @@ def measure(shape: str, name: str, runs: int, dtype: torch.dtype, layers: int | 
     }
     if name == REFERENCE:
         rivals = {REFERENCE: mine, LIMIT: rivals[LIMIT]}
-    times = Clock(torch.device(device), runs=runs, seconds=60.0).interleaved({k: [c.step] for k, c in rivals.items()})
+    times = Clock(torch.device(device), runs=runs, seconds=seconds).interleaved(
+        {k: [c.step] for k, c in rivals.items()}
+    )
     own, theirs, limit = (times[key] for key in (name, REFERENCE, LIMIT))
     p20, p50, p80 = (round(value, 3) for value in quantiles(own.device_ms))
     tokens = chosen.batch * chosen.tokens
@@ -116,6 +121,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="for all turns of a contestant; then runs are fewer"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--out", type=Path, default=plan.results("train_step"))
@@ -128,7 +136,9 @@ def main() -> None:
         return
     if arguments.one:
         dtype = getattr(torch, arguments.dtype)
-        row = measure(arguments.shapes[0], arguments.contestants[0], arguments.runs, dtype, arguments.layers)
+        row = measure(
+            arguments.shapes[0], arguments.contestants[0], arguments.runs, dtype, arguments.layers, arguments.seconds
+        )
         print("ROW " + json.dumps(row), flush=True)
         return
     TURNS.give()  # each contestant's process takes its own
@@ -141,7 +151,16 @@ def main() -> None:
     for unit in plan.todo(units, arguments):
         shape, name = unit["shape"], unit["contestant"]
         command = [sys.executable, "-m", "bench.train_step", "--one", "--shapes", shape, "--contestants", name]
-        command += ["--runs", str(arguments.runs), "--dtype", arguments.dtype, "--layers", unit["layers"]]
+        command += [
+            "--runs",
+            str(arguments.runs),
+            "--seconds",
+            str(arguments.seconds),
+            "--dtype",
+            arguments.dtype,
+            "--layers",
+            unit["layers"],
+        ]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
         if not found:
