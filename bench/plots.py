@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from bench.accuracy import SERIES, over_lora, series
 from bench.cost import STEEP, slope
 from bench.grid import Rows
+from bench.train_step import in_order
 
 PANELS = (  # of the accuracy picture: column, what the axis says
     ("sparsity", "fraction of the layers' parameters gone"),
@@ -50,7 +51,7 @@ def accuracy(rows: Rows) -> Any:
 def train_step(rows: Rows) -> Any:
     """Time of a step of each contestant over that of PEFT's LoRA, which it took turns with; the lines are PEFT's LoRA
     and the frozen limit. Milliseconds of two contestants need not be of the same hour, so they are not drawn."""
-    latest = {(row["shape"], row["dtype"], row["device"], row["contestant"]): row for row in rows}
+    latest = {(row["shape"], row["dtype"], row["device"], row["contestant"]): row for row in in_order(rows)}
     return _bars(
         {key[:3]: [row for k, row in latest.items() if k[:3] == key[:3]] for key in latest},
         name="contestant",

@@ -89,9 +89,16 @@ def _gflop(contestant: Contestant) -> float:
     return round(counter.get_total_flops() / 1e9, 3)
 
 
+def in_order(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Shape by shape, contestant by contestant, what is no longer measured last; rows of one kind stay as they came."""
+    places = {name: place for names in (SHAPES, CONTESTANTS) for place, name in enumerate(names)}
+    return sorted(rows, key=lambda row: [places.get(row[key], len(places)) for key in ("shape", "contestant")])
+
+
 def table(rows: list[dict[str, str]]) -> str:
     """The latest row of each contestant, shape by shape; what is slower than PEFT is marked."""
-    latest = {(row["shape"], row["layers"], row["dtype"], row["device"], row["contestant"]): row for row in rows}
+    kinds = ("shape", "layers", "dtype", "device", "contestant")
+    latest = {tuple(row[key] for key in kinds): row for row in in_order(rows)}
     lines = []
     for key in dict.fromkeys(key[:4] for key in latest):
         mine = [row for other, row in latest.items() if other[:4] == key]
@@ -121,9 +128,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="for all turns of a contestant; then runs are fewer"
-    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="at most, for the turns of a contestant")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--out", type=Path, default=plan.results("train_step"))
@@ -151,16 +156,8 @@ def main() -> None:
     for unit in plan.todo(units, arguments):
         shape, name = unit["shape"], unit["contestant"]
         command = [sys.executable, "-m", "bench.train_step", "--one", "--shapes", shape, "--contestants", name]
-        command += [
-            "--runs",
-            str(arguments.runs),
-            "--seconds",
-            str(arguments.seconds),
-            "--dtype",
-            arguments.dtype,
-            "--layers",
-            unit["layers"],
-        ]
+        command += ["--runs", str(arguments.runs), "--seconds", str(arguments.seconds)]
+        command += ["--dtype", arguments.dtype, "--layers", unit["layers"]]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
         if not found:

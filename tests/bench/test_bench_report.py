@@ -71,8 +71,8 @@ def test_bars_are_as_long_as_the_latest_row_says() -> None:
     rows = [common | {"contestant": name, "over_peft": over} for name, over in (("peft lora", 1.0), ("full", 3.0))]
     figure = plots.train_step(texts([*rows, rows[1] | {"over_peft": 1.5}]))
     (axis,) = figure.axes
-    assert [bar.get_width() for bar in axis.patches] == [1.0, 1.5]
-    assert list(axis.lines[0].get_xdata()) == [0.5, 0.75]  # the limit
+    assert [bar.get_width() for bar in axis.patches] == [1.5, 1.0]  # as they are listed, not as they came
+    assert list(axis.lines[0].get_xdata()) == [0.75, 0.5]  # the limit
     assert list(axis.lines[1].get_xdata()) == [1.0, 1.0]  # PEFT's
 
 
