@@ -1,9 +1,7 @@
 """Save and resume the controller of a run, beside what the training loop saves of model and optimizer."""
 
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,8 @@ from torch import Tensor, nn
 
 from apt.controller import Controller, patch_state
 from apt.distiller import DistillationConfig, place_transform, release
-from apt.records import Event, write_json
+from apt.files import write_json
+from apt.records import Event
 from apt.surgery import apply_event
 
 STATE, TENSORS = "apt_state.json", "apt_state.safetensors"
@@ -70,18 +69,6 @@ def load_controller(controller: Controller, folder: Path) -> None:
         table, _, name = key.partition("/")
         tables[table][name] = tensor.to(device)
     controller.load_state_dict({**state, **tables})
-
-
-def publish(written: Path, folder: Path) -> None:
-    """Give a folder that is complete its name, in one step where no other has it: a kill leaves the old or the new."""
-    if folder.exists():
-        replaced = written.with_name(written.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(folder, replaced)
-        os.rename(written, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.rename(written, folder)
 
 
 class RandomState:

@@ -16,8 +16,8 @@ from torch import nn
 
 from apt.config import HardwareConfig
 from apt.export import CARD, load_model
+from apt.files import write_json
 from apt.modes import evaluating
-from apt.records import write_json
 from apt.report.tables import Sheet
 from apt.report.terminal import print_sheets
 from apt.tasks import choose_device

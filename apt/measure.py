@@ -10,10 +10,10 @@ from apt.config import RunConfig
 from apt.data import Loader
 from apt.evaluate import Evaluator, latency_ms, time_events
 from apt.export import export_model, load_model
+from apt.files import write_json
 from apt.language import generation_metrics
 from apt.methods import METHODS
 from apt.patch import patch_model, summary
-from apt.records import write_json
 from apt.tasks import GENERATING, build_model, choose_device, chosen_scores, metric_names
 from apt.trainer import APTrainer
 from apt.versions import versions_used

@@ -1,9 +1,7 @@
 """Adapters to and from PEFT's LoRA folders: what PEFT, vLLM and llama.cpp read, and where a run can start."""
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from apt.adapters import APTAdapter, adapted, exchange
 from apt.controller import patch_state
+from apt.files import find_whole, write_folder_aside
 from apt.fused import FusedLinears, replaced, scaled_factors
 from apt.gate_files import has_gates
 from apt.linears import is_linear
@@ -62,8 +61,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
             "save_adapter: a LoRA file cannot say that parts of the base are gone; use apt.export_model, which saves "
             "the small model whole"
         )
-    if folder.exists() and not overwrite:
-        raise ValueError(f"save_adapter: {folder} exists; give another folder or overwrite=True")
+    if not overwrite and (found := find_whole(folder)).exists():
+        raise ValueError(f"save_adapter: {found} exists; give another folder or overwrite=True")
     adapters = {name: factors for name, module in replaced(model) if len((factors := scaled_factors(module))[0])}
     if not adapters:
         more = "; a prompt is no LoRA, apt.export_model keeps it" if counts.virtual_tokens else ""
@@ -97,14 +96,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         "fan_in_fan_out": all(module.conv1d for name, module in replaced(model) if name in adapters),
         "inference_mode": True,
     }
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(partial, folder)
+    with write_folder_aside(folder) as partial:
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 
 
@@ -121,8 +115,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: the folder holds no LoRA, one that is more than a LoRA (DoRA, biases), or one of another model.
     """
+    folder = find_whole(Path(folder))
     patch_state(model)
-    config, tensors = _read(Path(folder))
+    config, tensors = _read(folder)
     modules = {name: module for name, module in adapted(model) if module.rank}
     if any(module.delta is not None for module in modules.values()):
         raise ValueError(

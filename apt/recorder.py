@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from apt.adapters import adapted
 from apt.controller import Controller, patch_state
+from apt.files import append_jsonl, write_jsonl
 from apt.memory import memory_mb
-from apt.records import Event, append_jsonl, write_jsonl
+from apt.records import Event
 from apt.tuner import adapter_sizes, total_params
 from apt.units import part_linears
 

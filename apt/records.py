@@ -1,9 +1,6 @@
 """What a run leaves behind: plans and events, one JSON line each. Plans are decisions; they can be replayed."""
 
-import json
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -67,33 +64,3 @@ class Event:
             "trim": trim and TrimPlan(**trim),
         }
         return cls(**{**row, **plans})
-
-
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Add one line to a JSON-lines file; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every line of a JSON-lines file, blank ones left out."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace a JSON-lines file by these rows, as `write_json` does."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_json(path: Path, row: dict[str, Any]) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of it."""
-    write_text(path, json.dumps(row, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

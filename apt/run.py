@@ -17,12 +17,11 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from apt.checkpoint import random_state_kept
 from apt.config import RunConfig
 from apt.data import Loader
-from apt.disk import check_writable, writing
 from apt.export import CARD, load_model
+from apt.files import check_writable, write_json, writing
 from apt.measure import MODEL, build_evaluator, measure, scores_of
 from apt.model_card import README, CardFacts, model_card
 from apt.patch import patch_model, summary
-from apt.records import write_json
 from apt.report import print_report
 from apt.run_folder import (
     CHECKPOINTS,

@@ -1,10 +1,10 @@
 """The folder of a run: where it grows, when it gets its name, and what ``--resume`` finds there."""
 
-import os
 import shutil
 import sys
 from pathlib import Path
 
+from apt import files
 from apt.config import RunConfig, load_config
 
 CONFIG, METRICS, EFFICIENCY, CHECKPOINTS = "config.yaml", "metrics.json", "efficiency.json", "checkpoints"
@@ -20,7 +20,7 @@ def partial_of(output: Path) -> Path:
     """
     if not output.name:
         raise ValueError(f"train: output_dir must name a folder, got {str(output)!r}")
-    return output.with_name(output.name + ".partial")
+    return files.partial_of(output)
 
 
 def is_done(output: Path, config: RunConfig, *, overwrite: bool, resume: bool) -> bool:
@@ -81,12 +81,9 @@ def begin(partial: Path, config: RunConfig) -> None:
 def give_name(partial: Path, output: Path) -> None:
     """Rename a complete run; an older one of the name is moved aside first and removed last."""
     shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    replaced = output.with_name(output.name + ".replaced")
-    if (output / METRICS).exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(output, replaced)
-    os.rename(partial, output)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if output.exists() and not (output / METRICS).exists():
+        output.rmdir()  # raises where something that is no run was put there meanwhile
+    files.publish_folder(partial, output)
 
 
 def _checkpoints(partial: Path) -> list[Path]:

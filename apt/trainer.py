@@ -21,9 +21,9 @@ from apt.checkpoint import (
 from apt.clock import StepClock
 from apt.controller import APTConfig, Controller, adopt, patch_state, uncompiled
 from apt.distiller import TRANSFORM, LayerTransform, place_transform
+from apt.files import write_jsonl
 from apt.moments import bare_optimizer
 from apt.recorder import Recorder, event_scalars
-from apt.records import write_jsonl
 from apt.tuner import adapter_sizes, total_params
 from apt.whole_checkpoints import WholeCheckpoints
 

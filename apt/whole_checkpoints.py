@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from apt.checkpoint import publish
+from apt.files import publish_folder
 
 PARTIAL = "checkpoint.partial"  # where a checkpoint is written before it gets its name
 
@@ -33,7 +33,7 @@ class WholeCheckpoints(Trainer):
                 self.state.save_to_json(str(written / "trainer_state.json"))
         finally:
             self._staging = None
-        publish(written, folder / name)
+        publish_folder(written, folder / name)
         shutil.rmtree(folder / PARTIAL, ignore_errors=True)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))

@@ -26,8 +26,9 @@ from transformers import Trainer, TrainerCallback
 import apt
 from apt.config import RunConfig, load_config
 from apt.data import TextLoader
+from apt.files import append_jsonl, read_jsonl
 from apt.language import generation_rates, greedy, perplexity
-from apt.records import Event, append_jsonl, read_jsonl
+from apt.records import Event
 from apt.surgery import apply_event
 from apt.tasks import build_model, build_tokenizer, training_arguments
 from bench.rows import append_row, append_rows, environment, quantiles, read_rows

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from apt.files import write_file_aside
+
 
 def environment() -> dict[str, Any]:
     """Machine, versions and commit, as columns of every row."""
@@ -56,13 +58,10 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def append_rows(path: Path, new: list[dict[str, Any]]) -> None:
     """Add rows by writing the whole file under a temporary name: a run that is killed leaves the old file."""
     rows = [*read_rows(path), *({key: str(value) for key, value in row.items()} for row in new)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with write_file_aside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for r in rows for key in r)))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

@@ -25,7 +25,7 @@ from tiny_run import write_config
 
 from apt import cli, measure, run, whole_checkpoints
 from apt.controller import Controller
-from apt.records import read_jsonl
+from apt.files import read_jsonl
 
 STEPS, SAVE_EVERY = 48, 7  # 24 steps an epoch
 PLACES = ("forward", "backward", "event", "file", "before the name", "after the name", "measuring", "naming")
@@ -64,7 +64,7 @@ def set_trap(place: str, step: int, draw: random.Random) -> None:
     elif place == "file":
         half_a_file(step, draw.randrange(4))
     elif place == "before the name":
-        before(whole_checkpoints, "publish", lambda _, folder: int(folder.name.rpartition("-")[2]) >= step)
+        before(whole_checkpoints, "publish_folder", lambda _, folder: int(folder.name.rpartition("-")[2]) >= step)
     elif place == "after the name":
         before(whole_checkpoints, "rotate_checkpoints", lambda output_dir, **_: bool(newest(output_dir) >= step))
     elif place == "measuring":

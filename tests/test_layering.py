@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOMS = [  # a room (a file, or a folder of files) imports apt_kernels and the rooms above it
+    "files",
     "doctor",
     "versions",
     "records",
-    "disk",
     "clock",
     "modes",
     "memory",

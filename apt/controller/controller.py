@@ -20,11 +20,12 @@ from apt.controller.state import forget_graphs, patch_state, uncompiled
 from apt.controller.timeline import Timeline
 from apt.controller.verify import LogitCheck
 from apt.dimensions import Group
+from apt.files import append_jsonl
 from apt.hidden import hand_on_kernels
 from apt.memory import give_back
 from apt.methods import METHODS, RankBudget, penalty
 from apt.moments import bare_optimizer, check_optimizer
-from apt.records import Event, PrunePlan, TrimPlan, append_jsonl
+from apt.records import Event, PrunePlan, TrimPlan
 from apt.surgery import apply_trim_plan
 from apt.times import LatencyTable
 

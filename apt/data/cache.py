@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from apt.config import DataConfig
+from apt.files import write_file_aside
 
 Columns = dict[str, list[Any]]  # each row a whole number, or a list of them
 Make = Callable[[], Columns]
@@ -121,7 +121,7 @@ def _rows(flat: NDArray[Any], lengths: NDArray[Any] | None) -> list[Any]:
 
 
 def _write(path: Path, name: str, columns: Columns) -> None:
-    """Under a temporary name, then renamed. Where that fails, a line says so, and the next run tokenises again."""
+    """Keep columns on disk. Where that fails, a line says so, and the next run tokenises again."""
     stored: dict[str, NDArray[Any]] = {}
     for column, rows in columns.items():
         if rows and isinstance(rows[0], list):
@@ -130,14 +130,10 @@ def _write(path: Path, name: str, columns: Columns) -> None:
         else:
             stored[column] = np.array(rows, dtype=np.int32)
     told = {"name": name, "content": _content(stored)}
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, partial, metadata=told)
-        os.replace(partial, path)
+        with write_file_aside(path, shared=True) as partial:
+            save_file(stored, partial, metadata=told)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink()
         print(f"apt: tokens cannot be kept in {path.parent} ({error}); data.cache sets where", file=sys.stderr)
 
 

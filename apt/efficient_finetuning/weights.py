@@ -1,13 +1,14 @@
 """What was trained, in one safetensors file, and back into a model that was prepared in the same way."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from apt.files import write_file_aside
 
 SAMPLES = 8  # entries of each frozen tensor that the file keeps, to tell its model from another
 BASE = "base::"  # before the names of these
@@ -27,10 +28,8 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
         raise ValueError("save_efficient_weights: nothing in this model trains; apply a method first")
     tensors = {name: p.detach().cpu().contiguous() for name, p in trained.items()} | _samples(model)
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if not p.requires_grad}
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, partial, metadata={"format": "pt", "frozen": json.dumps(shapes)})
-    os.replace(partial, path)
+    with write_file_aside(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", "frozen": json.dumps(shapes)})
     return path
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from apt.disk import check_writable
 from apt.experiment.grid import Cell, Grid, cells, load_grid
 from apt.experiment.tables import collect
+from apt.files import check_writable
 from apt.run_folder import METRICS, other_settings
 
 LOGS = "logs"

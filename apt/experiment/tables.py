@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from apt.records import write_text
+from apt.files import write_text
 from apt.report import report
 from apt.report.compare import QUANTITIES, Quantity, value
 from apt.report.records import RunRecord, load_run

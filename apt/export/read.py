@@ -9,6 +9,7 @@ from torch import nn
 from apt.dimensions import resize_dimensions
 from apt.export.files import CARD, WEIGHTS, read_card, read_weights
 from apt.families import Attention, Family, find_family
+from apt.files import find_whole
 from apt.fused import replace_module, restore_plain, split_fused
 from apt.gate_files import load_gates
 from apt.linears import features, is_conv1d, make_linear, weight_and_bias
@@ -31,7 +32,7 @@ def load_model(folder: str | Path) -> nn.Module:
     Raises:
         ValueError: the folder is not an export, a file is truncated or corrupt, or a newer version made it.
     """
-    folder = Path(folder)
+    folder = find_whole(Path(folder))
     card = read_card(folder)
     from accelerate import init_empty_weights
     from transformers import AutoConfig

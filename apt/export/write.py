@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from apt.export.files import CARD, WEIGHTS, sha256_of
 from apt.export.merged import merged_state
 from apt.families import Attention
 from apt.families.hidden import hidden_parts, hidden_size
+from apt.files import find_whole, write_folder_aside
 from apt.gate_files import has_gates, save_gates
 from apt.model_card import README, CardFacts, model_card
 from apt.patch import Summary, summary
@@ -52,12 +51,8 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     state, counts = patch_state(model), summary(model)
     if counts.masked:
         raise ValueError(f"export: {counts.masked} units are masked but not removed yet; train past the next event")
-    if folder.exists() and not overwrite:
-        raise ValueError(f"export: {folder} exists; give another folder or overwrite=True")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
+    if not overwrite and (found := find_whole(folder)).exists():
+        raise ValueError(f"export: {found} exists; give another folder or overwrite=True")
     tensors = merged_state(model)
     counts = _with_sizes(model, counts, tensors)
     config, reason = _config(model, counts, tensors)
@@ -70,37 +65,35 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     if state.use_cache is not None:
         config.use_cache = state.use_cache
     config.architectures = [type(model).__name__]
-    config.save_pretrained(partial)
-    generation: Any = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(partial)
-    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    gates, prompt = save_gates(model, partial) if has_gates(model) else None, placed_prompt(model)
-    narrower = 0 < counts.hidden < int(getattr(config, "hidden_size", 0))  # than the saved config says
-    card = {
-        "format": 4 if prompt is not None else 3 if gates is not None else 2 if narrower else 1,
-        "apt_version": __version__,
-        "class": type(model).__name__,
-        "stock": reason is None,
-        "why_not_stock": reason,
-        "units": counts.units,
-        "head_order": _head_order(model, counts.units),
-        **({"hidden": counts.hidden} if narrower else {}),
-        **({} if gates is None else {"gates": gates}),
-        **({} if prompt is None else {"prompt": _describe(prompt)}),
-        "sparsity": counts.sparsity,
-        "params_before": counts.params_before,
-        "params_after": counts.params_after,
-        "bytes": (partial / WEIGHTS).stat().st_size,
-        "sha256": sha256_of(partial / WEIGHTS),
-    }
-    (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    base: Any = getattr(model.config, "_name_or_path", "")
-    facts = CardFacts(str(base or ""), type(model).__name__, state.config.method, reason is None, counts)
-    (partial / README).write_text(model_card(facts), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(partial, folder)
+    with write_folder_aside(folder) as partial:
+        config.save_pretrained(partial)
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(partial)
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        gates, prompt = save_gates(model, partial) if has_gates(model) else None, placed_prompt(model)
+        narrower = 0 < counts.hidden < int(getattr(config, "hidden_size", 0))  # than the saved config says
+        card = {
+            "format": 4 if prompt is not None else 3 if gates is not None else 2 if narrower else 1,
+            "apt_version": __version__,
+            "class": type(model).__name__,
+            "stock": reason is None,
+            "why_not_stock": reason,
+            "units": counts.units,
+            "head_order": _head_order(model, counts.units),
+            **({"hidden": counts.hidden} if narrower else {}),
+            **({} if gates is None else {"gates": gates}),
+            **({} if prompt is None else {"prompt": _describe(prompt)}),
+            "sparsity": counts.sparsity,
+            "params_before": counts.params_before,
+            "params_after": counts.params_after,
+            "bytes": (partial / WEIGHTS).stat().st_size,
+            "sha256": sha256_of(partial / WEIGHTS),
+        }
+        (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        base: Any = getattr(model.config, "_name_or_path", "")
+        facts = CardFacts(str(base or ""), type(model).__name__, state.config.method, reason is None, counts)
+        (partial / README).write_text(model_card(facts), encoding="utf-8")
     return folder
 
 

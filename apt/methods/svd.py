@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from apt.files import write_file_aside
+
 CACHED_FROM = 2**16  # entries of a weight; smaller ones are decomposed sooner than read
 FAR_BELOW = 16  # the randomised decomposition pays where so many times k is still below min(O, I)
 ROUNDS = 8  # subspace iterations of it; the error falls with the (2 ROUNDS + 1)-th power of a singular value's share
@@ -74,10 +76,8 @@ def _read(path: Path) -> tuple[Tensor, Tensor, Tensor] | None:
 
 def _write(path: Path, found: tuple[Tensor, Tensor, Tensor]) -> None:
     """Where it cannot be written, a warning says so, and the next run computes it again."""
-    partial = path.with_suffix(f".{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.cpu().contiguous() for name, t in zip(("U", "S", "Vh"), found, strict=True)}, partial)
-        os.replace(partial, path)
+        with write_file_aside(path, shared=True) as partial:
+            save_file({name: t.cpu().contiguous() for name, t in zip(("U", "S", "Vh"), found, strict=True)}, partial)
     except (OSError, SafetensorError) as error:
         warnings.warn(f"svd_cache: nothing is kept in {path.parent}: {error}", stacklevel=2)

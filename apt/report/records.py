@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from apt.files import read_jsonl
 from apt.recorder import SHAPES, STEPS
-from apt.records import Event, read_jsonl
+from apt.records import Event
 
 METRICS, EFFICIENCY, CONFIG = "metrics.json", "efficiency.json", "config.yaml"
 EVENTS, TIMINGS = "events.jsonl", "event_timing.json"

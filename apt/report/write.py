@@ -1,10 +1,9 @@
 """Writes the page and its pictures where the run is."""
 
-import os
 import sys
 from pathlib import Path
 
-from apt.disk import writing
+from apt.files import write_file_aside, writing
 from apt.report.compare import comparisons
 from apt.report.page import PAGE, Page, folder_page, run_page
 from apt.report.pictures import check_drawing
@@ -77,11 +76,5 @@ def _write(folder: Path, page: Page) -> Path:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with write_file_aside(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

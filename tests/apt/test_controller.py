@@ -14,7 +14,8 @@ from torch import Tensor
 import apt
 import apt_kernels
 from apt.adapters import adapted
-from apt.records import Event, read_jsonl
+from apt.files import read_jsonl
+from apt.records import Event
 from apt.salience import SALIENCES
 from apt.surgery import apply_prune_plan
 

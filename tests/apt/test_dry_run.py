@@ -9,8 +9,8 @@ from tiny_run import write_config
 from apt.cli import main
 from apt.config import TASKS, load_config
 from apt.dry_run import HEADS, DryRun, dry_run
+from apt.files import read_jsonl
 from apt.presets import find_preset
-from apt.records import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -12,7 +12,7 @@ import pytest
 from run_records import METRICS, run_folder, short_run, whole_run
 
 from apt.cli import main
-from apt.records import write_json
+from apt.files import write_json
 from apt.report import report
 from apt.report.compare import baselines_of, comparisons
 from apt.report.records import load_run

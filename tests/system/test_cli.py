@@ -12,7 +12,7 @@ from tiny_run import efficiency_of, metrics_of, tiny_tokenizer, write_config, wr
 
 from apt.cli import main
 from apt.controller import Controller
-from apt.records import read_jsonl
+from apt.files import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 METRICS = {

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import tiny_tokenizer, write_config
 
-from apt import disk, measure, run
+from apt import files, measure, run
 from apt.cli import main
 from apt.trainer import APTrainer
 
@@ -143,7 +143,7 @@ def test_a_folder_that_may_not_be_written(
         if not is_mounted:
             folder.chmod(0o500)
             if os.access(folder, os.W_OK):  # root, who may not mount: the answer of the system is all that is left
-                monkeypatch.setattr(disk.os, "access", lambda path, mode: Path(path) != folder)
+                monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path) != folder)
         error = refused(capsys, "train", config, f"output_dir={folder / 'deep' / 'run'}", "model=./nowhere")
         assert error == (
             f"apt: error: train: {folder / 'deep' / 'run.partial'} cannot be written, as {folder} may not be written; "
@@ -180,7 +180,7 @@ def test_which_errors_are_of_writing(small_disk: SmallDisk, tmp_path: Path) -> N
     ]
     for number, write in enumerate(writers):
         told = pytest.raises(OSError, match=r"room: .* cannot be written: .*; do this$")
-        with told as caught, disk.writing(small_disk.folder, "room", "do this"):
+        with told as caught, files.writing(small_disk.folder, "room", "do this"):
             write(small_disk.folder / f"file{number}")
         assert caught.value.__cause__ is not None
     others = (
@@ -189,6 +189,6 @@ def test_which_errors_are_of_writing(small_disk: SmallDisk, tmp_path: Path) -> N
         FileNotFoundError(errno.ENOENT, "not there", str(small_disk.folder / "x")),
     )
     for error in others:
-        with pytest.raises(type(error)) as same, disk.writing(small_disk.folder, "room", "do this"):
+        with pytest.raises(type(error)) as same, files.writing(small_disk.folder, "room", "do this"):
             raise error
         assert same.value is error

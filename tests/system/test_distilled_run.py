@@ -13,7 +13,7 @@ import apt
 from apt.adapters import adapted
 from apt.cli import main
 from apt.distiller import SelfDistiller
-from apt.records import read_jsonl
+from apt.files import read_jsonl
 
 # Events after steps 8, 16 and 24; the teacher is taken after step 3 and goes after step 27.
 TAUGHT = {"use_self_distillation": True, "distill_end": 27}

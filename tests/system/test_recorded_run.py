@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from apt.cli import main
 from apt.controller import Controller
-from apt.records import read_jsonl
+from apt.files import read_jsonl
 from apt.report import report
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from tiny_text import WORDS, write_gguf, write_text_config
 
 import apt.controller.goal
 from apt.cli import main
-from apt.records import read_jsonl
+from apt.files import read_jsonl
 from apt.times import LatencyTable
 
 

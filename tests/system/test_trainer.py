@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 import apt
 import apt.controller.goal
-from apt.records import Event, read_jsonl
+from apt.files import read_jsonl
+from apt.records import Event
 from apt.times import LatencyTable
 
 STEPS = 30

@@ -1,0 +1,177 @@
+"""Files and folders that are there whole or not at all, and folders that cannot be written.
+
+A file or a folder is written aside, under a temporary name, and renamed when it is complete. A folder that it replaces
+is moved aside first and removed last, so a kill at any moment leaves the old one or the new one: under its name, or,
+between the two renames, under the name that `find_whole` knows.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+OF_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers tell it, in classes of their own
+OF_TORCH = "inline_container.cc"  # of torch.save, which does not tell why
+
+
+def check_writable(folder: Path, room: str) -> None:
+    """Raise OSError where a folder cannot be made, or nothing can be written in it; nothing is made here.
+
+    Args:
+        folder: what is to be written, whether it exists or not.
+        room: begins the message.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return
+    why = "may not be written" if nearest.is_dir() else "is no folder"
+    raise OSError(f"{room}: {folder} cannot be written, as {nearest} {why}; give another output_dir")
+
+
+@contextmanager
+def writing(folder: Path, room: str, advice: str) -> Iterator[None]:
+    """Errors of writing into a folder become an OSError of one line; all others pass.
+
+    Args:
+        folder: where everything inside writes.
+        room: begins the message.
+        advice: ends it.
+    """
+    try:
+        yield
+    except Exception as error:  # torch, safetensors and tokenizers have classes of their own; all others pass on
+        reason = _reason(error, folder)
+        if reason is None:
+            raise
+        raise OSError(f"{room}: {folder} cannot be written: {reason}; {advice}") from error
+
+
+def _reason(error: BaseException | None, folder: Path) -> str | None:
+    """Why writing failed, or None where this is another error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL + REFUSED and _is_there(error, folder):
+            return os.strerror(error.errno)
+        code = OF_RUST.search(str(error))
+        if code is not None and int(code[1]) in FULL + REFUSED:
+            return os.strerror(int(code[1]))
+        if OF_TORCH in str(error):
+            return f"a file was cut off, {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def _is_there(error: OSError, folder: Path) -> bool:
+    """Whether the file of an error lies in the folder or around it. A disk that is full names no file."""
+    if error.filename is None:
+        return error.errno in FULL
+    path, folder = Path(os.fsdecode(error.filename)).absolute(), folder.absolute()
+    return path == folder or folder in path.parents or path in folder.parents
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file or a folder is written before it gets its name."""
+    return path.with_name(path.name + ".partial")
+
+
+def replaced_of(folder: Path) -> Path:
+    """Where a folder waits while another takes its name."""
+    return folder.with_name(folder.name + ".replaced")
+
+
+@contextmanager
+def write_file_aside(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Lend a temporary name to write a file under; the file gets its own where the block ends without an error.
+
+    Args:
+        path: the file; its folder is made.
+        shared: other processes may write the same file meanwhile, so each has a temporary name of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path.with_name(f"{path.name}.{os.getpid()}") if shared else path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except Exception:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@contextmanager
+def write_folder_aside(folder: Path) -> Iterator[Path]:
+    """Lend an empty folder to write in; it takes the place of `folder` where the block ends without an error."""
+    partial = partial_of(folder)
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except Exception:
+        _remove(partial)
+        raise
+    publish_folder(partial, folder)
+
+
+def publish_folder(written: Path, folder: Path) -> None:
+    """Give a folder that is complete its name. One that has the name is moved aside first, and removed last."""
+    replaced = replaced_of(written.parent / folder.name)
+    if folder.exists():
+        _remove(replaced)
+        os.rename(folder, replaced)
+    os.rename(written, folder)
+    _remove(replaced)
+
+
+def find_whole(folder: Path) -> Path:
+    """Return the folder, or, where a kill fell between the two renames of `publish_folder`, the one moved aside."""
+    if folder.exists() or not replaced_of(folder).exists():
+        return folder
+    replaced = replaced_of(folder)
+    warnings.warn(
+        f"{folder} is not there: the write that was to replace it was stopped, and what it was lies in {replaced}",
+        stacklevel=3,
+    )
+    return replaced
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or a file, where it is there and can be removed."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Add one line to a JSON-lines file; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every line of a JSON-lines file, blank ones left out."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace a JSON-lines file by these rows, as `write_text` does."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_json(path: Path, row: dict[str, Any]) -> None:
+    """Replace a JSON file, as `write_text` does."""
+    write_text(path, json.dumps(row, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file: a reader sees the old one or the new one, never half of it."""
+    with write_file_aside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
