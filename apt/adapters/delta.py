@@ -1,4 +1,4 @@
-"""What a method other than plain A and B puts in their place: an update of its own, and gates of the example."""
+"""What an adapted layer may have beside A and B: an update of its method, gates of the example, a group of layers."""
 
 from abc import ABC, abstractmethod
 from typing import Protocol
@@ -38,6 +38,17 @@ class Delta(nn.Module, ABC):
 
     def settle(self) -> None:
         """Let go of what only the choice of ranks needed: it is made."""
+
+
+class InputGroup(Protocol):
+    """Layers that read one tensor, which the first one called computes for all of them."""
+
+    @property
+    def together(self) -> bool:
+        """Whether they are computed together at present."""
+
+    def output(self, member: nn.Module, x: Tensor) -> Tensor:
+        """What one of them makes of x."""
 
 
 class RowGate(Protocol):

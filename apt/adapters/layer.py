@@ -2,19 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apt_kernels
-from apt.adapters.delta import Delta, RowGate
+from apt.adapters.delta import Delta, InputGroup, RowGate
 from apt.gates import MaskGate
 from apt.linears import is_conv1d, weight_and_bias
-
-if TYPE_CHECKING:
-    from apt.adapters.shared_input import SharedInput
 
 
 class APTAdapter(nn.Module):
@@ -64,7 +61,7 @@ class APTAdapter(nn.Module):
         self.n_out, self.n_in = self.weight.shape
         self.gate_in = gate_in
         self.past_gate: Tensor | None = None  # an input that has passed `gate_in` already, in the op that made it
-        self.shared: SharedInput | None = None
+        self.shared: InputGroup | None = None
         self.register_buffer("teacher_A", None, persistent=False)
         self.register_buffer("teacher_B", None, persistent=False)
         self.lora_A, self.lora_B = None, None

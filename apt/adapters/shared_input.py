@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import apt_kernels
 from apt.adapters.layer import APTAdapter
@@ -45,7 +45,7 @@ class SharedInput:
         plain = all(member.delta is None and not member.drops for member in adapted)
         return bool(adapted) and plain and len({member.scale for member in adapted}) == 1
 
-    def output(self, member: APTAdapter, x: Tensor) -> Tensor:
+    def output(self, member: nn.Module, x: Tensor) -> Tensor:
         """What this member makes of x."""
         index = next(i for i, other in enumerate(self.members) if other is member)
         found = self._outputs[index]
