@@ -6,6 +6,8 @@ APT, Adaptive Pruning and Tuning (arXiv 2401.12200). Names are loaded on first u
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from apt.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from apt.adapters import APTAdapter
     from apt.controller import APTConfig, Controller
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from apt.schedule import SparsityScheduler
     from apt.trainer import APTrainer
     from apt.tuner import AdaptiveTuner
-
-__version__ = "0.1.0"
 
 _ROOMS = {
     "APTAdapter": "adapters",

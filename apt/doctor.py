@@ -12,7 +12,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from apt import __version__
+from apt.version import __version__
 
 PYTHON = "3.10"
 NEEDED = {  # distribution -> the oldest version that works; "" is any

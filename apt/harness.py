@@ -21,7 +21,7 @@ from apt.modes import evaluating
 from apt.report.tables import Sheet
 from apt.report.terminal import print_sheets
 from apt.tasks import choose_device
-from apt.versions import versions_used
+from apt.version import versions_used
 
 ALL_OF_PAPER = "paper"
 PAPER = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0}  # task -> examples in the prompt

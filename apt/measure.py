@@ -16,7 +16,7 @@ from apt.methods import METHODS
 from apt.patch import patch_model, summary
 from apt.tasks import GENERATING, build_model, choose_device, chosen_scores, metric_names
 from apt.trainer import APTrainer
-from apt.versions import versions_used
+from apt.version import versions_used
 
 TIMINGS, MODEL = "event_timing.json", "model"
 

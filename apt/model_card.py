@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from apt.data.sources import resolve_model
 from apt.patch import Summary
-from apt.versions import versions_used
+from apt.version import versions_used
 
 README = "README.md"
 NOT_FIGURES = ("method", "ablation", "model", "data", "metric", "unit", "device", "versions", "self_distillation")

@@ -26,7 +26,7 @@ def test_one_version() -> None:
         re.search(pattern, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
         for name, pattern in [
             ("setup.py", r'version="(.+)"'),
-            ("apt/__init__.py", r'^__version__ = "(.+)"'),
+            ("apt/version.py", r'^__version__ = "(.+)"'),
             ("CHANGELOG.md", r"^## (\S+)"),
         ]
     ]

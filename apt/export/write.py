@@ -10,7 +10,6 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apt import __version__
 from apt.controller import patch_state, uncompiled
 from apt.dimensions import has_dimensions
 from apt.export.files import CARD, WEIGHTS, sha256_of
@@ -24,6 +23,7 @@ from apt.patch import Summary, summary
 from apt.prompts import PTuningEmbedding, placed_prompt
 from apt.stock import first_difference, stock_config
 from apt.units import present_units
+from apt.version import __version__
 
 
 def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:

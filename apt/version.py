@@ -1,4 +1,4 @@
-"""What a result was made with: versions of the packages, and the commit where the package is a source tree."""
+"""The version of this package, and what a result was made with: packages, and the commit of a source tree."""
 
 import importlib.metadata
 import platform
@@ -6,8 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from apt import __version__
-
+__version__ = "0.1.0"
 TREE = Path(__file__).parent.parent
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from apt import __version__
-from apt.versions import source_commit, versions_used
+from apt.version import source_commit, versions_used
 
 
 def git(tree: Path, *words: str) -> str:
