@@ -10,6 +10,7 @@ from apt.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from apt.adapters import APTAdapter
+    from apt.checkpoint import resume_checkpoint, save_checkpoint
     from apt.controller import APTConfig, Controller
     from apt.distiller import SelfDistiller
     from apt.efficient_finetuning import EfficientFineTuningManager
@@ -40,7 +41,9 @@ _ROOMS = {
     "load_adapter": "peft_files",
     "load_model": "export",
     "patch_model": "patch",
+    "resume_checkpoint": "checkpoint",
     "save_adapter": "peft_files",
+    "save_checkpoint": "checkpoint",
     "summary": "patch",
     "unpatch_model": "patch",
 }
@@ -61,7 +64,9 @@ __all__ = [
     "load_adapter",
     "load_model",
     "patch_model",
+    "resume_checkpoint",
     "save_adapter",
+    "save_checkpoint",
     "summary",
     "unpatch_model",
 ]

@@ -1,4 +1,4 @@
-"""Save and resume the controller of a run, beside what the training loop saves of model and optimizer."""
+"""Save and resume a run: the controller alone, beside what a Trainer saves, or all that a loop of one's own needs."""
 
 import json
 import random
@@ -12,14 +12,99 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from apt.controller import Controller, patch_state
+from apt.controller import Controller, patch_state, uncompiled
 from apt.distiller import DistillationConfig, place_transform, release
-from apt.files import write_json
+from apt.files import find_whole, write_folder_aside, write_json, write_jsonl
+from apt.moments import bare_optimizer
 from apt.records import Event
 from apt.surgery import apply_event
 
 STATE, TENSORS = "apt_state.json", "apt_state.safetensors"
+RUN, MODEL, OPTIMIZER = "apt_run.json", "model.safetensors", "optimizer.safetensors"  # of a loop of one's own
+TENSOR = "tensor"  # stands in JSON for a tensor, beside its name in a safetensors file
 TABLES = ("salience", "importance", "masks", "teacher")  # of the controller's state: name -> tensor
+
+
+def save_checkpoint(controller: Controller, folder: str | Path) -> Path:
+    """Save a run of your own loop: controller, model, optimizer, gradient scaler and random states.
+
+    Call it between two steps, after ``after_step`` and ``zero_grad``. What it cannot know is yours to keep: the place
+    in the data (``controller.step`` says how many optimizer steps are done) and a schedule of the learning rate.
+
+    Args:
+        controller: of the run.
+        folder: written under a temporary name, then renamed; an older checkpoint of that name is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the folder holds something that is no such checkpoint.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / RUN).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"checkpoint: {folder} exists and is no checkpoint of a loop; it stays, give another folder")
+    tensors: dict[str, Tensor] = {}
+    run = {
+        "total_steps": controller.total_steps,
+        "optimizer": _take_tensors(controller.optimizer.state_dict(), "", tensors),
+        "scaler": None if controller.scaler is None else controller.scaler.state_dict(),
+        "random": RandomState().to_json(),
+    }
+    with write_folder_aside(folder) as partial:
+        save_controller(controller, partial)
+        # Copies, as names may share memory, which a safetensors file cannot say.
+        weights = controller.model.state_dict().items()
+        plain = {"copy": True, "memory_format": torch.contiguous_format}
+        save_file({name: tensor.to("cpu", **plain) for name, tensor in weights}, partial / MODEL)
+        save_file(tensors, partial / OPTIMIZER)
+        (partial / RUN).write_text(json.dumps(run), encoding="utf-8")
+    return folder
+
+
+def resume_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any
+) -> Controller:
+    """Take a run of your own loop up where `save_checkpoint` left it.
+
+    Make model and optimizer as the run did: load the pretrained model, patch it with the same settings, give the
+    optimizer its trainable parameters. They get the shapes, the numbers and the moments of the checkpoint, and the
+    random states of this process become those of that moment.
+
+    Args:
+        folder: as `save_checkpoint` wrote it.
+        model: patched anew.
+        optimizer: over the model's trainable parameters, of the class that the run had.
+        settings: what `Controller` was given beside model, optimizer and ``total_steps``, which is that of the run. A
+            scaler gets its state back, an event log the events until then.
+
+    Returns:
+        The controller, which goes on with the next step.
+
+    Raises:
+        ValueError: the folder holds no such checkpoint, or one of a model that was patched in another way.
+    """
+    folder, plain = find_whole(Path(folder)), uncompiled(model)
+    if not (folder / RUN).exists():
+        raise ValueError(f"checkpoint: {folder} holds no {RUN}; it was not written by apt.save_checkpoint")
+    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    restore_shapes(plain, folder, bare_optimizer(optimizer))
+    try:
+        plain.load_state_dict(load_file(folder / MODEL))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"checkpoint: {folder / MODEL} does not fit the model, patch it as the run's was: {reason}"
+        ) from None
+    controller = Controller(model, optimizer, run["total_steps"], **settings)
+    load_controller(controller, folder)
+    controller.optimizer.load_state_dict(_optimizer_state(run["optimizer"], load_file(folder / OPTIMIZER)))
+    if controller.scaler is not None and run["scaler"] is not None:
+        controller.scaler.load_state_dict(run["scaler"])
+    if controller.event_log is not None:  # what came after the checkpoint will come again
+        write_jsonl(controller.event_log, [event.to_json() for event in controller.events])
+    RandomState.from_json(run["random"]).restore()
+    return controller
 
 
 def save_controller(controller: Controller, folder: Path) -> None:
@@ -75,10 +160,35 @@ class RandomState:
     """The random state of Python, NumPy and torch (CPU and the current GPU) at the moment it was made."""
 
     def __init__(self) -> None:
-        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+        self._python = random.getstate()
+        self._numpy: Any = np.random.get_state()
+        self._torch = torch.random.get_rng_state()
         self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it as lists of numbers."""
+        kind, keys, *rest = self._numpy
+        return {
+            "python": self._python,
+            "numpy": [kind, keys.tolist(), *rest],
+            "torch": self._torch.tolist(),
+            "cuda": None if self._cuda is None else self._cuda.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "RandomState":
+        """The state that `to_json` told; that of a GPU stays as it is where it was not told."""
+        state = cls()
+        version, internal, gauss = row["python"]
+        state._python = (version, tuple(internal), gauss)
+        state._numpy = tuple(row["numpy"])
+        state._torch = torch.tensor(row["torch"], dtype=torch.uint8)
+        if row["cuda"] is not None and torch.cuda.is_available():
+            state._cuda = torch.tensor(row["cuda"], dtype=torch.uint8)
+        return state
+
     def restore(self) -> None:
+        """Make it the random state of this process."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.random.set_rng_state(self._torch)
@@ -102,4 +212,37 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint: {folder} holds no {STATE}; it was not written by APTrainer")
     state = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(state, dict)
+    return state
+
+
+def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The value for JSON, with each tensor in it moved to `tensors` under the path that leads there."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        return {key: _take_tensors(inner, f"{name}/{key}", tensors) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_take_tensors(inner, f"{name}/{index}", tensors) for index, inner in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `_take_tensors` was given, but that keys are texts and tuples are lists."""
+    if isinstance(value, dict):
+        if value.keys() == {TENSOR}:
+            return tensors[value[TENSOR]]
+        return {key: _put_tensors(inner, tensors) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_put_tensors(inner, tensors) for inner in value]
+    return value
+
+
+def _optimizer_state(saved: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """An optimizer's state as its `state_dict` had it: parameters by number, settings like ``betas`` as tuples."""
+    state: dict[str, Any] = _put_tensors(saved, tensors)
+    state["state"] = {int(number): moments for number, moments in state["state"].items()}
+    for group in state["param_groups"]:
+        lists = [key for key, value in group.items() if isinstance(value, list) and key != "params"]
+        group.update({key: tuple(group[key]) for key in lists})
     return state

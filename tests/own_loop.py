@@ -1,6 +1,5 @@
 """A training loop of one's own around a patched model, as a user without a Trainer writes it."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import torch
 from tiny_models import tiny_batch, tiny_model
 
 import apt
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 
 BRIEF = {"num_events": 3, "round_to": 4, "prune_end": 0.6}
 ONCE = {"num_events": 1, "prune_start": 0, "prune_end": 20, "decay": 5, "settle": 5, "round_to": 1}  # falls in 10-15
@@ -54,13 +52,11 @@ class Loop:
         return self
 
     def resumed(self, model: Any, folder: Path, total_steps: int = 30, **settings: Any) -> "Loop":
-        """This run as another process takes it up in a freshly patched model, by way of files in a folder."""
-        save_controller(self.run, folder)
-        restore_shapes(model, folder)
-        model.load_state_dict(self.model.state_dict())
-        other = Loop(self.name, model, total_steps, **settings)
-        load_controller(other.run, folder)
-        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        """This run as another process takes it up in a freshly patched model, by way of a checkpoint."""
+        apt.save_checkpoint(self.run, folder)
+        other = Loop(self.name, model, 0)
+        other.run = apt.resume_checkpoint(folder, model, other.optimizer, **settings)
+        assert other.run.total_steps == total_steps
         other.step = self.step
         return other
 

@@ -1,19 +1,25 @@
 """A run saved in its middle and taken up elsewhere; runs and models side by side that do not meet."""
 
 import copy
+import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from own_loop import BRIEF, Loop, equal_bits, patched
+from safetensors import SafetensorError
+from tiny_models import tiny_model
 
 import apt
 from apt.checkpoint import load_controller, restore_shapes, save_controller
+from apt.files import read_jsonl
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "phi3"])
-def test_state_dict_round_trip_in_the_middle_of_a_decay(name: str, tmp_path: Path) -> None:
-    """Through files, onto a model patched anew: both go on alike, bit for bit."""
+def test_the_parts_of_a_resume_in_the_middle_of_a_decay(name: str, tmp_path: Path) -> None:
+    """By the names that pages gave before `apt.save_checkpoint`: onto a model patched anew, bit for bit."""
     settings = {"target_sparsity": 0.6, "num_events": 3, "prune_end": 24, "round_to": 4}
     first = Loop(name, patched(name), 30, **settings).take(12)
     assert len(first.run.events) == 1
@@ -44,6 +50,95 @@ def test_state_dict_round_trip_in_the_middle_of_a_decay(name: str, tmp_path: Pat
 def test_a_folder_without_a_state(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint: .* holds no apt_state.json; it was not written by APTrainer"):
         restore_shapes(patched("bert"), tmp_path)
+
+
+DROPPED = {"target_sparsity": 0.6, "num_events": 3, "prune_end": 24, "round_to": 4}  # events after 8, 16 and 24 steps
+
+
+def test_a_loop_of_ones_own_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """With dropout, so that the random states are part of it; the numbers of optimizer and scaler too."""
+    first = Loop("bert", patched("bert", torch.float32, 0.1), 30, event_log=tmp_path / "first.jsonl", **DROPPED)
+    folder = apt.save_checkpoint(first.take(12).run, tmp_path / "checkpoint")
+    names = {"apt_run.json", "apt_state.json", "apt_state.safetensors", "model.safetensors", "optimizer.safetensors"}
+    assert {path.name for path in folder.iterdir()} == names
+    first.take(18)
+    drawn = torch.rand(3), np.random.rand(3), random.random()
+
+    model = patched("bert", torch.float32, 0.1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)  # what is not restored is seen
+    second = Loop("bert", model, 0)
+    log = tmp_path / "second.jsonl"
+    log.write_text((tmp_path / "first.jsonl").read_text())  # with events that will come again
+    second.run = apt.resume_checkpoint(folder, model, second.optimizer, event_log=log, **DROPPED)
+    assert len(read_jsonl(log)) == len(second.run.events) == 1
+    second.step = second.run.step
+    second.take(18)
+    assert equal_bits(second.model, first.model)
+    assert [row["prune"] for row in read_jsonl(log)] == [row["prune"] for row in read_jsonl(tmp_path / "first.jsonl")]
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert np.array_equal(np.random.rand(3), drawn[1])
+    assert random.random() == drawn[2]
+    ours, theirs = second.optimizer.state_dict(), first.optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for number, moments in theirs["state"].items():
+        assert all(torch.equal(ours["state"][number][key], value) for key, value in moments.items())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=["no state", "a learning rate in a tensor"])
+def test_an_optimizer_comes_back_as_it_was(kind: Any, tmp_path: Path) -> None:
+    def make(parameters: list[Any]) -> Any:
+        rate = torch.tensor(1e-3) if kind is torch.optim.AdamW else 1e-3
+        return kind([{"params": parameters[:2], "lr": rate}, {"params": parameters[2:]}], lr=1e-3)
+
+    first = Loop("bert", patched("bert"), 30, optimizer=make, **DROPPED).take(3)
+    apt.save_checkpoint(first.run, tmp_path / "checkpoint")
+    second = Loop("bert", patched("bert"), 0, optimizer=make)
+    apt.resume_checkpoint(tmp_path / "checkpoint", second.model, second.optimizer, **DROPPED)
+    assert second.optimizer.state_dict()["param_groups"] == first.optimizer.state_dict()["param_groups"]
+    assert isinstance(second.optimizer.param_groups[0]["lr"], torch.Tensor) == (kind is torch.optim.AdamW)
+
+
+def test_a_gradient_scaler_gets_its_state_back(tmp_path: Path) -> None:
+    scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in (8.0, 2.0)]
+    for scaler in scalers:
+        scaler.scale(torch.ones(()))  # made at its first use
+    first = Loop("bert", patched("bert"), 30, scaler=scalers[0], **DROPPED)
+    apt.save_checkpoint(first.run, tmp_path / "checkpoint")
+    second = Loop("bert", patched("bert"), 0)
+    apt.resume_checkpoint(tmp_path / "checkpoint", second.model, second.optimizer, scaler=scalers[1], **DROPPED)
+    assert scalers[1].state_dict() == scalers[0].state_dict()
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop("bert", patched("bert"), 30, **DROPPED).take(2)
+    folder = apt.save_checkpoint(loop.run, tmp_path / "checkpoint")
+    loop.take(2)
+    with monkeypatch.context() as patch:
+        patch.setattr("apt.checkpoint.OPTIMIZER", "no such folder/optimizer.safetensors")
+        with pytest.raises((OSError, SafetensorError)):
+            apt.save_checkpoint(loop.run, folder)
+    other = Loop("bert", patched("bert"), 0)
+    assert apt.resume_checkpoint(folder, other.model, other.optimizer, **DROPPED).step == 2
+    apt.save_checkpoint(loop.run, folder)
+    other = Loop("bert", patched("bert"), 0)
+    assert apt.resume_checkpoint(folder, other.model, other.optimizer, **DROPPED).step == 4
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
+    loop = Loop("bert", patched("bert"), 30, **DROPPED)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"checkpoint: .* exists and is no checkpoint of a loop; it stays"):
+        apt.save_checkpoint(loop.run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ValueError, match=r"holds no apt_run.json; it was not written by apt.save_checkpoint"):
+        apt.resume_checkpoint(tmp_path, loop.model, loop.optimizer)
+    folder = apt.save_checkpoint(loop.run, tmp_path / "checkpoint")
+    other = Loop("bert", apt.patch_model(tiny_model("bert"), rank=2), 0)
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit the model, patch it as the run's was: size"):
+        apt.resume_checkpoint(folder, other.model, other.optimizer, **DROPPED)
 
 
 def test_two_runs_side_by_side_do_not_meet() -> None:

@@ -13,7 +13,6 @@ from tiny_models import tiny_batch, tiny_model
 import apt
 from apt.adapters import adapted
 from apt.batches import hold_out
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 from apt.distiller import DistillationConfig, SelfDistiller
 from apt.schedule import loss_weight
 
@@ -180,21 +179,11 @@ def test_a_run_resumes_bit_for_bit(name: str, at: int, tmp_path: Path) -> None:
     settings = {**TAUGHT, "num_teacher_layers": 2}
     dropout = 0.1 if name == "bert" else 0.0
     first = Loop(name, patched(name, torch.float32, dropout), 30, **settings).take(at)
-    save_controller(first.run, tmp_path)
-
     model = patched(name, torch.float32, dropout)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.5)  # what is not restored is seen
-    random_state = torch.get_rng_state()
-    restore_shapes(model, tmp_path)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    model.load_state_dict(first.model.state_dict())
-    second = Loop(name, model, 30, **settings)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    load_controller(second.run, tmp_path)
-    second.step = first.step
+    second = first.resumed(model, tmp_path / "checkpoint", **settings)
     assert second.run.distillation.distiller.sampled == first.run.distillation.distiller.sampled or at == 26
     for loop in (first, second):
         torch.manual_seed(5)
