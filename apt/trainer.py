@@ -36,7 +36,7 @@ class APTrainer(WholeCheckpoints):
         args: the ``TrainingArguments``.
         config: None means the one `patch_model` stored.
         event_log: a JSON-lines file that gets each event.
-        record_to: a folder that gets what a report draws: `steps.jsonl` and `shapes.jsonl` (`apt.recorder`).
+        record_to: a folder that gets what a report draws: `steps.jsonl` and `shapes.jsonl`.
         train_dataset: with `teacher_refresh` a share of it, `held_out_share`, drawn with the seed of the arguments, is
             not trained on: there it is seen whether a student beats its teacher.
         overrides: leaves of the config by name, e.g. ``target_sparsity=0.6``.

@@ -1,4 +1,4 @@
-"""Importance and a budget -> the rank of each adapter. Decides only; `apt.surgery` acts."""
+"""Importance and a budget -> the rank of each adapter. Decides only; surgery acts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Delta(nn.Module, ABC):
     """The low-rank update of a method whose A and B are more than two parameters: ``s B diag(g) A``.
 
-    Its parameters train; its buffers are frozen. `apt.methods` holds one class a method.
+    Its parameters train; its buffers are frozen. Each method has a class of its own.
     """
 
     @property

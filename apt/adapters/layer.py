@@ -119,7 +119,7 @@ class APTAdapter(nn.Module):
     def increase_rank(self, new_rank: int, init_type: Literal["lora", "gaussian"] = "lora") -> None:
         """Append random rows to A over zero columns of B: the output stays as it was.
 
-        An optimizer must follow: `apt.surgery.apply_rank_plan` calls this and moves its state.
+        An optimizer must follow: `apply_rank_plan` calls this and moves its state.
 
         Args:
             new_rank: above the present one.

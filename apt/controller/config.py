@@ -24,7 +24,7 @@ ALIASES = {  # PEFT's words, and others, for leaves of ours
 class APTConfig:
     """Everything about the method. A leaf's name is enough to override it: ``target_sparsity=0.6``."""
 
-    method: str = "apt"  # a name of `apt.methods.METHODS`
+    method: str = "apt"  # a name of `METHODS`
     prune: bool | None = None  # whether units go; null: as the method does it ("apt" prunes, the others do not)
     rank: int = 8  # of every adapter at the start, at least 1
     scale: float = 2.0  # unitless, s in W + s B A (LoRA's alpha / r)

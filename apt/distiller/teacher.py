@@ -22,7 +22,7 @@ class Teacher:
 
     It costs the adapters and the trained head once more; everything else is shared. Surgery with `keep_tail` leaves the
     shared weights whole, in a new order, and keeps the snapshot's adapters in that order. `snapshot` is to be taken
-    where no tails are (`apt.surgery.free_tails`): its widths are those that the student has then.
+    where no tails are (`free_tails`): its widths are those that the student has then.
 
     Args:
         model: patched by `apt.patch_model`.
@@ -57,7 +57,7 @@ class Teacher:
         self.shapes = {name: tuple(linear.weight.shape) for name, linear in adapted(self.model)}
 
     def drop(self) -> None:
-        """Forget the snapshot; the tails stay until `apt.surgery.free_tails`."""
+        """Forget the snapshot; the tails stay until `free_tails`."""
         for _, linear in self._linears():
             linear.teacher_A = linear.teacher_B = None
         self.head, self.counts, self.shapes = {}, {}, {}

@@ -71,7 +71,7 @@ class LoRALayer(_Layer, LowRank):
 
 
 class AdaLoRALayer(_Layer, RankImportance):
-    """The simple form of AdaLoRA alone: ``alpha / rank * B diag(g) A x``; see `apt.methods.RankImportance`.
+    """The simple form of AdaLoRA alone: ``alpha / rank * B diag(g) A x``; see `RankImportance`.
 
     Args:
         input_dimension: features of x.

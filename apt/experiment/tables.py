@@ -45,7 +45,7 @@ class Arm:
 
 
 def collect(folder: Path, runs: Iterable[Path]) -> None:
-    """Write ``runs.csv``, ``tradeoff.csv`` and ``tables.md`` of a grid, and its pages (`apt.report.report`)."""
+    """Write ``runs.csv``, ``tradeoff.csv`` and ``tables.md`` of a grid, and its pages."""
     arms = arms_of([load_run(run) for run in runs])
     _write_csv(folder / RUNS, ["run", "seed", *_keys()], [_run_row(run) for arm in arms for run in arm.runs])
     _write_csv(folder / ARMS, ["arm", *_keys(), *_relative_keys(arms)], [_arm_row(arm, arms) for arm in arms])

@@ -153,7 +153,7 @@ class GateContext:
 
 
 class ContextGate:
-    """The gates of one linear, in the shape of its input. See `apt.adapters.RowGate`."""
+    """The gates of one linear, in the shape of its input. See `RowGate`."""
 
     def __init__(self, context: GateContext) -> None:
         self.context = context

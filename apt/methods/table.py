@@ -30,7 +30,7 @@ class Method:
     prunes: bool = False  # unless the setting `prune` says otherwise
     grows: bool = False  # whether ranks grow
     per_example: bool = False  # gates depend on the example: the layers above one have them, and nothing merges
-    prompt: bool = False  # whether it adapts no linear but gives the model a prompt (`apt.prompts`)
+    prompt: bool = False  # whether it adapts no linear but gives the model a prompt
     full: bool = False  # whether every parameter trains, and nothing is put in: what the others are measured against
 
     @property

@@ -37,9 +37,9 @@ def patch_model(
     Args:
         model: a Hugging Face model, any module where nothing is pruned, or a PEFT LoRA model; compiled already or not.
         config: None is the default; `method` and `overrides` apply on top.
-        method: "apt", "lora", "adalora", "adalora_simple", "gsa", "spectral_a", "spectral_r" or "dynacsg"
-            (`apt.methods`); or "p_tuning" or "prefix_tuning" (`apt.prompts`): no adapter, but a prompt and the task
-            head train; or "full": nothing is put in, everything trains.
+        method: "apt", "lora", "adalora", "adalora_simple", "gsa", "spectral_a", "spectral_r" or "dynacsg";
+            or "p_tuning" or "prefix_tuning": no adapter, but a prompt and the task head train; or "full": nothing is
+            put in, everything trains.
         overrides: leaves of the config by name.
 
     Returns:

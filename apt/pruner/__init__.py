@@ -1,4 +1,4 @@
-"""Which units go: their scores, the search, the way of their masks. Decides only; `apt.surgery` acts."""
+"""Which units go: their scores, the search, the way of their masks. Decides only; surgery acts."""
 
 from apt.pruner.config import PruningConfig
 from apt.pruner.facade import AdaptivePruner
