@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["apt", "apt.*", "apt_kernels", "apt_kernels.*"]),
     py_modules=["apt_lm"],
-    package_data={"apt": ["report/*.html"], "apt_kernels": ["tables/*.json"]},
+    package_data={"apt": ["runs/report/*.html"], "apt_kernels": ["tables/*.json"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.15,<6",

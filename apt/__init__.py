@@ -9,43 +9,44 @@ from typing import TYPE_CHECKING, Any
 from apt.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from apt.adapters import APTAdapter
-    from apt.checkpoint import resume_checkpoint, save_checkpoint
-    from apt.controller import APTConfig, Controller
-    from apt.distiller import SelfDistiller
+    from apt.apt_config import APTConfig
+    from apt.distillation import SelfDistiller
     from apt.efficient_finetuning import EfficientFineTuningManager
     from apt.export import export_model, load_model
-    from apt.fusion import fuse_adapters
-    from apt.patch import patch_model, summary, unpatch_model
-    from apt.peft_files import load_adapter, save_adapter
-    from apt.prompts import PrefixTuning, PTuningEmbedding
-    from apt.pruner import AdaptivePruner
-    from apt.schedule import SparsityScheduler
-    from apt.trainer import APTrainer
-    from apt.tuner import AdaptiveTuner
+    from apt.export.fuse import fuse_adapters
+    from apt.export.peft import load_adapter, save_adapter
+    from apt.layers import APTAdapter
+    from apt.methods.prompts import PrefixTuning, PTuningEmbedding
+    from apt.pruning.schedule import SparsityScheduler
+    from apt.surgery import patch_model, summary, unpatch_model
+    from apt.training.adaptive_pruner import AdaptivePruner
+    from apt.training.adaptive_tuner import AdaptiveTuner
+    from apt.training.checkpoint import resume_checkpoint, save_checkpoint
+    from apt.training.controller import Controller
+    from apt.training.trainer import APTrainer
 
-_ROOMS = {
-    "APTAdapter": "adapters",
-    "APTConfig": "controller",
-    "APTrainer": "trainer",
-    "AdaptivePruner": "pruner",
-    "AdaptiveTuner": "tuner",
-    "Controller": "controller",
+_HOMES = {
+    "APTAdapter": "layers",
+    "APTConfig": "apt_config",
+    "APTrainer": "training.trainer",
+    "AdaptivePruner": "training.adaptive_pruner",
+    "AdaptiveTuner": "training.adaptive_tuner",
+    "Controller": "training.controller",
     "EfficientFineTuningManager": "efficient_finetuning",
-    "PTuningEmbedding": "prompts",
-    "PrefixTuning": "prompts",
-    "SelfDistiller": "distiller",
-    "SparsityScheduler": "schedule",
+    "PTuningEmbedding": "methods.prompts",
+    "PrefixTuning": "methods.prompts",
+    "SelfDistiller": "distillation",
+    "SparsityScheduler": "pruning.schedule",
     "export_model": "export",
-    "fuse_adapters": "fusion",
-    "load_adapter": "peft_files",
+    "fuse_adapters": "export.fuse",
+    "load_adapter": "export.peft",
     "load_model": "export",
-    "patch_model": "patch",
-    "resume_checkpoint": "checkpoint",
-    "save_adapter": "peft_files",
-    "save_checkpoint": "checkpoint",
-    "summary": "patch",
-    "unpatch_model": "patch",
+    "patch_model": "surgery",
+    "resume_checkpoint": "training.checkpoint",
+    "save_adapter": "export.peft",
+    "save_checkpoint": "training.checkpoint",
+    "summary": "surgery",
+    "unpatch_model": "surgery",
 }
 __all__ = [
     "APTAdapter",
@@ -73,6 +74,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _HOMES:
         raise AttributeError(f"module 'apt' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"apt.{_ROOMS[name]}"), name)
+    return getattr(importlib.import_module(f"apt.{_HOMES[name]}"), name)

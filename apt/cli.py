@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from apt.presets import find_preset
+from apt.runs.config.presets import find_preset
 
 if TYPE_CHECKING:
-    from apt.config import RunConfig
+    from apt.runs.config import RunConfig
 
 FLAGS = {  # of train and config, in the words of the documents -> the setting
     "model_type": "model.architectures",
@@ -62,16 +62,16 @@ def _run(argv: list[str] | None) -> int:
         print_findings(findings)
         return int(any(finding.broken for finding in findings))
     if arguments.command == "report":
-        from apt.report import report
+        from apt.runs.report import report
 
         report(arguments.run)
         return 0
     if arguments.command == "experiment":
-        from apt.experiment import run_experiment
+        from apt.runs.experiment import run_experiment
 
         return int(bool(run_experiment(arguments.grid)))
     if arguments.command == "harness":
-        from apt.harness import HarnessConfig, harness
+        from apt.runs.evaluation.harness import HarnessConfig, harness
 
         names = tuple(arguments.tasks.split(","))
         settings = {name: getattr(arguments, name) for name in ("num_fewshot", "include", "limit", "batch_size")}
@@ -82,21 +82,21 @@ def _run(argv: list[str] | None) -> int:
         print(config.to_yaml(), end="")
         return 0
     if getattr(arguments, "dry_run", False):
-        from apt.dry_run import dry_run
+        from apt.runs.estimate.dry_run import dry_run
 
         print(dry_run(config))
         return 0
     if arguments.command == "estimate":
-        from apt.estimate import estimate
+        from apt.runs.estimate.estimate import estimate
 
         print(estimate(config))
         return 0
-    from apt import run  # loads transformers, which the commands above need not wait for
+    from apt.runs import run  # loads transformers, which the commands above need not wait for
 
     if arguments.command == "eval":
         print(json.dumps(run.evaluate(arguments.folder, config)))
     else:
-        from apt.model_card import command_of
+        from apt.export.model_card import command_of
 
         command = command_of(sys.argv[1:] if argv is None else argv)
         run.train(config, overwrite=arguments.overwrite, resume=arguments.resume, command=command)
@@ -105,7 +105,7 @@ def _run(argv: list[str] | None) -> int:
 
 def _config(arguments: argparse.Namespace, rest: list[str]) -> "RunConfig":
     """The config that the arguments name: a file, or a preset by its model and data set, and what goes on top."""
-    from apt.config import load_config
+    from apt.runs.config import load_config
 
     path, overrides = arguments.config, [*arguments.overrides, *rest]
     flags = {name: value for name in FLAGS if (value := getattr(arguments, name, None)) is not None}

@@ -115,10 +115,10 @@ class Allocating(Course):
 
 def run(config_path: Path, name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     """Train an arm on the task of a config and measure it."""
-    from apt.config import load_config
-    from apt.data import DatasetLoader
-    from apt.evaluate import Evaluator
-    from apt.tasks import build_model, build_tokenizer
+    from apt.runs.config import load_config
+    from apt.runs.data import DatasetLoader
+    from apt.runs.evaluation.evaluate import Evaluator
+    from apt.runs.models import build_model, build_tokenizer
 
     arm = ARMS[name]
     fixed = [override for override in overrides if override.startswith(OWN)]

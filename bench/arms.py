@@ -59,10 +59,10 @@ def run(
         points: of the course that column `course` holds: seconds of training, accuracy, sparsity.
         keep: folder in which LoRA leaves its model for the rivals; theirs is `SCRATCH`.
     """
-    from apt.config import load_config
-    from apt.data import DatasetLoader
-    from apt.evaluate import Evaluator, latency_ms
-    from apt.tasks import build_model, build_tokenizer
+    from apt.runs.config import load_config
+    from apt.runs.data import DatasetLoader
+    from apt.runs.evaluation.evaluate import Evaluator, latency_ms
+    from apt.runs.models import build_model, build_tokenizer
     from bench.rivals import CUT_AT_ONCE, KINDS
     from bench.training import Course, block_parameters
 
@@ -149,7 +149,7 @@ def _retrained(
     kind: str, config_path: Path, overrides: list[str], config: Any, data: Any, tokenizer: Any, course: Any
 ) -> tuple[Any, dict[str, Any]]:
     """A rival; what the LoRA before it cost is added, memory is that of the phase that took more."""
-    from apt.tasks import build_model
+    from apt.runs.models import build_model
     from bench.rivals import cut_and_retrain
 
     seed = config.training.seed

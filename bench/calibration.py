@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import apt
-from apt.config import RunConfig, load_config
-from apt.data import Examples, TextLoader
 from apt.families import find_family
-from apt.language import perplexity
-from apt.pruner import PruningConfig, UnitSearch
-from apt.salience import SALIENCES, OutlierTerm, unit_scores
-from apt.tasks import build_model, build_tokenizer
-from apt.units import UnitGroup, block_params, find_units
+from apt.pruning import PruningConfig, UnitSearch
+from apt.pruning.salience import SALIENCES, OutlierTerm, unit_scores
+from apt.pruning.units import UnitGroup, block_params, find_units
+from apt.runs.config import RunConfig, load_config
+from apt.runs.data import Examples, TextLoader
+from apt.runs.evaluation.language import perplexity
+from apt.runs.models import build_model, build_tokenizer
 from bench.rows import append_row, environment, read_rows
 
 KURTOSES = ("off", "paper", "normalized")

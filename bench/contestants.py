@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import apt
-from apt.pruner import PruningConfig, UnitSearch
-from apt.surgery import apply_prune_plan
-from apt.units import block_params, find_units
+from apt.pruning import PruningConfig, UnitSearch
+from apt.pruning.units import block_params, find_units
+from apt.surgery.prune import apply_prune_plan
 
 RANK, SCALE, LEARNING_RATE = 8, 2.0, 1e-4
 NEVER = 10_000_000  # steps of a run whose first event is not reached

@@ -22,12 +22,12 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import apt
 import apt_kernels
-from apt.checkpoint import save_controller
-from apt.pruner import PruningConfig, UnitSearch
+from apt.pruning import PruningConfig, UnitSearch
+from apt.pruning.salience import unit_scores
+from apt.pruning.units import block_params
 from apt.records import PrunePlan
-from apt.salience import unit_scores
-from apt.surgery import apply_prune_plan
-from apt.units import block_params
+from apt.surgery.prune import apply_prune_plan
+from apt.training.checkpoint import save_controller
 from bench import against, plan
 from bench.contestants import NEVER, TAUGHT, controlled_step
 from bench.rows import append_rows, environment, quantiles, read_rows

@@ -24,13 +24,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import apt
-from apt.config import RunConfig, load_config
-from apt.data import TextLoader
 from apt.files import append_jsonl, read_jsonl
-from apt.language import generation_rates, greedy, perplexity
 from apt.records import Event
-from apt.surgery import apply_event
-from apt.tasks import build_model, build_tokenizer, training_arguments
+from apt.runs.arguments import training_arguments
+from apt.runs.config import RunConfig, load_config
+from apt.runs.data import TextLoader
+from apt.runs.evaluation.language import generation_rates, greedy, perplexity
+from apt.runs.models import build_model, build_tokenizer
+from apt.surgery.event import apply_event
 from bench.rows import append_row, append_rows, environment, quantiles, read_rows
 from bench.timing import Clock
 from bench.training import block_parameters, peft_lora

@@ -1,4 +1,4 @@
-"""Memory of a training step of LoRA and of APT as `apt.estimate` counts it: ``python -m bench.footprints``.
+"""Memory of a training step of LoRA and of APT as `apt.runs.estimate` counts it: ``python -m bench.footprints``.
 
 Exact sizes of fake tensors of the presets' shapes, so nothing is measured and no machine matters; the process, its
 libraries and what an allocator adds are not in it. One row a preset and phase in bench/results/cpu/footprints.csv, or
@@ -8,8 +8,8 @@ where --out says; the Markdown table is drawn from the CSV alone.
 import argparse
 from pathlib import Path
 
-from apt.config import load_config
-from apt.estimate import estimate
+from apt.runs.config import load_config
+from apt.runs.estimate.estimate import estimate
 from bench.plan import results
 from bench.rows import append_rows, environment, read_rows
 

@@ -20,10 +20,10 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import apt
-from apt.config import load_config
-from apt.controller import APTConfig
-from apt.data import DatasetLoader
-from apt.tasks import build_model, build_tokenizer
+from apt.apt_config import APTConfig
+from apt.runs.config import load_config
+from apt.runs.data import DatasetLoader
+from apt.runs.models import build_model, build_tokenizer
 from bench import plan
 from bench.ablations import DISTILLED
 from bench.memory import PeakMemory

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from apt.report.records import RunRecord, load_run
+from apt.runs.report.records import RunRecord, load_run
 from bench.plan import results
 from bench.rows import append_rows, environment, read_rows
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import apt
-from apt.config import RunConfig
+from apt.runs.config import RunConfig
 from bench.training import Course, block_parameters, peft_lora, train
 
 CUT_AT_ONCE = [

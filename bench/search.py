@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.adapters import APTAdapter
-from apt.dimensions import Group, HiddenGroup
 from apt.families import Layer
-from apt.families.hidden import Part
+from apt.families.hidden_tables import Part
 from apt.families.llama import LLAMA
-from apt.gates import MaskGate, ValidTokens
-from apt.hidden import HiddenGate
-from apt.pruner import PruningConfig, UnitSearch
-from apt.units import Member, UnitGroup
+from apt.layers import APTAdapter
+from apt.layers.gates import MaskGate, ValidTokens
+from apt.layers.hidden import HiddenGate
+from apt.pruning import PruningConfig, UnitSearch
+from apt.pruning.dimensions import Group, HiddenGroup
+from apt.pruning.units import Member, UnitGroup
 from bench.rows import append_row, environment, quantiles
 
 LAYERS, HEADS, HEAD_DIM, NEURONS = 40, 40, 128, 13824  # LLaMA-13B

@@ -12,12 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 import apt
-from apt.config import RunConfig
-from apt.data import Examples
-from apt.evaluate import Evaluator
 from apt.families import find_family
-from apt.tasks import training_arguments
-from apt.units import block_params
+from apt.pruning.units import block_params
+from apt.runs.arguments import training_arguments
+from apt.runs.config import RunConfig
+from apt.runs.data import Examples
+from apt.runs.evaluation.evaluate import Evaluator
 from bench.memory import PeakMemory
 
 SENTENCES = 1000  # of the test set, scored at each point of a course

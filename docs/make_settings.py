@@ -8,9 +8,9 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
-from apt.config import SECTIONS, SHORTHANDS, RunConfig
-from apt.controller.ablations import ABLATIONS
-from apt.document_keys import DOCUMENT_KEYS, MEANING
+from apt.apt_config import ABLATIONS
+from apt.runs.config import SECTIONS, SHORTHANDS, RunConfig
+from apt.runs.config.document_keys import DOCUMENT_KEYS, MEANING
 
 PAGE = Path(__file__).with_name("settings.md")
 COMMAND = "python docs/make_settings.py"

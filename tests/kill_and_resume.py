@@ -23,9 +23,11 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 import torch
 from tiny_run import write_config
 
-from apt import cli, measure, run, whole_checkpoints
-from apt.controller import Controller
+from apt import cli
 from apt.files import read_jsonl
+from apt.runs import measure, run
+from apt.training import whole_checkpoints
+from apt.training.controller import Controller
 
 STEPS, SAVE_EVERY = 48, 7  # 24 steps an epoch
 PLACES = ("forward", "backward", "event", "file", "before the name", "after the name", "measuring", "naming")

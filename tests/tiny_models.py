@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apt.adapters import adapted
-from apt.dimensions import Group, find_dimensions
 from apt.families import find_family
-from apt.families.hidden import TABLES
+from apt.families.anatomy import required_heads
+from apt.families.hidden_tables import TABLES
+from apt.layers import adapted
+from apt.pruning.dimensions import Group, find_dimensions
+from apt.pruning.units import find_units
 from apt.records import PrunePlan
-from apt.units import find_units, required_heads
 
 VOCABULARY = 60
 SIZES = {

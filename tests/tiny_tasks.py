@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tiny_run import save_config
 
-from apt.data.instructions import WITH_INPUT, WITHOUT_INPUT
+from apt.runs.data.instructions import WITH_INPUT, WITHOUT_INPUT
 
 DATA = Path(__file__).parent / "data"
 END, START_OF_TURN, END_OF_TURN, PAD = "<|end|>", "<|turn|>", "<|done|>", "<|pad|>"

@@ -6,7 +6,7 @@ from torch import nn
 
 from apt.efficient_finetuning.layers import AdaLoRALayer, LoRALayer, LoRALinear
 from apt.efficient_finetuning.manager import EfficientFineTuningManager
-from apt.prompts import PrefixTuning, PTuningEmbedding
+from apt.methods.prompts import PrefixTuning, PTuningEmbedding
 
 __all__ = [
     "AdaLoRALayer",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apt_kernels
-from apt.linears import is_conv1d, is_linear
+from apt.families.linears import is_conv1d, is_linear
 from apt.methods import LowRank, MethodConfig, RankImportance, new_factors
 
 

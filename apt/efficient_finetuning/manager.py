@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapters import adapted
 from apt.efficient_finetuning.places import add_adapters, add_prompt, hold_prompt, plain_prompts
 from apt.efficient_finetuning.weights import load_weights, save_weights
 from apt.families import base_model, known_family
+from apt.layers import adapted
 from apt.methods import LowRank, RankImportance, updates
-from apt.prompts import PrefixTuning, PTuningEmbedding, placed_prompt, prefix_sizes
+from apt.methods.prompts import PrefixTuning, PTuningEmbedding, placed_prompt, prefix_sizes
 
 Targets = str | Sequence[str] | None
 

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapters import APTAdapter, adapted
-from apt.controller import APTConfig, PatchState, patch_state
-from apt.fused import plain_linear, replace_module
+from apt.apt_config import APTConfig
+from apt.families.linears import replace_module
+from apt.layers import APTAdapter, adapted
+from apt.layers.fused import plain_linear
 from apt.methods import adapt, join, rank_and_scale
-from apt.patch import find_targets, patch_model
-from apt.prompts import PrefixTuning, PTuningEmbedding, place_prompt, placed_prompt
+from apt.methods.prompts import PrefixTuning, PTuningEmbedding, place_prompt, placed_prompt
+from apt.surgery import PatchState, find_targets, patch_model, patch_state
 
 TOGETHER = ("lora", "adalora_simple", "p_tuning", "prefix_tuning")  # methods of which one model may have several
 OWN_PLACES = {PTuningEmbedding: "apt_ptuning_embeddings", PrefixTuning: "apt_prefix_tuning"}  # of prompts without hooks

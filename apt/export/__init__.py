@@ -5,4 +5,11 @@ from apt.export.merged import merged_state
 from apt.export.read import load_model
 from apt.export.write import export_model
 
-__all__ = ["CARD", "FORMAT", "WEIGHTS", "export_model", "load_model", "merged_state"]
+__all__ = [
+    "CARD",
+    "FORMAT",
+    "WEIGHTS",
+    "export_model",
+    "load_model",
+    "merged_state",
+]

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from apt.controller import patch_state
-from apt.dimensions import hidden_group, live_views
-from apt.distiller import TRANSFORM
-from apt.fused import FusedLinears, plain_linear, replaced
-from apt.gate_files import has_gates
+from apt.export.row_gate_files import has_gates
+from apt.layers import TRANSFORM
+from apt.layers.fused import FusedLinears, plain_linear, replaced
 from apt.methods import GATES
-from apt.prompts import PROMPT, placed_prompt
+from apt.methods.prompts import PROMPT, placed_prompt
+from apt.pruning.dimensions import hidden_group
+from apt.surgery import patch_state
+from apt.surgery.tails import live_views
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.dimensions import resize_dimensions
 from apt.export.files import CARD, WEIGHTS, read_card, read_weights
+from apt.export.resize import resize_dimensions
+from apt.export.row_gate_files import load_gates
 from apt.families import Attention, Family, find_family
+from apt.families.anatomy import num_units, part_linears
+from apt.families.linears import features, is_conv1d, make_linear, replace_module, weight_and_bias
 from apt.files import find_whole
-from apt.fused import replace_module, restore_plain, split_fused
-from apt.gate_files import load_gates
-from apt.linears import features, is_conv1d, make_linear, weight_and_bias
+from apt.layers.fused import restore_plain, split_fused
 from apt.methods import METHODS
-from apt.prompts import place_plain_prompt
-from apt.units import num_units, part_linears
+from apt.methods.prompts import place_plain_prompt
 
 
 def load_model(folder: str | Path) -> nn.Module:

@@ -10,19 +10,18 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apt.controller import patch_state, uncompiled
-from apt.dimensions import has_dimensions
 from apt.export.files import CARD, WEIGHTS, sha256_of
 from apt.export.merged import merged_state
+from apt.export.model_card import README, CardFacts, model_card
+from apt.export.row_gate_files import has_gates, save_gates
+from apt.export.stock import first_difference, stock_config
 from apt.families import Attention
-from apt.families.hidden import hidden_parts, hidden_size
+from apt.families.anatomy import present_units
+from apt.families.hidden_tables import hidden_parts, hidden_size
 from apt.files import find_whole, write_folder_aside
-from apt.gate_files import has_gates, save_gates
-from apt.model_card import README, CardFacts, model_card
-from apt.patch import Summary, summary
-from apt.prompts import PTuningEmbedding, placed_prompt
-from apt.stock import first_difference, stock_config
-from apt.units import present_units
+from apt.methods.prompts import PTuningEmbedding, placed_prompt
+from apt.pruning.dimensions import has_dimensions
+from apt.surgery import Summary, patch_state, summary, uncompiled
 from apt.version import __version__
 
 

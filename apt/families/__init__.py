@@ -14,8 +14,6 @@ from apt.families.opt import OPT
 from apt.families.phi3 import PHI3
 from apt.families.t5 import T5, T5_GATED
 
-FAMILIES = (BERT, DEBERTA, DISTILBERT, GEMMA, GPT2, LLAMA, OPT, PHI3, T5, T5_GATED)
-
 __all__ = [
     "FAMILIES",
     "FFN",
@@ -29,6 +27,8 @@ __all__ = [
     "find_family",
     "known_family",
 ]
+
+FAMILIES = (BERT, DEBERTA, DISTILBERT, GEMMA, GPT2, LLAMA, OPT, PHI3, T5, T5_GATED)
 
 
 def find_family(model: nn.Module) -> Family:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from apt.adapters import Delta, adapted
+from apt.layers import Delta, adapted
 from apt.methods.config import MethodConfig
 from apt.records import TrimPlan
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
-from apt.hidden import HiddenGate
+from apt.layers.hidden import HiddenGate
 from apt.methods.config import MethodConfig
 from apt.methods.hypernetwork import HyperNetwork, logistic_noise, open_gates
 

@@ -6,20 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapters import Delta, adapted
 from apt.families import Attention, Family, Layer, base_model
-from apt.hidden import HiddenGate
-from apt.linears import features
+from apt.families.linears import features
+from apt.layers import Delta, adapted
+from apt.layers.hidden import HiddenGate
 from apt.methods.config import MethodConfig
-from apt.methods.context import (
-    CaptureHook,
-    ContextGate,
-    GateContext,
-    Generate,
-    InputHook,
-    LabelHook,
-    PositionHook,
-)
+from apt.methods.context import CaptureHook, ContextGate, GateContext, Generate, InputHook, LabelHook, PositionHook
 from apt.methods.hypernetwork import HyperNetwork
 from apt.methods.svd import singular_triplets
 

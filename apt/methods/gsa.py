@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from apt.adapters import Delta
+from apt.layers import Delta
 from apt.methods.config import MethodConfig
 from apt.methods.svd import singular_triplets
 

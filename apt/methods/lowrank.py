@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from apt.adapters import APTAdapter, Delta
+from apt.layers import APTAdapter, Delta
 from apt.methods.config import MethodConfig
 
 Triplet = tuple[Tensor, Tensor, Tensor]  # of A, B and g

@@ -7,7 +7,7 @@ lost in bfloat16. It is exactly zero at the start.
 import torch
 from torch import Tensor, nn
 
-from apt.adapters import Delta
+from apt.layers import Delta
 from apt.methods.config import MethodConfig
 from apt.methods.svd import singular_triplets
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from apt.adapters import APTAdapter, Delta, adapted
+from apt.layers import APTAdapter, Delta, adapted
 from apt.methods.adalora import AdaLoRA, RankBudget, orthogonality
 from apt.methods.config import MethodConfig
 from apt.methods.dynacsg import DynamicSpectral, expected_gates

@@ -8,12 +8,12 @@ from own_loop import BRIEF, Loop, patched
 from tiny_run import write_config
 
 import apt
-from apt.adapters import adapted
+from apt.apt_config import ABLATIONS, APTConfig
 from apt.cli import main
-from apt.config import load_config
-from apt.controller import ABLATIONS, APTConfig
-from apt.distiller import DistillationConfig
-from apt.pruner import PruningConfig
+from apt.distillation import DistillationConfig
+from apt.layers import adapted
+from apt.pruning import PruningConfig
+from apt.runs.config import load_config
 
 CHANGED = {
     "full": set(),

@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 
 import apt
 import apt_kernels
-from apt.activations import GatedActivation, kind_of
-from apt.gates import MaskGate
+from apt.layers.gated_activation import GatedActivation, kind_of
+from apt.layers.gates import MaskGate
 from apt_kernels import selection
 
 GATED = ["llama_bias", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]

@@ -12,9 +12,9 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor
 
 import apt
-from apt.adapters import adapted
+from apt.layers import adapted
 from apt.records import Event, TrimPlan
-from apt.surgery import apply_trim_plan
+from apt.surgery.ranks import apply_trim_plan
 
 STEPS = 12
 SCHEDULE = {"tinit": 2, "deltaT": 3, "target_r": 2}

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from tiny_models import tiny_model
 
 import apt
-from apt.checkpoint import load_controller, restore_shapes, save_controller
 from apt.files import read_jsonl
+from apt.training.checkpoint import load_controller, restore_shapes, save_controller
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "phi3"])
@@ -116,7 +116,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeypa
     folder = apt.save_checkpoint(loop.run, tmp_path / "checkpoint")
     loop.take(2)
     with monkeypatch.context() as patch:
-        patch.setattr("apt.checkpoint.OPTIMIZER", "no such folder/optimizer.safetensors")
+        patch.setattr("apt.training.checkpoint.OPTIMIZER", "no such folder/optimizer.safetensors")
         with pytest.raises((OSError, SafetensorError)):
             apt.save_checkpoint(loop.run, folder)
     other = Loop("bert", patched("bert"), 0)

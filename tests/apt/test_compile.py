@@ -14,7 +14,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import apt
-from apt.adapters import adapted
+from apt.layers import adapted
 
 SIX = {"target_sparsity": 0.6, "num_events": 6, "prune_start": 0, "prune_end": 48, "round_to": 1}  # every 8 steps
 TWICE = {**SIX, "num_events": 2, "prune_end": 24}
@@ -84,7 +84,7 @@ def test_backward_and_statistics_in_the_graph() -> None:
 def test_without_a_reset_the_limit_is_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault that the reset prevents, planted."""
     model = start("bert")
-    monkeypatch.setattr("apt.controller.controller.forget_graphs", lambda: None)
+    monkeypatch.setattr("apt.training.controller.controller.forget_graphs", lambda: None)
     with pytest.raises(FailOnRecompileLimitHit):
         trained("bert", model, torch.compile(model, backend="eager"), **SIX)
 

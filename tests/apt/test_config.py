@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apt.config import KEYS, SECTIONS, RunConfig, load_config
+from apt.runs.config import KEYS, SECTIONS, RunConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples/demo.yaml"
@@ -159,7 +159,7 @@ def test_every_leaf_is_the_name_of_one_setting() -> None:
 
 
 def test_reading_a_config_stays_light() -> None:
-    code = "import sys, apt.config; print(*sys.modules)"
+    code = "import sys, apt.runs.config; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"transformers", "datasets", "pandas", "sklearn", "rich"} & set(run.stdout.split())
     assert not heavy

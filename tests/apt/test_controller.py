@@ -13,11 +13,11 @@ from torch import Tensor
 
 import apt
 import apt_kernels
-from apt.adapters import adapted
 from apt.files import read_jsonl
+from apt.layers import adapted
+from apt.pruning.salience import SALIENCES
 from apt.records import Event
-from apt.salience import SALIENCES
-from apt.surgery import apply_prune_plan
+from apt.surgery.prune import apply_prune_plan
 
 
 def masks_of(run: apt.Controller) -> Tensor:
@@ -109,7 +109,7 @@ def test_an_event_that_moves_the_logits_is_caught(monkeypatch: pytest.MonkeyPatc
         apply_prune_plan(model, plan, optimizer, **settings)
         model.classifier.bias.data[0] += 1e-6
 
-    monkeypatch.setattr("apt.controller.pruning.apply_prune_plan", careless)
+    monkeypatch.setattr("apt.training.controller.pruning.apply_prune_plan", careless)
     loop = Loop("bert", patched("bert"), 30, target_sparsity=0.5, verify_events=True, **BRIEF).take(5)
     with pytest.raises(RuntimeError, match=r"the event of step 6 moved a logit by 1\.00e-06"):
         loop.take(1)

@@ -10,8 +10,9 @@ import pytest
 from tiny_run import sentences, tiny_tokenizer, write_csv
 from tiny_tasks import DATA, word_tokenizer
 
-from apt.config import DataConfig
-from apt.data import DatasetLoader, InstructionLoader, PairLoader, QuestionLoader, TextLoader, resolve_model
+from apt.families.locate import resolve_model
+from apt.runs.config import DataConfig
+from apt.runs.data import DatasetLoader, InstructionLoader, PairLoader, QuestionLoader, TextLoader
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from tiny_models import free_heads, random_plan, tiny_batch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from apt.distiller import DistillationConfig, SelfDistiller, TeacherOutput
-from apt.distiller.layers import LayerTransform, matching_layers, sample_layers
-from apt.distiller.losses import prediction_loss
-from apt.surgery import apply_prune_plan
+from apt.distillation import DistillationConfig, SelfDistiller, TeacherOutput
+from apt.distillation.losses import prediction_loss
+from apt.distillation.taps import matching_layers, sample_layers
+from apt.layers import LayerTransform
+from apt.surgery.prune import apply_prune_plan
 
 TAU = 0.7
 

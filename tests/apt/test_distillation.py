@@ -11,10 +11,10 @@ from own_loop import BRIEF, Loop, equal_bits, patched, take_both
 from tiny_models import tiny_batch, tiny_model
 
 import apt
-from apt.adapters import adapted
-from apt.batches import hold_out
-from apt.distiller import DistillationConfig, SelfDistiller
-from apt.schedule import loss_weight
+from apt.distillation import DistillationConfig, SelfDistiller
+from apt.layers import adapted
+from apt.pruning.schedule import loss_weight
+from apt.training.batches import hold_out
 
 # Events after steps 6, 12 and 18; masks fall from steps 2, 8 and 14 on for 3 steps; the teacher goes after step 24.
 TAUGHT = {"use_self_distillation": True, "target_sparsity": 0.6, "distill_end": 24, "transform_rank": 2, **BRIEF}

@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader
 
 import apt
 from apt.cli import _config, _parser, main
-from apt.config import SECTIONS, load_config
-from apt.experiment.grid import cells, load_grid
+from apt.runs.config import SECTIONS, load_config
+from apt.runs.experiment import cells, load_grid
 
 BASE = {"output_dir": "runs/page", "model": {"name": "bert-base-uncased"}, "data": {"datasets": "glue/sst2"}}
 AUTO = ["AutoTokenizer", *(f"AutoModelFor{head}" for head in ("CausalLM", "Seq2SeqLM", "SequenceClassification"))]

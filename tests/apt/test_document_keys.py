@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import yaml
 
+from apt.apt_config import APTConfig
 from apt.cli import main
-from apt.config import RunConfig, load_config
-from apt.controller import APTConfig
-from apt.controller.timeline import Timeline
-from apt.document_keys import DOCUMENT_KEYS, MEANING
-from apt.pruner import PruningConfig
-from apt.tasks import optimizer_class
+from apt.pruning import PruningConfig
+from apt.runs.arguments import optimizer_class
+from apt.runs.config import RunConfig, load_config
+from apt.runs.config.document_keys import DOCUMENT_KEYS, MEANING
+from apt.training.controller.timeline import Timeline
 
 DOCUMENT = """
 output_dir: runs/x

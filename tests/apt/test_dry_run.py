@@ -7,10 +7,10 @@ import pytest
 from tiny_run import write_config
 
 from apt.cli import main
-from apt.config import TASKS, load_config
-from apt.dry_run import HEADS, DryRun, dry_run
 from apt.files import read_jsonl
-from apt.presets import find_preset
+from apt.runs.config import TASKS, load_config
+from apt.runs.config.presets import find_preset
+from apt.runs.estimate.dry_run import HEADS, DryRun, dry_run
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import apt
 import apt_kernels
-from apt.adapters import adapted
+from apt.layers import adapted
 from apt.methods import GATES
 from apt.methods.context import GateContext
 from apt.methods.hypernetwork import logistic_noise, open_gates
-from apt.surgery import apply_prune_plan
+from apt.surgery.prune import apply_prune_plan
 
 RANK, ALPHA = 3, 0.5
 EVERYWHERE = ("q", "k", "v", "o", "up", "down")

@@ -13,7 +13,6 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.adapters import APTAdapter
 from apt.efficient_finetuning import (
     EfficientFineTuningManager,
     LoRALayer,
@@ -23,6 +22,7 @@ from apt.efficient_finetuning import (
     apply_prefix_tuning_to_model,
     apply_ptuning_to_model,
 )
+from apt.layers import APTAdapter
 
 BERT = "bert.encoder.layer"
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apt.cli import main
-from apt.config import RunConfig, load_config
-from apt.dry_run import build_on_meta
-from apt.estimate import Estimate, estimate
-from apt.footprint import forward_flops, measure_step
-from apt.patch import patch_model
-from apt.simulation import batch_for
+from apt.runs.config import RunConfig, load_config
+from apt.runs.estimate.dry_run import build_on_meta
+from apt.runs.estimate.estimate import Estimate, estimate
+from apt.runs.estimate.footprint import forward_flops, measure_step
+from apt.runs.estimate.simulation import batch_for
+from apt.surgery import patch_model
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {
@@ -34,10 +34,10 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 TRAIN = """
-import sys, torch, apt, apt.run
-from apt.config import load_config
-from apt.dry_run import build_on_meta
-from apt.simulation import batch_for
+import sys, torch, apt, apt.runs.run
+from apt.runs.config import load_config
+from apt.runs.estimate.dry_run import build_on_meta
+from apt.runs.estimate.simulation import batch_for
 
 def kilobytes(field):
     return int(open("/proc/self/status").read().split(field + ":")[1].split()[0])

@@ -14,11 +14,11 @@ from tiny_run import sentences, tiny_bert, tiny_tokenizer, write_csv
 from torch import nn
 
 import apt
-from apt.config import DataConfig
-from apt.data import DatasetLoader
-from apt.evaluate import Evaluator, latency_ms, live_bytes, saved_bytes, time_events
 from apt.records import Event, PrunePlan, RankPlan
-from apt.surgery import apply_prune_plan
+from apt.runs.config import DataConfig
+from apt.runs.data import DatasetLoader
+from apt.runs.evaluation.evaluate import Evaluator, latency_ms, live_bytes, saved_bytes, time_events
+from apt.surgery.prune import apply_prune_plan
 
 
 @pytest.fixture(autouse=True)

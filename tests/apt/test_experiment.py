@@ -12,10 +12,10 @@ import yaml
 from tiny_run import efficiency_of, metrics_of, write_config
 
 from apt.cli import main
-from apt.experiment import cells, load_grid, run_experiment
-from apt.experiment.launch import command, folder_of
-from apt.experiment.tables import arms_of, tables
-from apt.report.records import RunRecord
+from apt.runs.experiment import cells, load_grid, run_experiment
+from apt.runs.experiment.launch import command, folder_of
+from apt.runs.experiment.tables import arms_of, tables
+from apt.runs.report.records import RunRecord
 
 SHORT = {"training.max_steps": 12, "evaluation.event_timing_steps": 0, "evaluation.inference_repeats": 1}
 
@@ -149,7 +149,7 @@ def test_each_gpu_gets_one_run_at_a_time_by_accelerate(tmp_path: Path, monkeypat
         (folder / "metrics.json").write_text(json.dumps({"metric": "accuracy", "accuracy": 0.5, "seed": 0}))
         busy.remove(gpu)
 
-    monkeypatch.setattr("apt.experiment.launch._run", run)
+    monkeypatch.setattr("apt.runs.experiment.launch._run", run)
     assert run_experiment(path) == []
     assert len(seen) == 3
     assert all(len(set(gpus)) == len(gpus) <= 2 for gpus in seen)

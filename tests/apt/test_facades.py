@@ -11,10 +11,10 @@ from tiny_models import fill_adapters, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.adapters import APTAdapter, adapted
-from apt.pruner import PruningConfig
-from apt.salience import SALIENCES
-from apt.tuner import TuningConfig
+from apt.layers import APTAdapter, adapted
+from apt.pruning import PruningConfig
+from apt.pruning.ranks import TuningConfig
+from apt.pruning.salience import SALIENCES
 
 NAMES = ["bert", "llama_gqa"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import apt
 from apt.files import partial_of, replaced_of, write_file_aside, write_folder_aside
-from apt.run_folder import METRICS, give_name
+from apt.runs.run_folder import METRICS, give_name
 
 
 class Killed(BaseException):

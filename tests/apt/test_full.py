@@ -10,7 +10,7 @@ from own_loop import Loop, equal_bits, take_both
 from tiny_models import tiny_batch, tiny_model
 
 import apt
-from apt.config import load_config
+from apt.runs.config import load_config
 
 
 def full(name: str, dtype: torch.dtype = torch.float64) -> Any:

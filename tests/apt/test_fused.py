@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import apt
-from apt.adapters import APTAdapter, adapted
 from apt.families import find_family
 from apt.families.layer_config import LayerConfig
-from apt.fused import FusedLinears, plain_linear, split_linear
-from apt.linears import make_linear, weight_and_bias
-from apt.surgery import apply_prune_plan
-from apt.units import find_units
+from apt.families.linears import make_linear, weight_and_bias
+from apt.layers import APTAdapter, adapted
+from apt.layers.fused import FusedLinears, plain_linear, split_linear
+from apt.pruning.units import find_units
+from apt.surgery.prune import apply_prune_plan
 
 FUSED = ("gpt2", "phi3")
 PLACES = {

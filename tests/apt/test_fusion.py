@@ -9,8 +9,8 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.adapters import adapted
-from apt.fusion import fuse_adapters
+from apt.export.fuse import fuse_adapters
+from apt.layers import adapted
 
 
 def tuned(method: str, seed: int, kind: str = "bert", **settings: Any) -> Any:

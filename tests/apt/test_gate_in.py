@@ -6,8 +6,8 @@ from check import close
 from torch import Tensor, nn
 
 import apt_kernels
-from apt.adapters import APTAdapter
-from apt.gates import MaskGate, ValidTokens
+from apt.layers import APTAdapter
+from apt.layers.gates import MaskGate, ValidTokens
 
 UNITS, SIZE, OUT, TOKENS = 6, 4, 20, 10
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 import apt
 import apt_kernels
-from apt.adapters import adapted
-from apt.dimensions import HiddenGroup, find_dimensions
 from apt.families import find_family
-from apt.hidden import HiddenNorm
+from apt.layers import adapted
+from apt.layers.hidden import HiddenNorm
+from apt.pruning.dimensions import HiddenGroup, find_dimensions
+from apt.pruning.units import block_params, find_units
 from apt.records import PrunePlan
-from apt.surgery import apply_prune_plan
-from apt.units import block_params, find_units
+from apt.surgery.prune import apply_prune_plan
 
 HIDDEN = [name for name in NAMES if has_hidden_table(name)]
 
@@ -309,9 +309,9 @@ def test_unpatching_leaves_a_plain_model_that_answers_the_same(name: str, keep_t
         size = apt.summary(model).params_after
         apt.unpatch_model(model, merge=True)
         close("logits", model(**tiny_batch(name)).logits, before)
-    assert not any(type(module).__module__.startswith("apt.hidden") for module in model.modules())
+    assert not any(type(module).__module__.startswith("apt.layers.hidden") for module in model.modules())
     hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    assert not any(type(hook).__module__ == "apt.hidden" for hook in hooks)
+    assert not any(type(hook).__module__ == "apt.layers.hidden" for hook in hooks)
     assert sum(p.numel() for p in model.parameters()) == size
     if model.get_output_embeddings() is not None and model.config.tie_word_embeddings:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -28,16 +28,16 @@ from torch import Tensor, nn
 from unit_groups import ADVERSARIAL
 
 import apt
-from apt.config import load_config
-from apt.dimensions import find_dimensions
 from apt.export import CARD
 from apt.families import find_family
-from apt.families.hidden import Part
-from apt.pruner import PruningConfig, UnitSearch
+from apt.families.hidden_tables import Part
+from apt.pruning import PruningConfig, UnitSearch
+from apt.pruning.dimensions import find_dimensions
+from apt.pruning.salience import OutlierTerm, unit_scores
+from apt.pruning.units import block_params, find_units
 from apt.records import PrunePlan
-from apt.salience import OutlierTerm, unit_scores
-from apt.surgery import apply_prune_plan
-from apt.units import block_params, find_units
+from apt.runs.config import load_config
+from apt.surgery.prune import apply_prune_plan
 
 HIDDEN = [name for name in NAMES if has_hidden_table(name)]
 ALL = ("head", "neuron", "hidden")

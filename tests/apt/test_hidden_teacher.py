@@ -14,11 +14,12 @@ from tiny_models import NAMES, free_heads, has_hidden_table, random_plan, set_ma
 from torch import Tensor
 
 import apt
-from apt.adapters import adapted
-from apt.dimensions import find_dimensions
-from apt.distiller import SelfDistiller
+from apt.distillation import SelfDistiller
 from apt.families import find_family
-from apt.surgery import apply_prune_plan, free_tails
+from apt.layers import adapted
+from apt.pruning.dimensions import find_dimensions
+from apt.surgery.prune import apply_prune_plan
+from apt.surgery.tails import free_tails
 
 HIDDEN = [name for name in NAMES if has_hidden_table(name)]
 ALL = ("head", "neuron", "hidden")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from tiny_tasks import DATA, END, END_OF_TURN, rows_of, tiny_decoder, word_tokenizer
 
-from apt.config import DataConfig
-from apt.data import NOT_A_TARGET, Examples, InstructionLoader
-from apt.language import perplexity
+from apt.runs.config import DataConfig
+from apt.runs.data import NOT_A_TARGET, Examples, InstructionLoader
+from apt.runs.evaluation.language import perplexity
 
 SAMPLE = "instructions.jsonl"
 

@@ -15,9 +15,9 @@ from tiny_models import random_plan, set_masks, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.adapters import APTAdapter, adapted
+from apt.layers import APTAdapter, adapted
 from apt.methods import GATES, METHODS
-from apt.surgery import apply_prune_plan
+from apt.surgery.prune import apply_prune_plan
 
 KINDS = ["bert", "llama_gqa", "t5"]
 GENERATORS = ["llama_gqa", "t5"]

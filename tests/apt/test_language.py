@@ -10,11 +10,11 @@ import torch
 from tiny_run import write_csv
 from tiny_text import END, documents, text_tokenizer, tiny_llama, write_gguf, write_llama
 
-from apt.config import DataConfig, ModelConfig, RunConfig
-from apt.data import NOT_A_TARGET, Examples, TextLoader, collate_blocks
-from apt.data.sources import read_tables
-from apt.language import generation_metrics, generation_rates, greedy, perplexity
-from apt.tasks import build_model, build_tokenizer
+from apt.runs.config import DataConfig, ModelConfig, RunConfig
+from apt.runs.data import NOT_A_TARGET, Examples, TextLoader, collate_blocks
+from apt.runs.data.sources import read_tables
+from apt.runs.evaluation.language import generation_metrics, generation_rates, greedy, perplexity
+from apt.runs.models import build_model, build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,11 @@ def test_generation_is_greedy_and_as_long_as_asked(tokenizer: Any) -> None:
 
 def test_rates_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr("apt.language.greedy", lambda model, prompts, new_tokens: calls.append((model, new_tokens)))
+
+    def record(model: Any, prompts: torch.Tensor, new_tokens: int) -> None:
+        calls.append((model, new_tokens))
+
+    monkeypatch.setattr("apt.runs.evaluation.language.greedy", record)
     models: dict[str, Any] = {"dense": "dense", "small": "small"}
     rates = generation_rates(models, torch.zeros(3, 4, dtype=torch.long), new_tokens=7, repeats=2)
     assert calls == [("dense", 7), ("small", 7)] * 3  # the first of each warms up

@@ -11,12 +11,12 @@ from tiny_models import free_heads, random_plan, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import apt
-import apt.latency
-from apt.adapters import adapted
+import apt.training.measure_latency
 from apt.families import find_family
-from apt.latency import forward_ms, measure_latency, sample_batch
-from apt.surgery import apply_prune_plan
-from apt.units import unit_gates
+from apt.layers import adapted
+from apt.pruning.units import unit_gates
+from apt.surgery.prune import apply_prune_plan
+from apt.training.measure_latency import forward_ms, measure_latency, sample_batch
 
 EQUAL_LAYERS = ["bert", "llama_gqa", "opt", "deberta", "gpt2", "t5"]
 
@@ -39,7 +39,7 @@ def exact_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     def counted(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
         return {name: flops(run) for name, run in runs.items()}
 
-    monkeypatch.setattr(apt.latency, "medians_ms", counted)
+    monkeypatch.setattr(apt.training.measure_latency, "medians_ms", counted)
 
 
 def counts_of(model: Any) -> dict[str, int]:

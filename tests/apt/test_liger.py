@@ -18,10 +18,10 @@ from transformers.models.llama import modeling_llama
 from triton.runtime.interpreter import TensorHandle
 
 import apt
-from apt.distiller.losses import predictions_of
-from apt.gates import MaskGate
-from apt.hidden import HiddenNorm, hand_on_kernels
-from apt.surgery import apply_prune_plan
+from apt.distillation.losses import predictions_of
+from apt.layers.gates import MaskGate
+from apt.layers.hidden import HiddenNorm, hand_on_kernels
+from apt.surgery.prune import apply_prune_plan
 
 
 @pytest.fixture(autouse=True)

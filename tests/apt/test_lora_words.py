@@ -9,8 +9,8 @@ from tiny_models import fill_adapters, tiny_batch, tiny_model
 from torch import nn
 
 import apt
-from apt.adapters import adapted
-from apt.methods.targets import default_targets
+from apt.layers import adapted
+from apt.methods import default_targets
 
 WORDS: dict[str, dict[str, Any]] = {
     "alpha": {"r": 4, "lora_alpha": 12, "target_modules": ["query", "value"]},

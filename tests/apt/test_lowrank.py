@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import apt
 import apt_kernels
-from apt.adapters import APTAdapter, adapted
+from apt.layers import APTAdapter, adapted
 from apt.methods import Joined, MethodConfig, RankImportance, adapt, join
 
 IMPORTANCE = [0.5, 0.05, 0.9, -2.0, 0.3]  # three above the threshold of 0.1

@@ -11,10 +11,11 @@ from own_loop import BRIEF, Loop, patched
 from torch import nn
 
 import apt
-from apt import memory
-from apt.controller import controller, distillation
-from apt.memory import give_back, keep_few_kernels, memory_mb
-from apt.patch import patch
+from apt.surgery import patch
+from apt.surgery.put_in import keep_few_kernels
+from apt.training import memory
+from apt.training.controller import controller, distillation
+from apt.training.memory import give_back, memory_mb
 
 CPU = torch.device("cpu")
 

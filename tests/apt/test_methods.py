@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import apt
 import apt_kernels
-from apt.adapters import APTAdapter, adapted
+from apt.layers import APTAdapter, adapted
 from apt.methods import GATES, METHODS
 from apt.methods.spectral import rotation_minus_identity
-from apt.surgery import apply_prune_plan
+from apt.surgery.prune import apply_prune_plan
 
 DELTAS = [name for name, method in METHODS.items() if method.make is not None]
 MERGED = [name for name in DELTAS if not METHODS[name].per_example]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from apt.batches import micro_batch_weights
-from apt.metrics import classification_metrics, regression_metrics, rouge_metrics
-from apt.tasks import positions
+from apt.runs.evaluation.metrics import classification_metrics, regression_metrics, rouge_metrics
+from apt.runs.models import positions
+from apt.training.batches import micro_batch_weights
 
 
 def test_classes() -> None:

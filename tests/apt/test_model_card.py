@@ -11,7 +11,7 @@ from tiny_run import efficiency_of, metrics_of, tiny_bert, write_config
 
 import apt
 from apt.cli import main
-from apt.model_card import NOT_FIGURES, command_of, licence_of, public_name
+from apt.export.model_card import NOT_FIGURES, command_of, licence_of, public_name
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.adapters import adapted
-from apt.moments import SCALES
+from apt.layers import adapted
 from apt.records import RankPlan
-from apt.surgery import apply_rank_plan
+from apt.surgery.moments import SCALES
+from apt.surgery.ranks import apply_rank_plan
 
 NOTHING = {"target_sparsity": 0.0, "adaptive_rank_update": False, **BRIEF}
 NEVER = {"num_events": 0, "target_sparsity": 0.0, "adaptive_rank_update": False}

@@ -11,12 +11,12 @@ from tiny_models import fill_adapters, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.adapters import adapted
-from apt.controller.calibration import static_scores
 from apt.families import find_family
-from apt.salience import unit_scores
-from apt.surgery import apply_prune_plan
-from apt.units import find_units
+from apt.layers import adapted
+from apt.pruning.salience import unit_scores
+from apt.pruning.units import find_units
+from apt.surgery.prune import apply_prune_plan
+from apt.training.controller.calibration import static_scores
 
 AT_ONCE: dict[str, Any] = {"prune_before_tuning": True, "target_sparsity": 0.4, "round_to": 1, "kurtosis": "off"}
 READERS = {"bert": ("attention.output.dense", "output.dense"), "llama_gqa": ("self_attn.o_proj", "mlp.down_proj")}

@@ -13,8 +13,8 @@ from torch import Tensor
 import apt
 import apt_kernels
 from apt.families import find_family
-from apt.salience import KURTOSES, OutlierTerm, unit_scores
-from apt.units import UnitGroup, find_units
+from apt.pruning.salience import KURTOSES, OutlierTerm, unit_scores
+from apt.pruning.units import UnitGroup, find_units
 
 WIDE = torch.float64
 Scores = dict[str, Tensor]

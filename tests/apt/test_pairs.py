@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_tasks import DATA, END, rows_of, tiny_encoder_decoder, word_tokenizer
 
-from apt.config import DataConfig
-from apt.data import NOT_A_TARGET, PairLoader
-from apt.language import generate
+from apt.runs.config import DataConfig
+from apt.runs.data import NOT_A_TARGET, PairLoader
+from apt.runs.evaluation.language import generate
 
 SAMPLE = "summaries.jsonl"
 

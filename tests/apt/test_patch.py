@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import apt
 import apt_kernels
-from apt.adapters import APTAdapter, adapted
 from apt.families import FAMILIES
-from apt.surgery import apply_prune_plan
+from apt.layers import APTAdapter, adapted
+from apt.surgery.prune import apply_prune_plan
 
 ENCODER = ("query", "value", "intermediate.dense")
 T5_GATED = ("Attention.q", "Attention.v", "wi_0")

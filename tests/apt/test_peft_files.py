@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import apt
 from apt.records import PrunePlan
-from apt.surgery import apply_prune_plan
+from apt.surgery.prune import apply_prune_plan
 
 KINDS = [name for name in ("bert", "distilbert", "llama_gqa", "qwen3", "opt", "t5", "gpt2", "phi3") if name in MODELS]
 

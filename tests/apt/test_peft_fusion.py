@@ -14,7 +14,7 @@ from torch import nn
 
 import apt
 import apt_kernels
-from apt.peft_fusion import FusedLoraLinear
+from apt.surgery.peft_layers import FusedLoraLinear
 
 KINDS = [name for name in ("bert", "llama", "qwen2", "t5") if name in MODELS]
 

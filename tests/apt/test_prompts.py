@@ -12,9 +12,10 @@ from transformers import AttentionInterface
 
 import apt
 from apt.families import find_family
-from apt.prompts import PrefixTuning
-from apt.surgery import apply_prune_plan
-from apt.units import find_units, present_units
+from apt.families.anatomy import present_units
+from apt.methods.prompts import PrefixTuning
+from apt.pruning.units import find_units
+from apt.surgery.prune import apply_prune_plan
 
 METHODS = ["p_tuning", "prefix_tuning"]
 KINDS = ["bert", "roberta", "llama_gqa", "gpt2", "opt", "t5"]

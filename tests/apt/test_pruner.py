@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from unit_groups import ADVERSARIAL, FIXED, Group, groups_of, total_of
 
-from apt.pruner import PruningConfig, UnitSearch
+from apt.pruning import PruningConfig, UnitSearch
 
 
 def kept_of(

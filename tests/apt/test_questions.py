@@ -10,10 +10,10 @@ import torch
 from tiny_tasks import DATA, rows_of, tiny_reader, word_tokenizer
 from transformers import DataCollatorWithPadding
 
-from apt.answers import Answer, answer_metrics, best_span, best_threshold, find_answers
-from apt.config import DataConfig
-from apt.data import QuestionLoader, Questions
-from apt.metrics import plain, squad_metrics
+from apt.runs.config import DataConfig
+from apt.runs.data import QuestionLoader, Questions
+from apt.runs.evaluation.answers import Answer, answer_metrics, best_span, best_threshold, find_answers
+from apt.runs.evaluation.metrics import plain, squad_metrics
 
 SAMPLE = "questions.jsonl"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apt.experiment import cells, load_grid
+from apt.runs.experiment import cells, load_grid
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SNIPPETS = {

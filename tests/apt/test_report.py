@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from run_records import METRICS, run_folder, write_metrics
 
-from apt.report import print_report
+from apt.runs.report import print_report
 
 
 def printed(folder: Path) -> str:

@@ -13,9 +13,9 @@ from run_records import METRICS, run_folder, short_run, whole_run
 
 from apt.cli import main
 from apt.files import write_json
-from apt.report import report
-from apt.report.compare import baselines_of, comparisons
-from apt.report.records import load_run
+from apt.runs.report import report
+from apt.runs.report.compare import baselines_of, comparisons
+from apt.runs.report.records import load_run
 
 ALL_PICTURES = {
     *("loss", "score", "sparsity", "budget", "kept_heads", "kept_neurons", "ranks", "hidden"),

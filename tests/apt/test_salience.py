@@ -10,11 +10,11 @@ from tiny_models import MODELS, fill_adapters, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.adapters import APTAdapter
 from apt.families import find_family
-from apt.gates import MaskGate
-from apt.salience import SALIENCES, MovingAverage, adapter_importance, unit_scores
-from apt.units import UnitGroup, find_units
+from apt.layers import APTAdapter
+from apt.layers.gates import MaskGate
+from apt.pruning.salience import SALIENCES, MovingAverage, adapter_importance, unit_scores
+from apt.pruning.units import UnitGroup, find_units
 
 WIDE = torch.float64
 COLLECTED = [name for name in SALIENCES if name != "magnitude"]  # from activations and gradients

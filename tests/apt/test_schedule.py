@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from apt.pruner import PruningConfig
-from apt.schedule import SparsityScheduler, TuningSchedule, to_steps
+from apt.pruning import PruningConfig
+from apt.pruning.schedule import SparsityScheduler, TuningSchedule, to_steps
 
 # RoBERTa on SST-2 in the original code: 2,105 steps an epoch, 40 epochs (docs/method.md).
 SST2 = {"prune_start": 200, "prune_end": 6315, "sparsity_warmup": 2105, "num_events": 10, "decay": 100, "settle": 100}

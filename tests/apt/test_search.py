@@ -10,7 +10,7 @@ from torch import Tensor
 from unit_groups import ADVERSARIAL, FIXED, Group, groups_of, total_of
 
 import apt
-from apt.pruner import LARGEST, PruningConfig, UnitSearch
+from apt.pruning import LARGEST, PruningConfig, UnitSearch
 
 Scores = dict[str, Tensor]
 SPARSITIES = (0.0, 0.1, 0.5, 0.6, 0.9, 0.97)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import apt
 import apt_kernels
-from apt.adapters import APTAdapter, SharedInput, adapted
+from apt.layers import APTAdapter, SharedInput, adapted
 
 
 def trained_start(model: nn.Module) -> None:

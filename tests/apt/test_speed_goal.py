@@ -14,10 +14,10 @@ from torch import Tensor
 from unit_groups import ADVERSARIAL, Group, groups_of
 
 import apt
-import apt.controller.goal
-from apt.pruner import PruningConfig, UnitSearch
+import apt.training.controller.goal
+from apt.pruning import PruningConfig, UnitSearch
+from apt.pruning.latency_table import LatencyTable, TimePrices
 from apt.records import Event
-from apt.times import LatencyTable, TimePrices
 
 HEADS = [[0, 0.0], [3, 2.0], [12, 4.0]]  # a first head costs more than a last one
 NEURONS = [[0, 0.0], [48, 1.0], [96, 2.5]]
@@ -188,7 +188,7 @@ def no_measuring(*args: Any, **kwargs: Any) -> LatencyTable:
 
 
 def test_a_run_reaches_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apt.controller.goal, "measure_latency", no_measuring)
+    monkeypatch.setattr(apt.training.controller.goal, "measure_latency", no_measuring)
     settings = {"target_speedup": 2.0, "latency": tiny_table(), "verify_events": True, **BRIEF}
     loop = Loop("bert", patched("bert"), 30, **settings).take(20)
     asked = [event.target_speedup for event in loop.run.events]
@@ -222,14 +222,14 @@ def test_times_decide_what_goes() -> None:
 def test_resume_takes_the_table_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a decay, after an event: the table is measured once in the whole life of the run."""
     measured = []
-    monkeypatch.setattr(apt.controller.goal, "measure_latency", lambda *_: measured.append(1) or tiny_table())
+    monkeypatch.setattr(apt.training.controller.goal, "measure_latency", lambda *_: measured.append(1) or tiny_table())
     settings = {"target_speedup": 2.0, "num_events": 3, "prune_end": 24, "round_to": 4}
     first = Loop("bert", patched("bert"), 30, **settings)
     assert not measured  # a resumed run need not measure what it will not use
     first.take(12)
     assert len(measured) == 1
     assert apt.summary(first.model).masked > 0
-    monkeypatch.setattr(apt.controller.goal, "measure_latency", no_measuring)
+    monkeypatch.setattr(apt.training.controller.goal, "measure_latency", no_measuring)
     second = first.resumed(patched("bert"), tmp_path, **settings)
     second.run.prepare()
     take_both(first, second, 18)

@@ -12,9 +12,9 @@ from tiny_models import CLASSIFIERS, GENERATORS, NAMES, SEQ2SEQ, fill_adapters, 
 
 import apt
 from apt.families import find_family
+from apt.pruning.units import find_units
 from apt.records import PrunePlan
-from apt.surgery import apply_prune_plan
-from apt.units import find_units
+from apt.surgery.prune import apply_prune_plan
 
 EXPRESS_HEADS = ("llama", "llama_gqa", "llama_bias", "llama_cls", "mistral", "qwen2", "qwen2_mixed", "qwen3")
 EXPRESS_HEADS += ("gemma2", "gemma3", "phi3", "phi3_sliding")

@@ -21,11 +21,13 @@ from tiny_models import (
 from torch import Tensor, nn
 
 import apt
-from apt.adapters import APTAdapter, adapted
 from apt.families import find_family
+from apt.layers import APTAdapter, adapted
+from apt.pruning.units import Member, find_units
 from apt.records import Event, PrunePlan, RankPlan
-from apt.surgery import apply_event, apply_prune_plan, apply_rank_plan
-from apt.units import Member, find_units
+from apt.surgery.event import apply_event
+from apt.surgery.prune import apply_prune_plan
+from apt.surgery.ranks import apply_rank_plan
 
 EVERYWHERE = ("q", "k", "v", "o", "up", "down")
 ATTENTION, FFN = "layers.0.heads", "layers.0.neurons"

@@ -15,11 +15,12 @@ from tiny_models import fill_adapters, free_heads, random_plan, set_masks, tiny_
 from torch import Tensor
 
 import apt
-from apt.distiller.teacher import Teacher
+from apt.distillation.teacher import Teacher
 from apt.families import find_family
-from apt.salience import unit_scores
-from apt.surgery import apply_prune_plan, free_tails
-from apt.units import find_units
+from apt.pruning.salience import unit_scores
+from apt.pruning.units import find_units
+from apt.surgery.prune import apply_prune_plan
+from apt.surgery.tails import free_tails
 
 WIDE = torch.float64
 

@@ -12,7 +12,7 @@ from tiny_models import CLASSIFIERS, tiny_batch, tiny_model
 from torch import Tensor
 
 import apt
-from apt.task_head import task_head
+from apt.surgery.task_head import task_head
 
 NARROW = (torch.bfloat16, torch.float16)
 

@@ -12,12 +12,13 @@ from tiny_models import NAMES, fill_adapters, free_heads, random_plan, set_masks
 from torch import Tensor, nn
 
 import apt
-from apt.adapters import adapted
-from apt.distiller import DistillationConfig, SelfDistiller
-from apt.evaluate import saved_bytes
+from apt.distillation import DistillationConfig, SelfDistiller
 from apt.families import EmptyAttention, find_family
-from apt.surgery import apply_prune_plan, free_tails
-from apt.units import find_units
+from apt.layers import adapted
+from apt.pruning.units import find_units
+from apt.runs.evaluation.evaluate import saved_bytes
+from apt.surgery.prune import apply_prune_plan
+from apt.surgery.tails import free_tails
 
 EVERYWHERE = ("q", "k", "v", "o", "up", "down")
 FFN = "layers.0.neurons"

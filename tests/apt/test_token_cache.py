@@ -10,10 +10,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import sentences, write_csv
 from tiny_tasks import DATA, word_tokenizer
 
-import apt.data.cache as cache
-from apt.config import DataConfig, load_config
-from apt.data import DatasetLoader, InstructionLoader, PairLoader, QuestionLoader, TextLoader
-from apt.run_folder import CONFIG, find_checkpoint
+import apt.runs.data.cache as cache
+from apt.runs.config import DataConfig, load_config
+from apt.runs.data import DatasetLoader, InstructionLoader, PairLoader, QuestionLoader, TextLoader
+from apt.runs.run_folder import CONFIG, find_checkpoint
 
 LOADERS = {
     "sentences": (DatasetLoader, None),

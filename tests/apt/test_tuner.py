@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from apt.tuner import AdapterSize, TuningConfig, plan_ranks
+from apt.pruning.ranks import AdapterSize, TuningConfig, plan_ranks
 
 
 def sizes_of(*, count: int = 10, seed: int = 0, ranks: tuple[int, int] = (8, 8)) -> dict[str, AdapterSize]:

@@ -8,7 +8,7 @@ from own_loop import Loop, equal_bits, patched
 from tiny_models import fill_adapters, tiny_batch
 
 import apt
-from apt.adapters import adapted
+from apt.layers import adapted
 
 ALONE = {"num_events": 0, "target_sparsity": 0.0, "tune_start": 4, "tune_end": 16, "num_tuning_events": 3}
 APART = {"num_events": 2, "prune_start": 2, "prune_end": 18, "decay": 5, "settle": 1, "round_to": 1}  # at 10 and 18

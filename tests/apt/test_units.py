@@ -9,8 +9,9 @@ from torch import nn
 
 import apt
 from apt.families import base_model, find_family
-from apt.surgery import apply_prune_plan
-from apt.units import block_params, find_units, required_heads
+from apt.families.anatomy import required_heads
+from apt.pruning.units import block_params, find_units
+from apt.surgery.prune import apply_prune_plan
 
 ENCODERS = ("bert", "bert_mlm", "roberta", "deberta", "distilbert")
 TWO_ATTENTIONS = ("qwen2_mixed", "gemma2", "gemma3")  # sliding and full layers

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_run import tiny_bert, write_config
 
-from apt import memory
-from apt.config import load_config
+from apt.runs.config import load_config
+from apt.training import memory
 from bench import accuracy, arms, grid
 from bench.accuracy import GRID, goal, series, table, time_to
 from bench.grid import Cell, fill, hours, runs

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_text import write_text_config
 
-from apt.config import load_config
+from apt.runs.config import load_config
 from bench.decoder import run, speed, speed_table, table
 
 SETTINGS = {"max_steps": 20, "learning_rate": "1e-2"}

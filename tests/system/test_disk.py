@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import tiny_tokenizer, write_config
 
-from apt import files, measure, run
+from apt import files
 from apt.cli import main
-from apt.trainer import APTrainer
+from apt.runs import measure, run
+from apt.training.trainer import APTrainer
 
 SIZES: dict[str, dict[str, Any]] = {
     "training": {"max_steps": 20, "save_steps": 8, "logging_steps": 50},

@@ -10,10 +10,10 @@ from test_trainer import STEPS, Full, Rows, decisions, losses, trainer
 from tiny_run import write_config
 
 import apt
-from apt.adapters import adapted
 from apt.cli import main
-from apt.distiller import SelfDistiller
+from apt.distillation import SelfDistiller
 from apt.files import read_jsonl
+from apt.layers import adapted
 
 # Events after steps 8, 16 and 24; the teacher is taken after step 3 and goes after step 27.
 TAUGHT = {"use_self_distillation": True, "distill_end": 27}

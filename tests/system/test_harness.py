@@ -18,10 +18,10 @@ from tiny_text import WORDS, text_tokenizer, tiny_llama, write_llama
 import apt
 from apt.cli import main
 from apt.families import find_family
-from apt.harness import PAPER, HarnessConfig, _index, score
+from apt.pruning.units import find_units
 from apt.records import PrunePlan
-from apt.surgery import apply_prune_plan
-from apt.units import find_units
+from apt.runs.evaluation.harness import PAPER, HarnessConfig, _index, score
+from apt.surgery.prune import apply_prune_plan
 
 pytestmark = pytest.mark.harness
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from run_records import whole_run
 
-from apt.report import report
+from apt.runs.report import report
 
 pytestmark = pytest.mark.browser
 

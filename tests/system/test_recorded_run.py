@@ -9,9 +9,9 @@ from tiny_run import write_config
 from transformers import TrainerCallback
 
 from apt.cli import main
-from apt.controller import Controller
 from apt.files import read_jsonl
-from apt.report import report
+from apt.runs.report import report
+from apt.training.controller import Controller
 
 SIZES: dict[str, dict[str, Any]] = {
     "training": {"max_steps": 40, "logging_steps": 4, "save_steps": 8},
@@ -115,7 +115,7 @@ def test_events_are_logged_as_the_trainer_logs(tmp_path: Path, monkeypatch: pyte
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             seen.append({"at": state.global_step, **logs})
 
-    from apt import run
+    from apt.runs import run
 
     class Trainer(run.APTrainer):
         def __init__(self, **kwargs: Any) -> None:

@@ -8,10 +8,10 @@ import pytest
 from tiny_run import efficiency_of, metrics_of
 from tiny_text import WORDS, write_gguf, write_text_config
 
-import apt.controller.goal
+import apt.training.controller.goal
 from apt.cli import main
 from apt.files import read_jsonl
-from apt.times import LatencyTable
+from apt.pruning.latency_table import LatencyTable
 
 
 def test_a_run_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_a_run_whose_goal_is_speed(
 ) -> None:
     parts = {"layers.heads": [[0, 0.0], [4, 2.0]], "layers.neurons": [[0, 0.0], [48, 3.0]]}
     table = LatencyTable(device="paper", batch_size=4, length=8, dense_ms=11.0, rest_ms=1.0, parts=parts)
-    monkeypatch.setattr(apt.controller.goal, "measure_latency", lambda *_: table)
+    monkeypatch.setattr(apt.training.controller.goal, "measure_latency", lambda *_: table)
     config = write_text_config(tmp_path, training={"max_steps": 20}, evaluation={"event_timing_steps": 0})
     assert main(["train", str(config), "target_speedup=1.5"]) == 0
     metrics, events = metrics_of(tmp_path / "run"), read_jsonl(tmp_path / "run" / "events.jsonl")

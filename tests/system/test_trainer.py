@@ -15,10 +15,10 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
 import apt
-import apt.controller.goal
+import apt.training.controller.goal
 from apt.files import read_jsonl
+from apt.pruning.latency_table import LatencyTable
 from apt.records import Event
-from apt.times import LatencyTable
 
 STEPS = 30
 EVENTS = {"target_sparsity": 0.6, "num_events": 3, "prune_end": 24, "round_to": 4}  # at 8, 16 and 24
@@ -376,11 +376,11 @@ def test_one_shot_in_bfloat16(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_the_latency_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {"layers.heads": [[0, 0.0], [4, 2.0]], "layers.neurons": [[0, 0.0], [40, 3.0]]}
     table = LatencyTable(device="paper", batch_size=4, length=8, dense_ms=16.0, rest_ms=1.0, parts=parts)
-    monkeypatch.setattr(apt.controller.goal, "measure_latency", lambda *_: table)
+    monkeypatch.setattr(apt.training.controller.goal, "measure_latency", lambda *_: table)
     whole = trainer(tmp_path / "whole", target_speedup=2.0, save_strategy="steps", save_steps=13)
     whole.train()
     assert whole.controller.events[-1].predicted_speedup >= 2.0
-    monkeypatch.setattr(apt.controller.goal, "measure_latency", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(apt.training.controller.goal, "measure_latency", lambda *_: pytest.fail("measured again"))
     again = trainer(tmp_path / "again", target_speedup=2.0)
     again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-13"))
     ours, theirs = again.model.state_dict(), whole.model.state_dict()

@@ -1,6 +1,0 @@
-"""A grid of runs: one after the other, or one on each GPU; then their tables and pages."""
-
-from apt.experiment.grid import Cell, Grid, cells, load_grid
-from apt.experiment.launch import run_experiment
-
-__all__ = ["Cell", "Grid", "cells", "load_grid", "run_experiment"]

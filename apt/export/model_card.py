@@ -1,0 +1,148 @@
+"""The model card of an export: what it is made of, what was removed, how good and how fast it is, how to load it."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+from apt.families.locate import resolve_model
+from apt.surgery import Summary
+from apt.version import versions_used
+
+README = "README.md"
+NOT_FIGURES = ("method", "ablation", "model", "data", "metric", "unit", "device", "versions", "self_distillation")
+TASK_TAGS = {  # of the hub
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "language_modeling": "text-generation",
+    "instruction_following": "text-generation",
+    "summarization": "summarization",
+    "question_answering": "question-answering",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells of an export, beside the metrics of a run."""
+
+    base: str  # model as it was named: on the hub, a package's, or a local folder, of which the last part is told
+    kind: str  # class of transformers
+    method: str
+    stock: bool  # whether AutoModel loads it
+    counts: Summary
+
+
+def public_name(name: str) -> str:
+    """A model's or data set's name without the place where it lies on this machine."""
+    if not name:
+        return "unknown"
+    local = os.path.isabs(os.path.expanduser(name)) or name.startswith(".") or Path(name).exists()
+    return Path(name).resolve().name if local else name
+
+
+def licence_of(base: str) -> str:
+    """The licence that the card of a base model names, where that card lies on this machine; else "unknown"."""
+    try:
+        folder = Path(resolve_model(base)).expanduser()
+    except (ValueError, ImportError, OSError):
+        return "unknown"
+    card: Any = folder / README
+    if not card.is_file() and not folder.exists() and base.count("/") <= 1:
+        card = try_to_load_from_cache(base, README)
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return "unknown"
+    return str(ModelCard(Path(card).read_text(encoding="utf-8")).data.to_dict().get("license") or "unknown")
+
+
+def model_card(
+    facts: CardFacts, metrics: Mapping[str, Any] | None = None, task: str | None = None, command: str | None = None
+) -> str:
+    """The card's text, YAML first.
+
+    Args:
+        facts: of the export.
+        metrics: of the run that made it; None where a loop of the user's own did.
+        task: of that run, as `model.task` names it.
+        command: that began it.
+    """
+    metrics, base = metrics or {}, public_name(facts.base)
+    data = ModelCardData(
+        license=licence_of(facts.base),
+        base_model=None if base == "unknown" else base,
+        library_name="transformers",
+        pipeline_tag=None if task is None else TASK_TAGS[task],
+        datasets=[public_name(str(metrics["data"]))] if "data" in metrics else None,
+        metrics=[metrics["metric"]] if "metric" in metrics else None,
+        tags=["apt-lm", facts.method, *(["pruned"] if facts.counts.sparsity > 0.0 else [])],
+    )
+    parts = [f"# {base}, by apt-lm ({facts.method})", _text(facts, base, metrics)]
+    parts += ["## How to load it", _loading(facts), "## What was removed, and what is left", _structure(facts.counts)]
+    if metrics:
+        parts += ["## Scores and efficiency", _figures(metrics)]
+    if command is not None:
+        parts += ["## How it was made", f"```\n{command}\n```"]
+    versions = metrics.get("versions") or versions_used()
+    parts += ["## Versions", _table(versions, ("package", "version"))]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def command_of(arguments: list[str]) -> str:
+    """A command line whose paths are told by their last part alone."""
+
+    def short(argument: str) -> str:
+        key, equals, value = argument.rpartition("=")
+        local = os.path.isabs(os.path.expanduser(value))
+        return f"{key}{equals}{Path(value).name}" if local else argument
+
+    return shlex.join(["python", "-m", "apt", *map(short, arguments)])
+
+
+def _text(facts: CardFacts, base: str, metrics: Mapping[str, Any]) -> str:
+    counts = facts.counts
+    share = 1.0 - counts.params_after / counts.params_before
+    lines = f"{facts.kind}, fine-tuned from {base} by the method {facts.method} of apt-lm"
+    lines += f" on {public_name(str(metrics['data']))}" if "data" in metrics else ""
+    return (
+        f"{lines}. {counts.sparsity:.1%} of its block parameters (attention, FFN, norms) and {share:.1%} of all are "
+        f"gone; the adapters are merged. The licence is that of the base model."
+    )
+
+
+def _loading(facts: CardFacts) -> str:
+    if facts.stock:
+        return f"```python\nfrom transformers import {facts.kind}\n\nmodel = {facts.kind}.from_pretrained(folder)\n```"
+    return "No stock configuration describes it:\n\n```python\nimport apt\n\nmodel = apt.load_model(folder)\n```"
+
+
+def _structure(counts: Summary) -> str:
+    rows: dict[str, Any] = {
+        "parameters before": f"{counts.params_before:,}",
+        "parameters after": f"{counts.params_after:,}",
+        "sparsity of the blocks": f"{counts.sparsity:.1%}",
+    }
+    found: dict[str, list[int]] = {}
+    for name, count in counts.units.items():
+        stack, _, kind = name.split(".")
+        found.setdefault(kind if stack == "layers" else f"{stack} {kind}", []).append(count)
+    rows |= {f"{kind} left, layer by layer": " ".join(map(str, left)) for kind, left in found.items()}
+    if counts.hidden:
+        rows["hidden dimensions"] = counts.hidden
+    if counts.ranks:
+        rows["ranks of the adapters, now merged"] = " ".join(map(str, counts.ranks.values()))
+    if counts.virtual_tokens:
+        rows["virtual tokens"] = counts.virtual_tokens
+    return _table(rows, ("what", "how much"))
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    rows = {name: value for name, value in metrics.items() if name not in NOT_FIGURES and value is not None}
+    return _table(rows, ("figure", "value"))
+
+
+def _table(rows: Mapping[str, Any], head: tuple[str, str]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -1,0 +1,212 @@
+"""Adapters to and from PEFT's LoRA folders: what PEFT, vLLM and llama.cpp read, and where a run can start."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from apt.export.row_gate_files import has_gates
+from apt.families.linears import is_linear
+from apt.files import find_whole, write_folder_aside
+from apt.layers import APTAdapter, adapted, exchange
+from apt.layers.fused import FusedLinears, replaced, scaled_factors
+from apt.surgery import patch_state, summary
+from apt.surgery.task_head import task_head
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # servers take an adapter of one of these ranks
+TASKS = {
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+    "CausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False, overwrite: bool = False) -> Path:
+    """Save the adapters of an unpruned model, and its trained head, as a PEFT LoRA folder.
+
+    The scale is folded into B, so that the readers, which compute it in different ways, all come to 1. By default every
+    adapter is padded with zeros to one rank that servers accept (``r = lora_alpha``); with `compact` each keeps its
+    own, in ``rank_pattern`` and ``alpha_pattern``, which PEFT reads and llama.cpp and older vLLM do not.
+
+    Args:
+        model: patched by `apt.patch_model`.
+        folder: written under a temporary name, then renamed.
+        compact: keep every rank as it is.
+        overwrite: replace a folder that exists.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: units were pruned or are masked, the update depends on the example, there is no adapter, or the
+            folder exists.
+    """
+    folder, counts = Path(folder), summary(model)
+    if has_gates(model):
+        raise ValueError(
+            f"save_adapter: the update of method {patch_state(model).config.method!r} depends on the example, which a "
+            f"LoRA file cannot say; use apt.export_model, which keeps its gates beside the weights"
+        )
+    if counts.masked or counts.sparsity > 0.0:
+        raise ValueError(
+            "save_adapter: a LoRA file cannot say that parts of the base are gone; use apt.export_model, which saves "
+            "the small model whole"
+        )
+    if not overwrite and (found := find_whole(folder)).exists():
+        raise ValueError(f"save_adapter: {found} exists; give another folder or overwrite=True")
+    adapters = {name: factors for name, module in replaced(model) if len((factors := scaled_factors(module))[0])}
+    if not adapters:
+        more = "; a prompt is no LoRA, apt.export_model keeps it" if counts.virtual_tokens else ""
+        raise ValueError(f"save_adapter: the model has no adapter{more}")
+    top = max(len(a) for a, _ in adapters.values())
+    rank = top if compact else next((r for r in RANKS if r >= top), top)
+    tensors = {}
+    for name, factors in adapters.items():
+        a, b = (factor.detach().cpu().float() for factor in factors)
+        pad = 0 if compact else rank - len(a)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, pad))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, pad))
+    names = {id(module): name for name, module in model.named_modules()}
+    heads = [names[id(part)] for part in task_head(model) if any(True for _ in part.parameters())]
+    for head in heads:
+        parts = model.get_submodule(head).state_dict()
+        tensors |= {f"{PREFIX}{head}.{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
+    own = {name: len(a) for name, (a, _) in adapters.items() if compact and len(a) != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": own,
+        "alpha_pattern": own,
+        "target_modules": _targets(model, set(adapters)),
+        "modules_to_save": sorted({head.rpartition(".")[2] for head in heads}) or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": all(module.conv1d for name, module in replaced(model) if name in adapters),
+        "inference_mode": True,
+    }
+    with write_folder_aside(folder) as partial:
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return folder
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Start a patched model from a PEFT LoRA folder: its adapters and its head, whatever their ranks.
+
+    Call it before the optimizer and the controller are made. Ranks that the file pads with zeros are left out.
+
+    Args:
+        model: patched with a method of plain A and B ("apt", "lora"), on the modules that the file adapts.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        ValueError: the folder holds no LoRA, one that is more than a LoRA (DoRA, biases), or one of another model.
+    """
+    folder = find_whole(Path(folder))
+    patch_state(model)
+    config, tensors = _read(folder)
+    modules = {name: module for name, module in adapted(model) if module.rank}
+    if any(module.delta is not None for module in modules.values()):
+        raise ValueError(
+            f"load_adapter: the adapters of method {patch_state(model).config.method!r} are no plain A and B, so they "
+            f"cannot start from a LoRA file; patch the model with method='lora' or 'apt'"
+        )
+    parameters = dict(model.named_parameters())
+    found: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if name:
+            found.setdefault(name, {})[factor] = tensor
+        else:
+            heads[key.removeprefix(PREFIX)] = tensor
+    for name, factors in found.items():
+        factors["B"] = factors["B"] * _scale(config, name, factors["A"])
+    _split(model, found)
+    missing = sorted(set(found) - set(modules))
+    if missing:
+        raise ValueError(
+            f"load_adapter: {folder} adapts {missing[0]}, where the model has no adapter; patch it with "
+            f"target_modules={sorted({name.rpartition('.')[2] for name in found})}"
+        )
+    for name, factors in found.items():
+        want = (modules[name].n_out, modules[name].n_in)
+        if (factors["B"].shape[0], factors["A"].shape[1]) != want:
+            shapes = [list(factors[side].shape) for side in "AB"]
+            raise ValueError(f"load_adapter: {name} maps {want[1]} to {want[0]} features, but {folder} has {shapes}")
+    for name, tensor in heads.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(f"load_adapter: {folder} holds {name} {list(tensor.shape)}, which the model does not have")
+    for name, factors in found.items():
+        _set(modules[name], factors["A"], factors["B"] / modules[name].scale)
+    for name, tensor in heads.items():
+        parameters[name].copy_(tensor)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
+        raise ValueError(f"load_adapter: {folder} holds no {CONFIG} and {WEIGHTS}")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    more = [name for name in ("use_dora", "lora_bias", "use_qalora") if config.get(name)]
+    if config.get("peft_type") != "LORA" or more or config.get("bias", "none") != "none":
+        what = more[0] if more else config.get("peft_type") if config.get("peft_type") != "LORA" else "bias"
+        raise ValueError(f"load_adapter: {folder} is more than a plain LoRA ({what}); merge it with PEFT first")
+    return config, load_file(folder / WEIGHTS)
+
+
+def _scale(config: dict[str, Any], name: str, a: Tensor) -> float:
+    """PEFT's scaling of one module: alpha over its rank, or over the root of it."""
+    patterns = config.get("alpha_pattern") or {}
+    matching = (value for key, value in patterns.items() if re.match(rf"^(.*\.)?({key})$", name))
+    alpha = float(next(matching, config["lora_alpha"]))
+    return float(alpha / (a.shape[0] ** 0.5 if config.get("use_rslora") else a.shape[0]))
+
+
+def _split(model: nn.Module, found: dict[str, dict[str, Tensor]]) -> None:
+    """Give an adapter on a fused projection to its parts: to each its own rows of B, and the ranks they use."""
+    for name, module in replaced(model):
+        if not isinstance(module, FusedLinears) or name not in found:
+            continue
+        a, b = (found[name].pop(side) for side in "AB")
+        if b.shape[0] != module.out_features:
+            raise ValueError(f"load_adapter: {name} makes {module.out_features} features, but the adapter {b.shape[0]}")
+        del found[name]
+        for (role, part), rows in zip(module.named_children(), b.split(module.sizes), strict=True):
+            used = (rows != 0).any(0)
+            if used.any() or (isinstance(part, APTAdapter) and part.rank and not (b != 0).any()):
+                keep = used if used.any() else ~used
+                found[f"{name}.{role}"] = {"A": a[keep], "B": rows[:, keep]}
+
+
+def _set(module: APTAdapter, a: Tensor, b: Tensor) -> None:
+    """Give an adapter other factors; ranks that are zero on both sides could never learn and are left out."""
+    assert module.lora_A is not None
+    assert module.lora_B is not None
+    live = (a != 0).any(1) | (b != 0).any(0)
+    if live.any():
+        exchange(module.lora_A, a[live].to(module.lora_A))
+        exchange(module.lora_B, b[:, live].to(module.lora_B).contiguous())
+
+
+def _targets(model: nn.Module, names: set[str]) -> list[str]:
+    """The shortest endings that name these modules and no other linear layer."""
+    linears = {name for name, _ in replaced(model)}
+    linears |= {name for name, module in model.named_modules() if is_linear(module)}
+    targets = set()
+    for name in names:
+        parts = name.split(".")
+        endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        targets.add(next(e for e in endings if all(n in names for n in linears if n == e or n.endswith("." + e))))
+    return sorted(targets)

@@ -1,0 +1,101 @@
+"""Whether a stock configuration describes a pruned model: then anybody's `AutoModel` loads it, without this package."""
+
+import copy
+from typing import Any
+
+from torch import Size, nn
+
+from apt.families import Attention, Family
+from apt.families.anatomy import head_size
+from apt.families.hidden_tables import hidden_table
+
+
+def stock_config(
+    model: nn.Module, family: Family, units: dict[str, int], shapes: dict[str, Size], hidden: int = 0
+) -> tuple[Any, str | None]:
+    """The configuration with which the stock class builds the model at its present sizes.
+
+    A stock configuration has one number of heads and one of neurons for all layers. Whether it says enough is not
+    taken from a table alone: the model is built from it, without memory, and its shapes are compared.
+
+    Args:
+        model: patched; its own config is not changed.
+        family: of the model.
+        units: left in every unit group, as `apt.summary` counts them.
+        shapes: of the tensors that are exported, by name.
+        hidden: dimensions left; 0 where they cannot be removed.
+
+    Returns:
+        A copy of the config with the counts of now, and None; or the config as it is, and what it cannot say.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    model_config: Any = model.config
+    unchanged, config = copy.deepcopy(model_config), copy.deepcopy(model_config)
+    reason = _set_counts(config, model, family, units)
+    if reason is None and hidden not in (0, model_config.hidden_size):
+        reason = _set_width(config, model, family, hidden)
+    if reason is None:
+        try:
+            read = type(config).from_dict(config.to_dict())  # which is where a config checks its numbers
+            reason = first_difference(type(model), read, shapes)
+        except (ValueError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+    return (config, None) if reason is None else (unchanged, reason)
+
+
+def _set_counts(config: Any, model: nn.Module, family: Family, units: dict[str, int]) -> str | None:
+    """Write the counts into a config; what it cannot say is returned."""
+    name = type(config).__name__
+    for kind, title in (("head", "heads"), ("neuron", "neurons")):
+        parts = [(layer, part) for layer in family.layers(model) for part in layer.stack.parts if part.kind == kind]
+        counts = {units[f"{layer.name}.{part.units}"] for layer, part in parts}
+        if len(counts) > 1:
+            return f"{name} has one number of {title} for all layers, but they have {min(counts)} to {max(counts)}"
+        (layer, part), count = parts[0], counts.pop()
+        if isinstance(part, Attention):
+            before = getattr(config, (part.settings or ("num_attention_heads",))[-1])
+        else:
+            before = getattr(config, part.setting)  # None where it follows from the hidden size
+        if count == before:
+            continue
+        if count == 0:
+            return f"{name} describes no layer without {title}"
+        if isinstance(part, Attention) and part.follow is not None:
+            return f"{name} cannot say which {count} of {before} {title} a layer has"
+        if not isinstance(part, Attention):
+            setattr(config, part.setting, count)
+        elif part.settings:
+            config.head_dim = head_size(layer.module.get_submodule(part.module))
+            for setting in part.settings:
+                setattr(config, setting, getattr(config, setting) * count // before)
+        else:
+            return f"{name} derives the size of a head from the number of heads, so it cannot say {count} of {before}"
+    return None
+
+
+def _set_width(config: Any, model: nn.Module, family: Family, hidden: int) -> str | None:
+    """Write the hidden dimensions into a config; what it cannot say is returned."""
+    name, constant = type(config).__name__, hidden_table(model).constant
+    if constant:
+        return f"{name} derives {constant} from the hidden size, so it cannot say {hidden} of {config.hidden_size}"
+    for layer in family.layers(model):
+        for part in layer.stack.parts:
+            if isinstance(part, Attention) and not part.settings:
+                return f"{name} derives the size of a head from the hidden size, so it cannot say {hidden}"
+            if isinstance(part, Attention):
+                config.head_dim = head_size(layer.module.get_submodule(part.module))
+    config.hidden_size = hidden
+    return None
+
+
+def first_difference(kind: Any, config: Any, shapes: dict[str, Size]) -> str | None:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        built = kind(config).state_dict()
+    for name, shape in shapes.items():
+        if name not in built or built[name].shape != shape:
+            there = list(built[name].shape) if name in built else "not there"
+            return f"{name} is {list(shape)}, and with {type(config).__name__} {there}"
+    return None

@@ -1,0 +1,114 @@
+"""The gated activation of a feed-forward block as one op, inside the block's own forward."""
+
+import copy
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+import apt_kernels
+from apt.families import FFN, Family
+from apt.families.linears import replace_module
+from apt.layers.adapter import APTAdapter
+
+Kind = Literal["silu", "gelu", "gelu_tanh"]
+
+KINDS: dict[Kind, Callable[[Tensor], Tensor]] = {  # of `apt_kernels.gated_activation`: what it computes
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda g: nn.functional.gelu(g, approximate="tanh"),
+}
+
+
+class GatedActivation(nn.Module):
+    """Stands where a gated block has its activation, and makes ``act(g) * u * mask`` one op where a kernel is chosen.
+
+    The block's forward writes ``act(gate(x)) * up(x)`` and gives the product to the down projection. Called with g,
+    this module answers with an object that waits for u; multiplied with it, that runs `apt_kernels.gated_activation`
+    with mask and statistics of the gate before the down projection, which is told that its input has passed it. Where
+    eager runs, and while torch.compile traces, it is the activation itself.
+
+    Args:
+        act: the activation, an elementwise module of the kind.
+        kind: as `kind_of` found it.
+        down: the projection that reads the product and holds the gate.
+    """
+
+    def __init__(self, act: nn.Module, kind: Kind, down: APTAdapter) -> None:
+        super().__init__()
+        self.act, self.kind = act, kind
+        object.__setattr__(self, "down", down)  # no child of this module: it has its place in the block
+        self.down: APTAdapter
+
+    def forward(self, g: Tensor) -> "Tensor | _Waiting":
+        self.down.past_gate = None
+        if torch.compiler.is_compiling() or apt_kernels.chosen("gated_activation", g, _sizes(g)) == "torch":
+            return self.act(g)
+        return _Waiting(self, g)
+
+    def product(self, g: Tensor, u: Tensor) -> Tensor:
+        """``act(g) * u``, and past the gate where the op does all that the gate is asked for."""
+        gate = self.down.gate_in
+        learns = g.requires_grad or u.requires_grad
+        if gate is None or not (gate.only_masks or (gate.collects_sums and learns)):
+            return apt_kernels.gated_activation(g, u, kind=self.kind)  # the gate, if any, has its own way
+        y = apt_kernels.gated_activation(
+            g,
+            u,
+            gate.feature_mask() if gate.masked else None,
+            kind=self.kind,
+            sums=gate.sums if gate.collects else None,
+            count=gate.count if gate.collects else None,
+            valid=gate.valid_tokens(g.shape[:-1]) if gate.collects else None,
+        )
+        self.down.past_gate = y
+        return y
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}"
+
+
+class _Waiting:
+    """``act(g)`` on its way to u."""
+
+    def __init__(self, activation: GatedActivation, g: Tensor) -> None:
+        self.activation, self.g = activation, g
+
+    def __mul__(self, u: Tensor) -> Tensor:
+        return self.activation.product(self.g, u)
+
+    __rmul__ = __mul__
+
+
+def _sizes(g: Tensor) -> tuple[int, int]:
+    return g.shape[:-1].numel(), g.shape[-1]
+
+
+def kind_of(act: nn.Module) -> Kind | None:
+    """Which kind of `apt_kernels.gated_activation` a module computes, by what it makes of a few numbers."""
+    with torch.no_grad(), unset_fake_temporarily():  # in a model of fake tensors too these numbers are real
+        g = torch.linspace(-6.0, 6.0, 49, dtype=torch.float64)
+        y = copy.deepcopy(act)(g)
+        found = (kind for kind, function in KINDS.items() if torch.allclose(y, function(g), rtol=0, atol=1e-8))
+        return next(found, None)
+
+
+def put_activations(model: nn.Module, family: Family) -> None:
+    """Let the gated blocks of a patched model, where the family's table names their activation, be one op each."""
+    for layer in family.layers(model):
+        there = dict(layer.module.named_modules())
+        for part in layer.stack.parts:
+            if isinstance(part, FFN) and part.act is not None and part.act in there:  # a block of Liger's has none
+                act, down = there[part.act], there.get(part.down)
+                kind = kind_of(act)
+                if kind is not None and isinstance(down, APTAdapter):
+                    replace_module(layer.module, part.act, GatedActivation(act, kind, down))
+
+
+def restore_activations(model: nn.Module) -> None:
+    """Put the activations themselves back."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, GatedActivation):
+            replace_module(model, name, module.act)

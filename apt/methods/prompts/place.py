@@ -1,0 +1,141 @@
+"""Puts a prompt into a model and takes it out: one module under the name `PROMPT`, and hooks on its stack."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.families import Attention, Family, Stack, base_model
+from apt.families.anatomy import head_size, present_units
+from apt.methods.prompts.config import PromptConfig
+from apt.methods.prompts.modules import PrefixTuning, PTuningEmbedding
+from apt.methods.prompts.prefixes import FillCache
+from apt.methods.prompts.tokens import InsertTokens, SeeTokens
+
+PROMPT = "apt_prompt"  # name of the prompt in the model
+READ_FIRST = ("ForSequenceClassification", "ForMultipleChoice")  # models that read the first place of an encoder
+
+Prompt = PTuningEmbedding | PrefixTuning
+
+
+def placed_prompt(model: nn.Module) -> Prompt | None:
+    """The prompt of a model, if it has one."""
+    found = getattr(model, PROMPT, None)
+    return found if isinstance(found, Prompt) else None
+
+
+def place_prompt(model: nn.Module, family: Family, method: str, settings: PromptConfig) -> list[Any]:
+    """Give a model a new prompt that trains, in at least float32.
+
+    P-tuning goes to the encoder of an encoder-decoder, prefix tuning to its decoder, as in PEFT.
+
+    Args:
+        model: of `family`, pruned or not; layers may differ in heads.
+        family: its table.
+        method: "p_tuning" or "prefix_tuning".
+        settings: of the prompt.
+
+    Returns:
+        Handles of the hooks.
+
+    Raises:
+        ValueError: prefix tuning, of a model that takes no cache.
+    """
+    weight = _embeddings(_reader(model, _stacks(model, family)[0])).weight
+    prompt = _new_prompt(model, family, method, settings)
+    prompt = prompt.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    setattr(model, PROMPT, prompt.train(model.training))
+    return _hook(model, family, prompt)
+
+
+def place_plain_prompt(model: nn.Module, family: Family, method: str, num_virtual_tokens: int) -> None:
+    """Give a model an empty place for a prompt without a network, as an export keeps it; the numbers follow."""
+    settings = PromptConfig(num_virtual_tokens=num_virtual_tokens, mlp_layers=0, layer_norm=False)
+    prompt = _new_prompt(model, family, method, settings)
+    setattr(model, PROMPT, prompt)
+    _hook(model, family, prompt)
+
+
+def remove_prompt(model: nn.Module) -> None:
+    """Take the prompt out of a model; its hooks go by their handles."""
+    delattr(model, PROMPT)
+
+
+def _new_prompt(model: nn.Module, family: Family, method: str, settings: PromptConfig) -> Prompt:
+    if method == "p_tuning":
+        return PTuningEmbedding(
+            settings.num_virtual_tokens,
+            _embeddings(_reader(model, _stacks(model, family)[0])).weight.shape[1],
+            settings.hidden_dimension,
+            settings.dropout_probability,
+            mlp_layers=settings.mlp_layers,
+            layer_norm=settings.layer_norm,
+        )
+    sizes = prefix_sizes(model, family)
+    return PrefixTuning(
+        len(sizes),
+        [heads for heads, _ in sizes],
+        [size for _, size in sizes],
+        settings.num_virtual_tokens,
+        settings.dropout_probability,
+        prefix_projection=settings.prefix_projection,
+        hidden_dimension=settings.hidden_dimension,
+    )
+
+
+def _hook(model: nn.Module, family: Family, prompt: Prompt) -> list[Any]:
+    stacks = _stacks(model, family)
+    if isinstance(prompt, PrefixTuning):
+        stack = stacks[-1]
+        reader = _reader(model, stack)
+        return FillCache(prompt, reader, decoder=stack.decoder).register(reader)
+    stack, reader = stacks[0], _reader(model, stacks[0])
+    read_first = not stack.decoder and type(model).__name__.endswith(READ_FIRST)
+    trims = len(stacks) == 1 and not read_first
+    handles = InsertTokens(prompt, reader, decoder=stack.decoder, trims=trims).register(reader)
+    for behind in stacks[1:]:
+        reader = _reader(model, behind)
+        handles += SeeTokens(prompt, reader, decoder=True).register(reader)
+    return handles
+
+
+def _stacks(model: nn.Module, family: Family) -> list[Stack]:
+    """The stacks that the model has, the encoder first."""
+    return list(dict.fromkeys(layer.stack for layer in family.layers(model)))
+
+
+def _reader(model: nn.Module, stack: Stack) -> nn.Module:
+    """The innermost module around the layers of a stack that embeds tokens."""
+    base, places = base_model(model), stack.layers.split(".")
+    around = [base.get_submodule(".".join(places[:depth])) for depth in range(len(places))]
+    return next(module for module in reversed(around) if hasattr(module, "get_input_embeddings"))
+
+
+def _embeddings(reader: Any) -> nn.Embedding:
+    found = reader.get_input_embeddings()
+    assert isinstance(found, nn.Embedding)
+    return found
+
+
+def prefix_sizes(model: nn.Module, family: Family) -> list[tuple[int, int]]:
+    """Heads of keys and values, and the size of a head, of each layer that gets a prefix: 0 and 0 where none is left.
+
+    Raises:
+        ValueError: the stack takes no cache.
+    """
+    stack = _stacks(model, family)[-1]
+    reader = _reader(model, stack)
+    takes_cache = "past_key_values" in inspect.signature(reader.forward).parameters
+    if not takes_cache or not getattr(reader, "is_decoder", True):
+        raise ValueError(
+            f"patch_model: prefix tuning hands its keys and values over as a cache, and {type(reader).__name__} takes "
+            f"none; use method='p_tuning'"
+        )
+    counts, sizes = present_units(model, family), []
+    for layer in family.layers(model):
+        if layer.stack == stack:
+            part = next(part for part in stack.parts if isinstance(part, Attention) and not part.cross)
+            heads = counts[f"{layer.name}.{part.units}"]
+            sizes.append((heads, head_size(layer.module.get_submodule(part.module)) if heads else 0))
+    return sizes

@@ -1,0 +1,122 @@
+"""PruningConfig: how much goes, when, and what must stay."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from apt.layers.hidden import SITES
+from apt.pruning.salience import KURTOSES, SALIENCES
+from apt.pruning.schedule import SCHEDULES, Point, SparsityScheduler, to_steps
+
+UNIT_TYPES = ("head", "neuron", "hidden")
+BALANCES = ("type", "none")
+LAYOUTS = ("free", "uniform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig:
+    """How much goes, when, and what must stay."""
+
+    target_sparsity: float = 0.6  # fraction of the block parameters gone at the end, [0, 1)
+    target_speedup: float | None = None  # instead of it: forward passes so many times as fast on this device, 1 or more
+    latency_batch_size: int = 32  # sentences of that forward pass, at least 1
+    latency_length: int = 64  # tokens of each, at least 1
+    prune_start: Point = 0.02  # float: fraction of the run; int: optimizer step
+    sparsity_warmup: Point = 0.0  # after prune_start, while only ranks grow
+    prune_end: Point = 0.40  # the last event
+    num_events: int = 5  # 0 or more
+    update_frequency: int | None = None  # instead of it: optimizer steps between two events, about; at least 1
+    scheduler: str = "cubic"  # how sparsity rises over the events: the paper's cubic
+    decay: Point = 0.6  # masks fall for so long before an event; float: fraction of the interval; int: steps
+    settle: Point = 0.2  # and rest at 0 or 1 for so long
+    round_to: int = 8  # neurons of a layer, and hidden dimensions, come in multiples of this
+    min_heads: int = 0  # KV groups every layer keeps
+    min_neurons: int = 0  # neurons every layer keeps
+    min_hidden: int = 8  # hidden dimensions the model keeps, at least 1
+    unit_types: tuple[str, ...] = ("head", "neuron")  # what is pruned; "hidden" dimensions too where they are named
+    hidden_sites: str = "read"  # where hidden dimensions are scored: "read" by a layer, or "write", output and down
+    prune_before_tuning: bool = False  # all at once before step 1, from static scores; no pruning event comes later
+    calibration_batches: int = 32  # of training data, summed into these scores; at least 1
+    salience: str = "product_of_sums"  # of a unit; "sum_of_products", "gate_taylor" keep activations; or "magnitude"
+    kurtosis: str | None = None  # added to it: "off", "paper", "normalized", "original"; null: paper in decoders only
+    balance: str = "type"  # "type": densities over the mean of their kind of unit; "none": as they are
+    layout: str = "free"  # "free": each layer its own counts; "uniform": as many heads and neurons in every layer
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.target_sparsity < 1.0:
+            raise ValueError(f"pruning: target_sparsity must be in [0, 1), got {self.target_sparsity}")
+        if self.target_speedup is not None and not 1.0 <= self.target_speedup < float("inf"):
+            raise ValueError(f"pruning: target_speedup must be at least 1, got {self.target_speedup}")
+        object.__setattr__(self, "unit_types", tuple(self.unit_types))
+        if not self.unit_types or not set(self.unit_types) <= set(UNIT_TYPES):
+            raise ValueError(f"pruning: unit_types must be some of {list(UNIT_TYPES)}, got {list(self.unit_types)}")
+        choices = {
+            "salience": SALIENCES,
+            "hidden_sites": SITES,
+            "kurtosis": (None, *KURTOSES),
+            "balance": BALANCES,
+            "scheduler": SCHEDULES,
+            "layout": LAYOUTS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"pruning: {name} must be one of {list(known)}, got {getattr(self, name)!r}")
+        for name in ("prune_start", "sparsity_warmup", "prune_end", "decay", "settle"):
+            point = getattr(self, name)
+            if point < 0 or (isinstance(point, float) and point > 1.0):
+                raise ValueError(f"pruning: {name} must be a fraction in [0, 1] or a number of steps, got {point}")
+        if self.num_events < 0 or self.min_heads < 0 or self.min_neurons < 0:
+            raise ValueError("pruning: num_events, min_heads and min_neurons must be at least 0")
+        if self.round_to < 1 or self.min_hidden < 1:
+            raise ValueError("pruning: round_to and min_hidden must be at least 1")
+        if self.update_frequency is not None and self.update_frequency < 1:
+            raise ValueError(f"pruning: update_frequency must be at least 1, got {self.update_frequency}")
+        if self.calibration_batches < 1:
+            raise ValueError(f"pruning: calibration_batches must be at least 1, got {self.calibration_batches}")
+        if self.salience == "magnitude" and self.kurtosis not in (None, "off"):
+            raise ValueError(
+                f"pruning: salience 'magnitude' takes no statistics, so kurtosis must be 'off', got {self.kurtosis!r}"
+            )
+        if min(self.latency_batch_size, self.latency_length) < 1:
+            raise ValueError("pruning: latency_batch_size and latency_length must be at least 1")
+        if self.target_speedup is not None and "hidden" in self.unit_types:
+            raise ValueError("pruning: target_speedup prices heads and neurons; leave 'hidden' out of unit_types")
+        without = self.num_events == 0 and self.update_frequency is None
+        if without and self.target_saving > 0.0 and not self.prune_before_tuning:
+            goal = "target_sparsity" if self.target_speedup is None else "target_speedup"
+            raise ValueError(f"pruning: {goal} {getattr(self, goal)} needs num_events of at least 1, got 0")
+
+    @property
+    def target_saving(self) -> float:
+        """What should be gone at the end, as a fraction: of the block parameters, or of the time of a forward pass."""
+        return self.target_sparsity if self.target_speedup is None else 1.0 - 1.0 / self.target_speedup
+
+    def asked(self, saving: float) -> dict[str, Any]:
+        """A saving as plans and events tell it, by the names of their fields."""
+        if self.target_speedup is None:
+            return {"target_sparsity": saving}
+        return {"target_sparsity": None, "target_speedup": 1.0 / (1.0 - saving)}
+
+    def events_in(self, total_steps: int) -> int:
+        """How many events a run of so many optimizer steps has."""
+        if self.update_frequency is None:
+            return self.num_events
+        window = to_steps(self.prune_end, total_steps) - to_steps(self.prune_start, total_steps)
+        return max(1, window // self.update_frequency)
+
+    def schedule(self, total_steps: int) -> SparsityScheduler:
+        """The schedule of a run of that many optimizer steps; a run that is too short raises ValueError.
+
+        With `target_speedup` it is one of the time saved: at a value v the model is 1 / (1 - v) times as fast. With
+        `prune_before_tuning` it has no events: all is done before step 1.
+        """
+        return SparsityScheduler(
+            total_steps,
+            self.target_saving,
+            schedule_type=self.scheduler,
+            prune_start=self.prune_start,
+            prune_end=self.prune_end,
+            sparsity_warmup=self.sparsity_warmup,
+            num_events=0 if self.prune_before_tuning else self.events_in(total_steps),
+            decay=self.decay,
+            settle=self.settle,
+        )

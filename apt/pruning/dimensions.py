@@ -1,0 +1,99 @@
+"""The hidden dimensions of a model as one group of units: its members, its exact cost."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from apt.families import EmptyAttention, Family
+from apt.families.hidden_tables import Part, hidden_parts
+from apt.layers import APTAdapter
+from apt.layers.hidden import HiddenGate, HiddenNorm
+from apt.pruning.units import Member, UnitGroup
+
+NAME = "hidden"  # name and kind of the group
+
+
+@dataclass(frozen=True)
+class HiddenGroup:
+    """All hidden dimensions of a model, one unit each."""
+
+    gate: HiddenGate
+    parts: tuple[Part, ...]  # of the patched model
+    floor: int = 0  # dimensions that always stay
+
+    name: str = NAME
+    kind: str = NAME
+
+    @property
+    def num_units(self) -> int:
+        return self.gate.num_units
+
+    @property
+    def members(self) -> list[Member]:
+        """The adapted linears of the layers, each with the side that the dimensions own."""
+        inside = [p for p in self.parts if p.layer is not None and isinstance(p.module, APTAdapter) and not p.aside]
+        return [Member(part.module, axis, 1) for part in inside for axis in part.axes]  # type: ignore[arg-type]
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """What the layers hold of the dimensions beside linears, ``[num_units]`` each: norms, biases that stayed."""
+        norms = [part.module.view() for part in self.parts if isinstance(part.module, HiddenNorm) and part.layer]
+        stayed = [(part.module.bias, None) for part in self.parts if isinstance(part.module, EmptyAttention)]
+        return [vector for pair in [*norms, *stayed] for vector in pair if vector is not None]
+
+    @property
+    def writers(self) -> list[APTAdapter]:
+        """Output and down projections of all layers, whose rows the dimensions own."""
+        return [member.linear for member in self.members if member.axis == "out"]
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """What trains of its parts and has to follow a cut."""
+        for part in self.parts:
+            if isinstance(part.module, APTAdapter):
+                yield from part.module.adapter_parameters()
+            elif part.kind != "gate":
+                yield from (p for p in part.module.parameters(recurse=False) if p.requires_grad)
+
+    def cost(self) -> int:
+        """Frozen parameters inside the layers that go with one dimension, at the present heads and neurons."""
+        return sum(member.cost() for member in self.members) + len(self.vectors)
+
+    def slope(self) -> int:
+        """Dimensions are priced by what heads and neurons cost less without them."""
+        return 0
+
+
+Group = UnitGroup | HiddenGroup
+
+
+def find_dimensions(model: nn.Module, family: Family, *, min_hidden: int = 0) -> HiddenGroup:
+    """The hidden dimensions of a patched model at their present size.
+
+    Raises:
+        ValueError: they cannot be removed from this model; the text says why.
+    """
+    parts = hidden_parts(model, family)
+    gate = next(part.module.hidden for part in parts if isinstance(part.module, HiddenNorm))
+    return HiddenGroup(gate, tuple(parts), min(min_hidden, gate.num_units))
+
+
+def hidden_group(model: nn.Module, family: Family | None) -> HiddenGroup | None:
+    """The hidden dimensions of a patched model; None where their gates are not in."""
+    gated = any(isinstance(module, HiddenNorm) for module in model.modules())
+    return find_dimensions(model, family) if gated and family is not None else None
+
+
+def has_dimensions(model: nn.Module, family: Family) -> bool:
+    """Whether hidden dimensions can be removed from a plain or patched model."""
+    try:
+        hidden_parts(model, family)
+    except ValueError:
+        return False
+    return True
+
+
+def outer_linears(model: nn.Module, family: Family) -> list[str]:
+    """Names of the linears outside the layers that read or write hidden dimensions."""
+    parts = hidden_parts(model, family)
+    return [part.name for part in parts if part.kind == "linear" and part.layer is None]

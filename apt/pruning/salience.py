@@ -1,0 +1,201 @@
+"""Statistics -> scores of units and adapters, and their moving averages."""
+
+import torch
+from torch import Tensor
+
+import apt_kernels
+from apt.layers import APTAdapter
+from apt.layers.gates import MaskGate
+from apt.pruning.dimensions import Group, HiddenGroup
+from apt.pruning.units import Member, UnitGroup
+
+SALIENCES = ("product_of_sums", "sum_of_products", "gate_taylor", "magnitude")
+IMPORTANCES = ("signed", "elementwise")
+KURTOSES = ("off", "paper", "normalized", "original")
+
+
+def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_of_sums") -> Tensor:
+    """Salience of each unit: ``[num_units]``, float32.
+
+    With h the unit's features at its gate, y what leaves the gate, and sums over the valid tokens of the step::
+
+        product_of_sums   sum over features of mean|h| * sum|dL/dy|    (APT, arXiv 2401.12200, eq. 4, Algorithm 1)
+        sum_of_products   sum over features and tokens of |h * dL/dy|
+        gate_taylor       |sum over features and tokens of h * dL/dy|, which is |dL/dmask| of an open unit
+        magnitude         sum of |w| over all weights and biases of the unit, adapters merged; asks for no statistics
+
+    The mean divides the product once by the number of tokens: for a mean-reduced loss no score depends on batch size
+    or padding. A hidden dimension is a feature of every site: products of sums are taken site by site, then added.
+
+    Args:
+        group: its gate holds the sums of one optimizer step (all its micro-batches), of the kind that `salience` needs.
+        grad_scale: the loss scaler's factor on the gradients.
+        salience: one of `SALIENCES`.
+    """
+    if salience == "magnitude":
+        return _magnitude(group)
+    first_D, second_D = group.gate.sums.unbind(-2)  # of hidden dimensions one row a site: [sites, D]
+    if salience == "product_of_sums":
+        features_D = first_D * second_D / (group.gate.count.clamp(min=1.0)[..., None] * grad_scale)
+    else:
+        features_D = (first_D if salience == "sum_of_products" else second_D) / grad_scale
+    features_D = features_D if features_D.dim() == 1 else features_D.sum(0)
+    units: Tensor = features_D.view(-1, group.gate.unit_size).sum(1)
+    return units.abs() if salience == "gate_taylor" else units
+
+
+def not_finite(scores: dict[str, Tensor]) -> list[str]:
+    """The groups with a score that is NaN or infinite; asks the device once."""
+    if not scores:
+        return []
+    finite = torch.stack(torch._foreach_norm(list(scores.values()), float("inf"))).isfinite().tolist()
+    return [name for name, good in zip(scores, finite, strict=True) if not good]
+
+
+@torch.no_grad()
+def _magnitude(group: Group) -> Tensor:
+    """L1 norm of each unit, ``[num_units]``: over its cost, the mean |w| of the unit."""
+    norms = torch.zeros((), device=group.gate.mask.device)
+    for member in group.members:
+        norms = norms + _l1(member).view(-1, member.width).sum(1)
+    for vector in group.vectors if isinstance(group, HiddenGroup) else ():
+        norms = norms + vector.abs()
+    return norms
+
+
+def _l1(member: Member) -> Tensor:
+    """Sum of |w| of each row or column of a member, bias included, adapter merged."""
+    weight_OI, bias_O = member.linear.view()
+    if member.linear.rank:
+        weight_OI = member.linear.merged_weight()
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    sums: Tensor = weight_OI.abs().sum(1 if member.axis == "out" else 0, dtype=wide)
+    return sums + bias_O.abs() if member.axis == "out" and bias_O is not None else sums
+
+
+class OutlierTerm:
+    """Adds to salience ``sqrt(max(0, kurtosis))`` of each unit (APT, arXiv 2401.12200, eq. 5).
+
+    It is the kurtosis of ``(W + s B A) diag(c)`` in the projection that reads the units, c being the mean input of the
+    step, over all columns of a unit. In a neuron's one column c cancels: its term is kept from step to step unless an
+    adapter trains there. Of a hidden dimension it is the sum over all output and down projections, of the kurtosis of
+    its row.
+
+    Args:
+        mode: "off" adds nothing; "paper" the term over the tokens of the step, as salience here is the paper's over
+            that number, so the ranking is the paper's; "normalized" scales it, so that over all units of a kind
+            it weighs as much as the salience; "original" is "paper" with the slips of the authors' code (moments of the
+            sample, and heads made of entries that lie `num_heads` apart), to compare with it.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self._kept: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        """Forget what was kept: the weights have changed."""
+        self._kept.clear()
+
+    def needs_total(self, group: Group) -> bool:
+        """Whether the gate must collect its signed input for the group's own term."""
+        return self.mode != "off" and group.kind == "head"
+
+    def inputs(self, groups: list[Group]) -> list[MaskGate]:
+        """Gates that must collect their signed input for the hidden dimensions among the groups."""
+        hidden = [group for group in groups if isinstance(group, HiddenGroup)] if self.mode != "off" else []
+        return [writer.gate_in for group in hidden for writer in group.writers if writer.gate_in is not None]
+
+    def add(self, groups: list[Group], scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores of one step with the term added; the gates hold that step's sums."""
+        if self.mode == "off":
+            return scores
+        terms = {group.name: self._term(group).to(scores[group.name].dtype) for group in groups}
+        if self.mode == "normalized":
+            for kind in {group.kind for group in groups}:
+                names = [group.name for group in groups if group.kind == kind]
+                mean, salience = (torch.cat([table[name] for name in names]).mean() for table in (terms, scores))
+                for name in names if mean > 0 else ():
+                    terms[name] = terms[name] * (salience / mean)
+        return {name: scores[name] + term for name, term in terms.items()}
+
+    @torch.no_grad()
+    def _term(self, group: Group) -> Tensor:
+        if isinstance(group, HiddenGroup):
+            rows = [self._rows(writer) for writer in group.writers if writer.n_in]
+            return torch.stack(rows).sum(0) if rows else torch.zeros_like(group.gate.mask)
+        term = self._kept.get(group.name)
+        if term is None:
+            term = self._kurtosis(group).clamp(min=0.0).sqrt()
+            if group.kind == "neuron" and not group.reader.rank:
+                self._kept[group.name] = term
+        return self._over_tokens(term, group.gate)
+
+    def _over_tokens(self, term: Tensor, gate: MaskGate) -> Tensor:
+        return term if self.mode == "normalized" else term / gate.count.clamp(min=1.0)
+
+    def _kurtosis(self, group: UnitGroup) -> Tensor:
+        linear, gate = group.reader, group.gate
+        weight_OI, _ = linear.view()
+        a_RI, b_OR = linear.factors() if linear.rank else (None, None)
+        mean_I = _mean(gate) if self.needs_total(group) else None
+        size = gate.unit_size
+        if self.mode == "original" and mean_I is not None:
+            mixed = (linear.merged_weight() * mean_I).T.reshape(-1, gate.num_units)
+            weight_OI, a_RI, b_OR, mean_I, size = mixed, None, None, None, 1
+        kurtosis, _ = apt_kernels.weight_kurtosis(
+            weight_OI, a_RI, b_OR, scale=linear.scale, group=size, column_scale=mean_I
+        )
+        return self._of_sample(kurtosis, weight_OI.shape[0] * size)
+
+    def _rows(self, writer: APTAdapter) -> Tensor:
+        """The terms of the rows of one projection."""
+        assert writer.gate_in is not None
+        a_RI, b_OR = writer.factors() if writer.rank else (None, None)
+        _, kurtosis = apt_kernels.weight_kurtosis(
+            writer.view()[0], a_RI, b_OR, scale=writer.scale, column_scale=_mean(writer.gate_in)
+        )
+        return self._over_tokens(self._of_sample(kurtosis, writer.n_in).clamp(min=0.0).sqrt(), writer.gate_in)
+
+    def _of_sample(self, kurtosis: Tensor, n: int) -> Tensor:
+        """In mode "original": as with the unbiased variance of n entries."""
+        return (kurtosis + 3.0) * ((n - 1) / n) ** 2 - 3.0 if self.mode == "original" else kurtosis
+
+
+def _mean(gate: MaskGate) -> Tensor:
+    """The mean input of a gate over the valid tokens of the step."""
+    return gate.total / gate.count.clamp(min=1.0)
+
+
+@torch.no_grad()
+def adapter_importance(adapter: APTAdapter, grad_scale: float = 1.0, kind: str = "signed") -> Tensor:
+    """How much an adapter's B matters to the loss (method.md 5.1), a scalar tensor; 0 without a gradient.
+
+    ``"signed"`` is ``sum_k |sum_i B_ik dL/dB_ik|``, signed inside a rank and the same from A;
+    ``"elementwise"`` is ``sum_ik |B_ik dL/dB_ik|`` (APT, arXiv 2401.12200, eq. 7).
+    """
+    assert adapter.lora_B is not None, "ranks grow on A and B that are parameters"
+    if adapter.lora_B.grad is None:
+        return adapter.lora_B.new_zeros(())
+    products_OR = adapter.lora_B * adapter.lora_B.grad
+    return (products_OR.sum(0) if kind == "signed" else products_OR).abs().sum() / grad_scale
+
+
+class MovingAverage:
+    """``S <- momentum S + (1 - momentum) s`` per name, from 0 and without bias correction (a common factor)."""
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self.values: dict[str, Tensor] = {}
+
+    def update(self, new: dict[str, Tensor]) -> None:
+        for name, value in new.items():
+            old = self.values.get(name)
+            self.values[name] = (1 - self.momentum) * value if old is None else torch.lerp(value, old, self.momentum)
+
+    def keep(self, name: str, kept: Tensor) -> None:
+        """Follow an event: only the positions `kept` stay."""
+        if name in self.values:
+            self.values[name] = self.values[name][kept]
+
+    def reset(self) -> None:
+        self.values.clear()

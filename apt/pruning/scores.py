@@ -1,0 +1,68 @@
+"""The units of a model and the scores that a step gives them."""
+
+from torch import Tensor, nn
+
+from apt.families import Family
+from apt.layers.gates import MaskGate
+from apt.layers.hidden import HiddenGate
+from apt.pruning.config import PruningConfig
+from apt.pruning.dimensions import Group, find_dimensions
+from apt.pruning.salience import OutlierTerm, unit_scores
+from apt.pruning.units import find_units
+
+
+class UnitScores:
+    """Finds the units that may go, opens their gates, and reads what a step left there.
+
+    Args:
+        model: patched.
+        family: of the model.
+        config: which units, and how they are scored.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, config: PruningConfig) -> None:
+        self.model, self.family, self.config = model, family, config
+        default = "paper" if family.decoder and self.from_data else "off"
+        self.outliers = OutlierTerm(config.kurtosis or default)
+        self.gates: dict[MaskGate, bool] = {}  # that collect, and whether their signed inputs too
+        self.groups: list[Group] = []
+        self.find()
+
+    @property
+    def from_data(self) -> bool:
+        """Whether scores need passes over data at all."""
+        return self.config.salience != "magnitude"
+
+    def find(self) -> None:
+        """List the groups at their present sizes: at the start, and after a cut."""
+        config = self.config
+        groups = find_units(self.model, self.family, min_heads=config.min_heads, min_neurons=config.min_neurons)
+        self.groups = [group for group in groups if group.kind in config.unit_types]
+        if "hidden" in config.unit_types:
+            self.groups.append(find_dimensions(self.model, self.family, min_hidden=config.min_hidden))
+
+    def collect(self, on: bool) -> None:
+        """Open or close the statistics of every gate whose sums a score needs; they begin at nothing."""
+        if on:
+            self.collect(False)  # also in gates whose units are all gone
+            self.gates = {group.gate: self.outliers.needs_total(group) for group in self.groups}
+            self.gates |= dict.fromkeys(self.outliers.inputs(self.groups), True)
+        for gate, totals in self.gates.items():
+            gate.collecting = on and self.from_data
+            gate.products = self.config.salience != "product_of_sums"
+            gate.totals = totals
+            gate.reset_sums()
+            if isinstance(gate, HiddenGate):
+                gate.sites = self.config.hidden_sites
+
+    def take(self, grad_scale: float = 1.0) -> dict[str, Tensor]:
+        """The scores from what the gates hold, which then is nothing; of magnitude, from the weights.
+
+        Args:
+            grad_scale: the loss scaler's factor on the gradients.
+        """
+        scores = {group.name: unit_scores(group, grad_scale, self.config.salience) for group in self.groups}
+        scores = self.outliers.add(self.groups, scores)
+        for gate in self.gates:
+            gate.reset_sums()
+        return scores

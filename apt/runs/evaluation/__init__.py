@@ -1,0 +1,1 @@
+"""Scores of a model: metrics, perplexity, answers, benchmark tasks, and its efficiency."""

@@ -1,0 +1,128 @@
+"""The model and the tokenizer of a run."""
+
+import importlib.util
+import struct
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
+
+from apt.families.locate import GGUF, resolve_model
+from apt.runs.config import RunConfig
+from apt.runs.data import Loader
+from apt.runs.tasks import OF_TOKENS
+
+
+def build_tokenizer(config: RunConfig) -> Any:
+    """The tokenizer of the model; where it has no padding token, the end-of-text token pads.
+
+    Raises:
+        ValueError: it cannot be loaded, or has neither token.
+        ImportError: it lies in a package that is not installed.
+    """
+    tokenizer = _load(AutoTokenizer, config.model.name)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"model: the tokenizer of {config.model.name} has no padding and no end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(
+    config: RunConfig, num_labels: int | None, tokenizer: Any, label_names: list[str] | None = None
+) -> nn.Module:
+    """The pretrained model in float32 on the CPU: a language model with its own head, else one with a new head.
+
+    A new head is drawn with `training.seed`.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+        ImportError: it lies in a package that is not installed.
+    """
+    if config.model.task in OF_TOKENS:
+        model = _load(AutoModelForCausalLM, config.model.name, dtype=torch.float32)
+        assert isinstance(model, nn.Module)
+        return model
+    if config.model.task == "summarization":
+        model = _load(AutoModelForSeq2SeqLM, config.model.name, dtype=torch.float32)
+        assert isinstance(model, nn.Module)
+        return model
+    labels: dict[str, Any] = {"num_labels": num_labels}
+    if config.model.task == "regression":
+        labels["problem_type"] = "regression"
+    if label_names is not None and len(label_names) == num_labels:
+        labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        asks = config.model.task == "question_answering"
+        kind, labels = (AutoModelForQuestionAnswering, {}) if asks else (AutoModelForSequenceClassification, labels)
+        model = _load(kind, config.model.name, dtype=torch.float32, **labels)
+    # A decoder reads its class at the last token that is not padding, so it has to know which one that is.
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def check_shape(config: RunConfig, model: nn.Module) -> None:
+    """Raise ValueError where `model.shape`, by which a run was planned, is not that of the model."""
+    loaded: Any = model.config
+    for name, value in (config.model.shape or {}).items():
+        if (found := getattr(loaded, name, None)) != value:
+            raise ValueError(
+                f"model: {config.model.name} has {name}={found!r}, but model.shape says {value!r}; correct it, or "
+                f"leave model.shape out"
+            )
+
+
+def _load(kind: Any, name: str, **settings: Any) -> Any:
+    path, broken = resolve_model(name), [OSError, SafetensorError]
+    if path.endswith(GGUF):
+        broken += [ValueError, LookupError, struct.error]
+        path, _, settings["gguf_file"] = path.rpartition("/")
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError(f'model: reading {name} needs gguf; pip install "apt-lm[gguf]"')
+        if kind is not AutoTokenizer:  # without dequantize the model is dense and yet marked as quantized
+            settings["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        return kind.from_pretrained(path or ".", **settings)
+    except FileNotFoundError:
+        raise
+    except tuple(broken) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model: {name} cannot be loaded: {reason}") from None
+
+
+def check_lengths(data: Loader, model: nn.Module) -> None:
+    """Raise ValueError where a row of the data has more tokens than the model has positions."""
+    most, limit = (
+        max(len(ids) for part in (data.train, data.test) for ids in part.columns["input_ids"]),
+        positions(model),
+    )
+    if limit is not None and most > limit:
+        raise ValueError(
+            f"data: a sequence of {most} tokens is longer than the {limit} positions of the model; set "
+            f"{data.length_setting} to at most {limit}"
+        )
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens of a sequence a model has positions for; None where they are relative and any number goes."""
+    for name, module in model.named_modules():
+        # RoBERTa and its like count positions from behind the number of the padding token.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    config: Any = model.config
+    if hasattr(config, "relative_attention_num_buckets") or not getattr(config, "position_biased_input", True):
+        return None  # T5; DeBERTa v2 and v3
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit

@@ -1,0 +1,212 @@
+"""A whole run: from a config to a folder that holds the small model, its metrics and its events."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import utils as hub
+from torch import nn
+from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from apt.export import CARD, load_model
+from apt.export.model_card import README, CardFacts, model_card
+from apt.files import check_writable, write_json, writing
+from apt.runs.arguments import choose_device, optimizer_class, training_arguments
+from apt.runs.config import RunConfig
+from apt.runs.data import Loader
+from apt.runs.measure import MODEL, build_evaluator, measure, scores_of
+from apt.runs.models import build_model, build_tokenizer, check_lengths, check_shape
+from apt.runs.report import print_report
+from apt.runs.run_folder import (
+    CHECKPOINTS,
+    EFFICIENCY,
+    METRICS,
+    begin,
+    find_checkpoint,
+    give_name,
+    is_done,
+    is_whole,
+    partial_of,
+)
+from apt.runs.tasks import load_data
+from apt.surgery import patch_model, summary
+from apt.training.checkpoint import random_state_kept
+from apt.training.trainer import APTrainer
+
+EVENTS = "events.jsonl"
+ADVICE = (
+    "free space there or make it writable, and go on with --resume, from the last checkpoint if there is one; or give "
+    "another output_dir"
+)
+
+
+def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, command: str | None = None) -> Path:
+    """A whole run: train, export, load the export again, measure it, report. Returns the run's folder.
+
+    Everything is written to ``<output_dir>.partial``, which gets its name only at the end: a finished run of that name
+    stays until a new one has succeeded. With `resume` a finished run is left as it is, and an unfinished one goes on
+    from its last checkpoint, or from the start where it has none. The model card tells `command` as what began the run.
+
+    Raises:
+        ValueError: the output folder holds something, or a setting, the data or the model is not what it must be.
+        OSError: the folder cannot be written, or its disk is full; what is there lies under the temporary name.
+        FloatingPointError: the loss became NaN or infinite; the last good state is saved as a checkpoint.
+    """
+    output = Path(config.output_dir).expanduser()
+    partial = partial_of(output)
+    if is_done(output, config, overwrite=overwrite, resume=resume):
+        return output
+    if is_whole(partial, config, resume=resume):
+        return _name_and_report(partial, output)
+    check_writable(partial, "train")
+    checkpoint = find_checkpoint(partial, config, overwrite=overwrite, resume=resume)
+    _start(config)
+    tokenizer = build_tokenizer(config)
+    data = load_data(config, tokenizer)
+    print(f"{len(data.train):,} {data.unit} to train on, {len(data.test):,} to test on", file=sys.stderr)
+    model = build_model(config, data.num_labels, tokenizer, data.label_names)
+    check_shape(config, model)
+    check_lengths(data, model)
+    with writing(partial, "train", ADVICE):
+        if checkpoint is None:
+            begin(partial, config)
+        trainer, seconds = _fit(config, model, tokenizer, data, partial, checkpoint)
+        metrics, times = measure(config, tokenizer, data, partial, trainer)
+        efficiency = {"train_seconds": seconds, **trainer.throughput(), **times}
+        if checkpoint is not None:
+            # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
+            step = int(Path(checkpoint).name.rpartition("-")[2])
+            efficiency |= {"resumed_from_step": step, "tokens_per_s_before": None, "tokens_per_s_after": None}
+        _write_card(config, trainer, partial / MODEL, metrics | efficiency, command)
+        write_json(partial / EFFICIENCY, efficiency)
+        write_json(partial / METRICS, metrics)  # the last of all: it marks the run as whole
+    return _name_and_report(partial, output)
+
+
+def _write_card(
+    config: RunConfig, trainer: APTrainer, folder: Path, metrics: dict[str, Any], command: str | None
+) -> None:
+    """The model card of the export once more, with what the run knows of it."""
+    model = trainer.model
+    assert model is not None
+    stock = bool(json.loads((folder / CARD).read_text(encoding="utf-8"))["stock"])
+    facts = CardFacts(config.model.name, type(model).__name__, config.model.method, stock, summary(model))
+    (folder / README).write_text(model_card(facts, metrics, config.model.task, command), encoding="utf-8")
+
+
+def _name_and_report(partial: Path, output: Path) -> Path:
+    give_name(partial, output)
+    print_report(output)
+    print(f"apt: python -m apt report {output} draws a page of this run", file=sys.stderr)
+    return output
+
+
+def _start(config: RunConfig) -> None:
+    """Seeds, threads, and quiet libraries; this is the process of a command, so it may set them."""
+    if config.hardware.num_threads is not None:
+        torch.set_num_threads(config.hardware.num_threads)
+    transformers.set_seed(config.training.seed)
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Where the hub cannot be reached, its retries are told one by one; our error says it once.
+    hub_logging: Any = hub.logging
+    hub_logging.set_verbosity_error()
+
+
+SHOWN: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # on the progress bar, beside what remains of the time
+    *((name, name, lambda value: f"{float(value):.3f}") for name in ("loss", "task_loss", "distill_loss", "mu")),
+    ("sparsity", "sparsity", "{:.1%}".format),
+    ("adapter_params", "budget", "{:,} parameters".format),
+    ("tokens_per_s", "tokens/s", "{:,.0f}".format),
+)
+
+
+class _Bar(ProgressCallback):
+    """The progress bar with the loss on it, instead of a line for each."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix({name: write(logs[key]) for key, name, write in SHOWN if key in logs})
+
+    def close(self) -> None:
+        """End its line, also where training failed: what is printed next starts on a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
+
+class _Curve(TrainerCallback):
+    """Scores the model on its way, every `score_steps`; the run is the one without, and nothing is chosen by them."""
+
+    def __init__(self, trainer: APTrainer, steps: int, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
+        self.trainer, self.steps, self.evaluate = trainer, steps, evaluate
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.steps == 0:
+            with random_state_kept():
+                scores = self.evaluate(model)
+            self.trainer.log_aside({f"eval_{name}": value for name, value in scores.items()})
+
+
+def _fit(
+    config: RunConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    data: Loader,
+    partial: Path,
+    checkpoint: str | None,
+) -> tuple[APTrainer, float]:
+    """Patch and train the model; returns the trainer and the seconds of training."""
+    trainer = APTrainer(
+        model=patch_model(model, config.apt_config()),
+        args=training_arguments(config, partial / CHECKPOINTS),
+        train_dataset=data.train,
+        data_collator=data.collator,
+        processing_class=tokenizer,
+        event_log=partial / EVENTS,
+        record_to=partial,
+        optimizer_cls_and_kwargs=optimizer_class(config.training),
+    )
+    trainer.remove_callback(ProgressCallback)
+    bar = _Bar()
+    trainer.add_callback(bar)
+    if config.evaluation.score_steps:
+        evaluator, steps = build_evaluator(config, tokenizer), config.evaluation.score_steps
+        trainer.add_callback(_Curve(trainer, steps, lambda model: scores_of(config, evaluator, model, data)))
+    for callback in trainer.callback_handler.callbacks:  # by default TensorBoard's files would go with the checkpoints
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = callback.logging_dir or str(partial / "tensorboard")
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        bar.close()
+    seconds = time.perf_counter() - started
+    return trainer, seconds
+
+
+def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Scores of an export, with the tokenizer beside it, on the test split of a config.
+
+    Raises:
+        ValueError: the folder is no export, or the data does not fit it.
+    """
+    _start(config)
+    model = load_model(folder).to(choose_device(config.hardware))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hf_config: Any = model.config
+    data = load_data(config, tokenizer, num_labels=hf_config.num_labels)
+    evaluator = build_evaluator(config, tokenizer)
+    check_lengths(data, model)
+    return {
+        **scores_of(config, evaluator, model, data),
+        "test_size": len(data.test),
+        "folder": str(folder),
+        "data": config.data.datasets,
+    }

@@ -1,0 +1,196 @@
+"""Puts adapters and gates into a plain model, and takes them out again."""
+
+from typing import Any
+
+from torch import nn
+
+from apt.apt_config import APTConfig
+from apt.distillation import release
+from apt.families import Family, find_family, known_family
+from apt.layers.fused import restore_plain, split_fused
+from apt.layers.gated_activation import put_activations, restore_activations
+from apt.layers.gates import ValidTokens
+from apt.methods import METHODS, place_gates, remove_gates
+from apt.methods.prompts import PROMPT, place_prompt, placed_prompt, remove_prompt
+from apt.pruning.dimensions import has_dimensions, hidden_group, outer_linears
+from apt.pruning.units import block_params
+from apt.surgery.hidden import place_dimensions, remove_dimensions
+from apt.surgery.put_in import ValidTokenHook, keep_few_kernels, put_adapters, put_gates, share_inputs
+from apt.surgery.state import PatchState, forget_graphs, patch_state, uncompiled
+from apt.surgery.tails import free_tails
+from apt.surgery.targets import Places, find_places
+from apt.surgery.task_head import narrow, widen
+
+
+def patch_model(
+    model: nn.Module, config: APTConfig | None = None, *, method: str = "apt", **overrides: Any
+) -> nn.Module:
+    """Freeze a model and put adapters and gates into it, in place.
+
+    Adapters and the task head train, both in at least float32; everything else is frozen. Where units are to go, as
+    with ``method="apt"`` or ``prune=True``, every linear of attention and FFN becomes an `APTAdapter` (rank 0 where
+    nothing trains) and the output and down projections get a gate that costs nothing until a `Controller` opens it.
+    Otherwise only the targets are replaced; this works for any ``nn.Module``.
+
+    A model of PEFT with LoRA layers stays PEFT's, in parameters, names and methods; its LoRA linears get the fused op
+    in place of their forward. It takes no config.
+
+    Args:
+        model: a Hugging Face model, any module where nothing is pruned, or a PEFT LoRA model; compiled already or not.
+        config: None is the default; `method` and `overrides` apply on top.
+        method: "apt", "lora", "adalora", "adalora_simple", "gsa", "spectral_a", "spectral_r" or "dynacsg";
+            or "p_tuning" or "prefix_tuning": no adapter, but a prompt and the task head train; or "full": nothing is
+            put in, everything trains.
+        overrides: leaves of the config by name.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model is patched already, its family is unknown though units are to go, a target matches
+            nothing, or a setting is unknown or out of range.
+    """
+    given, model = model, uncompiled(model)
+    if isinstance(getattr(model, "_apt", None), PatchState):
+        raise ValueError("patch_model: this model is patched already; call apt.unpatch_model(model) first")
+    if given is not model:  # what was compiled before knows nothing of the parts put in now
+        forget_graphs()
+    keep_few_kernels(model)
+    if _of_peft(model):
+        _fuse_peft(model, config, method, overrides)
+        return given
+    if method != "apt" or config is None:
+        overrides = {"method": method, **overrides}
+    config = (config or APTConfig()).with_overrides(**overrides)
+    family = _family_for(model, config)
+    places = find_places(model, config, family)
+    hf_config = getattr(model, "config", None)
+    state = PatchState(
+        config=config,
+        family=family,
+        valid={} if family is None else {layer.stack.name: ValidTokens() for layer in family.layers(model)},
+        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        use_cache=getattr(hf_config, "use_cache", None),
+        block_params=0 if family is None else block_params(model, family),
+        params_before=sum(p.numel() for p in model.parameters()),
+    )
+    model.requires_grad_(False)
+    if family is None:
+        state.init_seconds = put_adapters(model, config, places.targets)
+    else:
+        _put_parts(model, family, places, state)
+    for module in places.head:
+        module.requires_grad_(True)
+    state.dtypes, hooks = widen(model, places.head)
+    state.hooks += hooks
+    model._apt = state  # type: ignore[assignment]
+    return given
+
+
+def _family_for(model: nn.Module, config: APTConfig) -> Family | None:
+    """The family, which must be known where units are to go, and for gates of the example and prompts.
+
+    Raises:
+        ValueError: it is not known, or the model has nothing that the config could change.
+    """
+    needed = config.prunes or config.prompts or METHODS[config.method].per_example
+    family = find_family(model) if needed else known_family(model)
+    if family is not None and not family.layers(model):
+        raise ValueError("patch_model: the model has no layers, so it has no prunable units")
+    if placed_prompt(model) is not None and (config.prunes or config.prompts):
+        raise ValueError("patch_model: this model came with a prompt, so it can be neither pruned nor given another")
+    return family
+
+
+def _put_parts(model: nn.Module, family: Family, places: Places, state: PatchState) -> None:
+    """Adapters, gates and the prompt of a model of a known family, and the hooks they need."""
+    config = state.config
+    split_fused(model, family, places.split)
+    state.hidden = config.prunes and has_dimensions(model, family)
+    if config.prompts:
+        state.hooks += place_prompt(model, family, config.method, config.prompt)
+    without_rank = [*places.prunable, *(_outside(model, family, places) if state.hidden else [])]
+    state.init_seconds = put_adapters(model, config, places.targets, without_rank)
+    share_inputs(model, family)
+    if config.prunes:
+        put_gates(model, family, state.valid)
+        put_activations(model, family)
+        if state.hidden:
+            place_dimensions(model, family, state.valid)
+        hook = ValidTokenHook(model, family, state.valid)
+        state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+    if METHODS[config.method].per_example:
+        group = hidden_group(model, family)
+        state.hooks += place_gates(model, family, config.adapter, None if group is None else group.gate)
+
+
+def _outside(model: nn.Module, family: Family, places: Places) -> list[str]:
+    """Linears outside the layers that read or write the hidden dimensions, but for those that train in full."""
+    in_full = {id(module) for part in places.head for module in part.modules()}
+    return [name for name in outer_linears(model, family) if id(model.get_submodule(name)) not in in_full]
+
+
+def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Put plain linear layers back, in place, and restore what was trainable; sizes stay as pruned.
+
+    Args:
+        model: patched by `patch_model`.
+        merge: add the adapters into the weights first; otherwise what they learnt is dropped. On a model of PEFT use
+            its own ``merge_and_unload``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: it is not patched, or what is to be merged depends on the example or is a prompt.
+    """
+    given, model = model, uncompiled(model)
+    if given is not model:
+        forget_graphs()
+    if _of_peft(model):
+        from apt.surgery.peft_layers import unfuse
+
+        unfuse(model)
+        return given
+    state = patch_state(model)
+    if merge and METHODS[state.config.method].per_example:
+        raise ValueError(
+            f"unpatch_model: the update of method {state.config.method!r} depends on the example, so no weight can "
+            f"hold it; keep the model patched, or save it with apt.export_model, which keeps the gates"
+        )
+    if any(name.startswith(f"{PROMPT}.") and name not in state.requires_grad for name, _ in model.named_parameters()):
+        if merge:
+            raise ValueError("unpatch_model: a prompt cannot be merged into weights; apt.export_model keeps it")
+        remove_prompt(model)
+    release(model)
+    remove_gates(model)
+    free_tails(model)
+    restore_activations(model)
+    if state.hidden and state.family is not None:
+        remove_dimensions(model, state.family)
+    restore_plain(model, merge=merge)
+    for hook in state.hooks:
+        hook.remove()
+    narrow(model, state.dtypes)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(state.requires_grad.get(name, False))
+    del model._apt
+    return given
+
+
+def _of_peft(model: nn.Module) -> bool:
+    """Whether any layer is one of PEFT's; asked without importing it."""
+    return any(type(module).__module__.startswith(("peft.", "apt.surgery.peft_layers")) for module in model.modules())
+
+
+def _fuse_peft(model: nn.Module, config: APTConfig | None, method: str, overrides: dict[str, Any]) -> None:
+    from apt.surgery.peft_layers import fuse, is_peft
+
+    if not is_peft(model):
+        raise ValueError("patch_model: of PEFT's methods only LoRA runs on the fused op; train this model as it is")
+    if config is not None or overrides or method not in ("apt", "lora"):
+        raise ValueError(
+            "patch_model: a PEFT model keeps PEFT's settings, so it takes no config, method or overrides; to prune "
+            "while training, give the model without PEFT: patch_model(model.unload())"
+        )
+    fuse(model)

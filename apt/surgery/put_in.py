@@ -1,0 +1,94 @@
+"""The parts that a patch puts into a model: adapted linears, gates, and the hook that hands gates the padding."""
+
+import inspect
+import os
+import time
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from apt.apt_config import APTConfig
+from apt.families import Family
+from apt.families.anatomy import num_units, part_linears
+from apt.families.linears import features, replace_module
+from apt.layers import APTAdapter, SharedInput
+from apt.layers.fused import FusedLinears
+from apt.layers.gates import MaskGate, ValidTokens
+from apt.methods import adapt, rank_and_scale
+
+CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # oneDNN's names of one variable
+
+
+def keep_few_kernels(model: nn.Module) -> None:
+    """Let oneDNN keep 64 of the kernels that it compiles, instead of 1,024, where a float32 model is on a CPU.
+
+    There it compiles GELU, forward and backward, for every size: for each length of a batch and, once layers are
+    pruned, each width. What it keeps for them are small blocks among the activations, around which glibc's heap cannot
+    close again. To compile one takes a tenth of a millisecond. In 16 bits oneDNN computes the matrix products too,
+    whose kernels take longer: there all stay.
+
+    oneDNN reads the variable when it compiles its first kernel, so call this before the model runs. A value that the
+    user has set stays.
+    """
+    first = next(model.parameters(), None)
+    here = first is not None and first.device.type == "cpu" and first.dtype is torch.float32
+    if here and not any(name in os.environ for name in CAPACITY):
+        os.environ[CAPACITY[0]] = "64"
+
+
+IGNORED = -100  # the label of a token that no loss counts
+
+
+def put_adapters(model: nn.Module, config: APTConfig, targets: list[str], without_rank: Collection[str] = ()) -> float:
+    """Put an adapted linear in the place of each named one, with rank where it is a target. Returns the seconds."""
+    started = time.perf_counter()
+    with_rank = set(targets)
+    for name in tqdm(
+        sorted({*targets, *without_rank}), desc=f"{config.method} adapters", unit="layer", delay=2.0, leave=False
+    ):
+        linear, whole = model.get_submodule(name), name.rpartition(".")[0]
+        called = [name, *([whole] if isinstance(model.get_submodule(whole), FusedLinears) else [])]
+        rank, scale = rank_and_scale(called, config.rank, config.scale, config.adapter)
+        rank = rank if name in with_rank and all(features(linear)) else 0  # of a layer that lost all, nothing is left
+        adapter = adapt(linear, config.method, rank, scale, config.adapter, init_std=config.tuning.init_std)
+        replace_module(model, name, adapter)
+    return time.perf_counter() - started
+
+
+def put_gates(model: nn.Module, family: Family, valid: dict[str, ValidTokens]) -> None:
+    for layer in family.layers(model):
+        for part in layer.stack.parts:
+            reader = part_linears(layer, part).get(part.reader)
+            if isinstance(reader, APTAdapter) and part.counted in part_linears(layer, part):
+                units, tokens = num_units(layer, part), valid[layer.stack.name]
+                reader.gate_in = MaskGate(units, reader.n_in // max(1, units), tokens, reader.weight.device)
+
+
+def share_inputs(model: nn.Module, family: Family) -> None:
+    """Let the adapted linears of a layer that read the same tensor be computed together."""
+    for layer in family.layers(model):
+        for part in layer.stack.parts:
+            found = part_linears(layer, part)
+            members = [m for role in part.same_input if isinstance(m := found.get(role), APTAdapter)]
+            if len(members) > 1:
+                SharedInput(members)
+
+
+class ValidTokenHook:
+    """Forward pre-hook that keeps the batch's padding masks where the gates of each stack read them."""
+
+    def __init__(self, model: nn.Module, family: Family, valid: dict[str, ValidTokens]) -> None:
+        self.names = list(inspect.signature(model.forward).parameters)
+        self.sources = {stack.name: stack.valid for stack in family.stacks if stack.name in valid}
+        self.valid = valid
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        for stack, sources in self.sources.items():
+            source, mask = next(((name, given[name]) for name in sources if given.get(name) is not None), ("", None))
+            if source == "labels" and mask is not None:
+                mask = mask != IGNORED
+            self.valid[stack].mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None

@@ -1,0 +1,50 @@
+"""What `patch_model` leaves on a model, for the controller, the export and `unpatch_model`."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.apt_config import APTConfig
+from apt.families import Family
+from apt.layers.gates import ValidTokens
+
+
+@dataclass
+class PatchState:
+    """What `patch_model` leaves on the model: how it was built, and what `unpatch_model` and the export put back."""
+
+    config: APTConfig
+    family: Family | None  # None where the method needs none
+    valid: dict[str, ValidTokens]  # by stack
+    requires_grad: dict[str, bool]  # of every parameter before the patch
+    use_cache: bool | None  # of the model's config before the patch
+    block_params: int  # of the original model, the denominator of sparsity; 0 without a family
+    params_before: int  # of the whole original model
+    init_seconds: float = 0.0  # that the adapters' start took, decompositions included
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the task head before the patch, where widened
+    hidden: bool = False  # whether the gates of hidden dimensions are in
+    hooks: list[Any] = field(default_factory=list)
+    distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where ``torch.compile`` has wrapped it: parts are named and replaced there."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def forget_graphs() -> None:
+    """Drop what ``torch.compile`` has compiled in this process, and with it the count towards its recompile limit."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def patch_state(model: nn.Module) -> PatchState:
+    """The state that `patch_model` left. Raises ValueError on a model that is not patched."""
+    state = getattr(model, "_apt", None)
+    if not isinstance(state, PatchState):
+        raise ValueError("this model is not patched; call apt.patch_model(model) first")
+    return state

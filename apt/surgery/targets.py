@@ -1,0 +1,137 @@
+"""Which linears get an adapter, which are only replaced, and which fused projections must be split for that."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from apt.apt_config import APTConfig
+from apt.families import ROLES, Family
+from apt.families.anatomy import part_linears
+from apt.families.linears import is_linear
+from apt.layers import APTAdapter
+from apt.layers.fused import fused_places
+from apt.methods import METHODS, default_targets, layers_above, matching
+from apt.surgery.task_head import task_head
+
+Split = dict[str, tuple[str, ...]]  # full name of a fused projection -> the roles of its parts, in their order
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of a patch go, by full names as they are once `split` is."""
+
+    split: Split
+    targets: list[str]  # linears that get an adapter with rank
+    prunable: list[str]  # linears of the family's table, where units are to go
+    head: list[nn.Module]  # what trains in full
+
+
+def find_places(model: nn.Module, config: APTConfig, family: Family | None) -> Places:
+    """Where the parts go. Changes nothing.
+
+    Raises:
+        ValueError: a target matches nothing, or lies where it cannot go, or nothing is left to prune.
+    """
+    split = _to_split(model, config, family)
+    targets = find_targets(model, config, family, split) if METHODS[config.method].adapts else []
+    if METHODS[config.method].per_example and family is not None:
+        targets = _with_gates(model, config, family, targets)
+    prunable = []
+    if config.prunes and family is not None:
+        prunable = [name for _, name in _places(model, family, split)]
+        if not prunable:
+            raise ValueError("patch_model: every layer of this model is empty, so it has no prunable units")
+    return Places(split, targets, prunable, [model] if METHODS[config.method].full else task_head(model))
+
+
+def _to_split(model: nn.Module, config: APTConfig, family: Family | None) -> Split:
+    """The fused projections that must be split.
+
+    To prune, all are; for adapters alone those of which a part is asked for by its role. An adapter on a fused
+    projection that is named as a whole is one adapter.
+    """
+    if family is None or not METHODS[config.method].adapts:
+        return {}
+    named = () if isinstance(config.target_modules, str) else config.target_modules or family.default_targets
+    wanted = set(ROLES if config.prunes else named)
+    places = fused_places(model, family)
+    return {name: part.same_input for name, (_, part) in places.items() if wanted.intersection(part.same_input)}
+
+
+def _places(model: nn.Module, family: Family, split: Split) -> list[tuple[str, str]]:
+    """Role and full name of every linear of the family's table that is there, or will be once `split` is.
+
+    A layer may be empty.
+    """
+    paths = {id(module): name for name, module in model.named_modules()}
+    found: list[tuple[str, str]] = []
+    for layer in family.layers(model):
+        there = dict(layer.module.named_modules())
+        for part in layer.stack.parts:
+            if part.fused_linear in there:
+                name = paths[id(there[part.fused_linear])]
+                found += [(role, f"{name}.{role}") for role in split.get(name, ())]
+            linears = part_linears(layer, part).items()
+            found += [(role, paths[id(linear)]) for role, linear in linears if _holds_adapter(linear)]
+    return found
+
+
+def find_targets(model: nn.Module, config: APTConfig, family: Family | None, split: Split) -> list[str]:
+    """Full names of the linears, plain or adapted, that get an adapter.
+
+    A target is a role of the family's table, the full name of a linear, or an ending of it after a dot; the name of a
+    projection that is split stands for all its parts. Where no linear is called so, it is the name, or a part of the
+    name, of a module around linears, and stands for all of them. One text is a regular expression for full names, or
+    "all-linear". The pooler and what lies outside the base model is trained in full, so it gets no adapter.
+    """
+    head = {id(module) for part in task_head(model) for module in part.modules()}
+    there = [n for n, m in model.named_modules() if _holds_adapter(m) and id(m) not in head]
+    linears = {part: name for name in there for part in ([f"{name}.{role}" for role in split.get(name, ())] or [name])}
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    wanted = config.target_modules or (family.default_targets if family else default_targets(model_type, list(linears)))
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    if isinstance(wanted, str):
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        unread = [n for n in linears if isinstance(model.get_submodule(n.rpartition(".")[0]), readers)]
+        outputs = [n for n, module in model.named_modules() if module is output]
+        matches = [n for n in matching(wanted, linears, outputs) if n not in unread]
+        if not matches:
+            raise ValueError(f"patch_model: target_modules {wanted!r} matches no linear layer; {_some(linears)}")
+        return matches
+    found: dict[str, None] = {}
+    for target in wanted:
+        if family is not None and target in ROLES:
+            matches = [name for role, name in _places(model, family, split) if role == target]
+        else:
+            matches = [
+                name for name, whole in linears.items() if any(f".{n}".endswith(f".{target}") for n in (name, whole))
+            ]
+        matches = matches or [name for name in linears if f".{target}." in f".{name}"]
+        past = [n for n in matches if isinstance(model.get_submodule(n.rpartition(".")[0]), readers)]
+        if past:
+            raise ValueError(
+                f"patch_model: torch reads the weight of {past[0]} without calling it; leave {target!r} out"
+            )
+        if not matches:
+            raise ValueError(f"patch_model: target_modules entry {target!r} matches no linear layer; {_some(linears)}")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _with_gates(model: nn.Module, config: APTConfig, family: Family, targets: list[str]) -> list[str]:
+    """Those of the targets that lie in a layer with gates."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    above = tuple(f"{paths[id(layer.module)]}." for layer in layers_above(model, family, config.adapter))
+    found = [name for name in targets if name.startswith(above)]
+    if not found:
+        raise ValueError(f"patch_model: no target lies above layer {config.adapter.context_layer}, where gates begin")
+    return found
+
+
+def _holds_adapter(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, APTAdapter)
+
+
+def _some(linears: Collection[str]) -> str:
+    return f"there are {', '.join(list(linears)[:6])}, ..." if linears else "this model has none"

@@ -1,0 +1,1 @@
+"""When: the controller, the Trainer, checkpoints, and what a run leaves for its report."""

@@ -1,0 +1,249 @@
+"""Save and resume a run: the controller alone, beside what a Trainer saves, or all that a loop of one's own needs."""
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from apt.distillation import DistillationConfig, place_transform, release
+from apt.files import find_whole, write_folder_aside, write_json, write_jsonl
+from apt.records import Event
+from apt.surgery import patch_state, uncompiled
+from apt.surgery.event import apply_event
+from apt.surgery.moments import bare_optimizer
+from apt.training.controller import Controller
+
+STATE, TENSORS = "apt_state.json", "apt_state.safetensors"
+RUN, MODEL, OPTIMIZER = "apt_run.json", "model.safetensors", "optimizer.safetensors"  # of a loop of one's own
+TENSOR = "tensor"  # stands in JSON for a tensor, beside its name in a safetensors file
+TABLES = ("salience", "importance", "masks", "teacher")  # of the controller's state: name -> tensor
+
+
+def save_checkpoint(controller: Controller, folder: str | Path) -> Path:
+    """Save a run of your own loop: controller, model, optimizer, gradient scaler and random states.
+
+    Call it between two steps, after ``after_step`` and ``zero_grad``. What it cannot know is yours to keep: the place
+    in the data (``controller.step`` says how many optimizer steps are done) and a schedule of the learning rate.
+
+    Args:
+        controller: of the run.
+        folder: written under a temporary name, then renamed; an older checkpoint of that name is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the folder holds something that is no such checkpoint.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / RUN).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"checkpoint: {folder} exists and is no checkpoint of a loop; it stays, give another folder")
+    tensors: dict[str, Tensor] = {}
+    run = {
+        "total_steps": controller.total_steps,
+        "optimizer": _take_tensors(controller.optimizer.state_dict(), "", tensors),
+        "scaler": None if controller.scaler is None else controller.scaler.state_dict(),
+        "random": RandomState().to_json(),
+    }
+    with write_folder_aside(folder) as partial:
+        save_controller(controller, partial)
+        # Copies, as names may share memory, which a safetensors file cannot say.
+        weights = controller.model.state_dict().items()
+        plain = {"copy": True, "memory_format": torch.contiguous_format}
+        save_file({name: tensor.to("cpu", **plain) for name, tensor in weights}, partial / MODEL)
+        save_file(tensors, partial / OPTIMIZER)
+        (partial / RUN).write_text(json.dumps(run), encoding="utf-8")
+    return folder
+
+
+def resume_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any
+) -> Controller:
+    """Take a run of your own loop up where `save_checkpoint` left it.
+
+    Make model and optimizer as the run did: load the pretrained model, patch it with the same settings, give the
+    optimizer its trainable parameters. They get the shapes, the numbers and the moments of the checkpoint, and the
+    random states of this process become those of that moment.
+
+    Args:
+        folder: as `save_checkpoint` wrote it.
+        model: patched anew.
+        optimizer: over the model's trainable parameters, of the class that the run had.
+        settings: what `Controller` was given beside model, optimizer and ``total_steps``, which is that of the run. A
+            scaler gets its state back, an event log the events until then.
+
+    Returns:
+        The controller, which goes on with the next step.
+
+    Raises:
+        ValueError: the folder holds no such checkpoint, or one of a model that was patched in another way.
+    """
+    folder, plain = find_whole(Path(folder)), uncompiled(model)
+    if not (folder / RUN).exists():
+        raise ValueError(f"checkpoint: {folder} holds no {RUN}; it was not written by apt.save_checkpoint")
+    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    restore_shapes(plain, folder, bare_optimizer(optimizer))
+    try:
+        plain.load_state_dict(load_file(folder / MODEL))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"checkpoint: {folder / MODEL} does not fit the model, patch it as the run's was: {reason}"
+        ) from None
+    controller = Controller(model, optimizer, run["total_steps"], **settings)
+    load_controller(controller, folder)
+    controller.optimizer.load_state_dict(_optimizer_state(run["optimizer"], load_file(folder / OPTIMIZER)))
+    if controller.scaler is not None and run["scaler"] is not None:
+        controller.scaler.load_state_dict(run["scaler"])
+    if controller.event_log is not None:  # what came after the checkpoint will come again
+        write_jsonl(controller.event_log, [event.to_json() for event in controller.events])
+    RandomState.from_json(run["random"]).restore()
+    return controller
+
+
+def save_controller(controller: Controller, folder: Path) -> None:
+    """Write the controller's state into a checkpoint folder: numbers and events as JSON, tensors as safetensors."""
+    state = controller.state_dict()
+    tensors = {f"{table}/{name}": value for table in TABLES for name, value in state.pop(table).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+    write_json(folder / STATE, state)
+
+
+def restore_shapes(model: nn.Module, folder: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Replay the events of a checkpoint onto a freshly patched model, so that its weights and optimizer state fit.
+
+    Where a teacher was there, the events since it was taken leave the dense weights behind the student's. The random
+    state is left as it was.
+
+    Args:
+        model: patched as the run's was.
+        folder: the checkpoint.
+        optimizer: where it exists already: it loses the parameters that the events took away.
+
+    Raises:
+        ValueError: the folder holds no state of a controller, or another model's.
+    """
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
+    state = _read(folder)
+    distillation = state["distillation"]
+    taught = distillation is not None and not distillation["over"]
+    with torch.random.fork_rng(devices=devices):
+        for number, row in enumerate(state["events"]):
+            keep_tail = taught and distillation["since_event"] is not None and number >= distillation["since_event"]
+            apply_event(model, Event.from_json(row), optimizer, keep_tail=keep_tail)
+    if taught:
+        place_transform(model, DistillationConfig(transform_rank=distillation["transform_rank"]))
+    else:
+        release(model)
+    patch_state(model).distilled = distillation is not None and distillation["over"]
+
+
+def load_controller(controller: Controller, folder: Path) -> None:
+    """Give a new controller the state that `save_controller` wrote; the model has the shapes of that step already."""
+    state = _read(folder)
+    device = next(controller.model.parameters()).device
+    tables: dict[str, dict[str, Tensor]] = {table: {} for table in TABLES}
+    for key, tensor in load_file(folder / TENSORS).items():
+        table, _, name = key.partition("/")
+        tables[table][name] = tensor.to(device)
+    controller.load_state_dict({**state, **tables})
+
+
+class RandomState:
+    """The random state of Python, NumPy and torch (CPU and the current GPU) at the moment it was made."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy: Any = np.random.get_state()
+        self._torch = torch.random.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as lists of numbers."""
+        kind, keys, *rest = self._numpy
+        return {
+            "python": self._python,
+            "numpy": [kind, keys.tolist(), *rest],
+            "torch": self._torch.tolist(),
+            "cuda": None if self._cuda is None else self._cuda.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "RandomState":
+        """The state that `to_json` told; that of a GPU stays as it is where it was not told."""
+        state = cls()
+        version, internal, gauss = row["python"]
+        state._python = (version, tuple(internal), gauss)
+        state._numpy = tuple(row["numpy"])
+        state._torch = torch.tensor(row["torch"], dtype=torch.uint8)
+        if row["cuda"] is not None and torch.cuda.is_available():
+            state._cuda = torch.tensor(row["cuda"], dtype=torch.uint8)
+        return state
+
+    def restore(self) -> None:
+        """Make it the random state of this process."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.random.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What runs inside leaves the random state as it found it."""
+    state = RandomState()
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / STATE
+    if not path.exists():
+        raise ValueError(f"checkpoint: {folder} holds no {STATE}; it was not written by APTrainer")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(state, dict)
+    return state
+
+
+def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The value for JSON, with each tensor in it moved to `tensors` under the path that leads there."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        return {key: _take_tensors(inner, f"{name}/{key}", tensors) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_take_tensors(inner, f"{name}/{index}", tensors) for index, inner in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `_take_tensors` was given, but that keys are texts and tuples are lists."""
+    if isinstance(value, dict):
+        if value.keys() == {TENSOR}:
+            return tensors[value[TENSOR]]
+        return {key: _put_tensors(inner, tensors) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_put_tensors(inner, tensors) for inner in value]
+    return value
+
+
+def _optimizer_state(saved: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """An optimizer's state as its `state_dict` had it: parameters by number, settings like ``betas`` as tuples."""
+    state: dict[str, Any] = _put_tensors(saved, tensors)
+    state["state"] = {int(number): moments for number, moments in state["state"].items()}
+    for group in state["param_groups"]:
+        lists = [key for key, value in group.items() if isinstance(value, list) and key != "params"]
+        group.update({key: tuple(group[key]) for key in lists})
+    return state

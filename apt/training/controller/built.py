@@ -1,0 +1,32 @@
+"""What must hold before a controller takes a model over: the patch fits the config, and there is one process."""
+
+import torch
+
+from apt.apt_config import APTConfig
+
+BUILT_IN = ("method", "prune", "rank", "scale", "target_modules", "prompt")
+BUILT_ADAPTER = (  # of the section `adapter`
+    *("lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "num_directions", "idx"),
+    *("adaptive_rank", "importance_threshold"),
+    *("gate_alpha", "gate_temperature", "context", "context_layer", "hyper_params"),
+)
+
+
+def check_built(asked: APTConfig, built: APTConfig) -> None:
+    """Raise ValueError where a config differs in what `patch_model` has built already: no controller can change that.
+
+    Args:
+        asked: the config of the controller.
+        built: the one that `patch_model` stored.
+    """
+    for name in (*BUILT_IN, *BUILT_ADAPTER):
+        wanted, there = (getattr(c if name in BUILT_IN else c.adapter, name) for c in (asked, built))
+        if wanted != there:
+            raise ValueError(f"controller: the model was patched with {name}={there!r}, got {wanted!r}; patch it anew")
+
+
+def check_one_process() -> None:
+    """Raise ValueError where training runs in more than one process."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise ValueError("controller: this version prunes in one process; train on one device")

@@ -1,0 +1,77 @@
+"""Static scores: sums over batches before any training, for a cut that needs no schedule."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.layers.modes import modes_kept
+from apt.pruning.salience import not_finite
+
+Scores = dict[str, Tensor]
+Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss that the model computes itself, from the labels in the batch."""
+    loss = getattr(model(**batch), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ValueError("calibration: the model gave no loss; put labels into the batches, or give compute_loss")
+    return loss
+
+
+def static_scores(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    take_scores: Callable[[float], Scores],
+    compute_loss: Loss = model_loss,
+    grad_scale: float = 1.0,
+) -> Scores:
+    """The plain sum over batches of the scores of each (method.md 7.3), in training mode as a step would give them.
+
+    Gradients are dropped, and the random state and the mode of every module stay as they were.
+
+    Args:
+        model: patched, its gates collecting.
+        batches: inputs and labels, on the model's device.
+        take_scores: called after each backward pass with the factor on its gradients; reads and empties the gates.
+        compute_loss: from the model and a batch.
+        grad_scale: factor on the loss, a power of 2; halved, for good, where a batch overflows with it, down to 1.
+
+    Raises:
+        FloatingPointError: a loss or score is no number, whatever the factor.
+        ValueError: there is no batch.
+    """
+    total: Scores = {}
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), modes_kept(model):
+        model.train()
+        for number, batch in enumerate(batches, 1):
+            loss, scores = _one_batch(model, batch, take_scores, compute_loss, grad_scale)
+            while (wrong := not_finite(scores)) and grad_scale > 1.0:
+                grad_scale /= 2.0
+                loss, scores = _one_batch(model, batch, take_scores, compute_loss, grad_scale)
+            if wrong:
+                raise FloatingPointError(
+                    f"calibration: batch {number}, with a loss of {loss}, gives {wrong[0]} a salience that is NaN "
+                    f"or infinite; look at that batch, or calibrate in a wider dtype"
+                )
+            total = {name: score + total.get(name, 0.0) for name, score in scores.items()}
+    if not total:
+        raise ValueError("calibration: there is no batch to score units on; give at least one")
+    return total
+
+
+def _one_batch(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    take_scores: Callable[[float], Scores],
+    compute_loss: Loss,
+    grad_scale: float,
+) -> tuple[float, Scores]:
+    """The loss of a batch, and the scores it gives."""
+    loss = compute_loss(model, batch)
+    (loss * grad_scale).backward()
+    model.zero_grad(set_to_none=True)
+    return loss.item(), take_scores(grad_scale)

@@ -1,0 +1,57 @@
+"""What a run saves and how that is counted: block parameters, or the time of a forward pass on this device."""
+
+from torch import nn
+
+from apt.families import Family
+from apt.pruning import PruningConfig, UnitSearch
+from apt.pruning.latency_table import LatencyTable
+from apt.pruning.units import block_params, unit_gates
+from apt.training.measure_latency import measure_latency
+
+
+class Goal:
+    """The budget of a run: its total, what is left of it, and the search that spends it.
+
+    Args:
+        model: patched.
+        family: of the model.
+        config: the target, and the forward pass whose time counts.
+        total: block parameters of the original model.
+        table: latency table, where `target_speedup` is the target and one is there already.
+    """
+
+    def __init__(
+        self, model: nn.Module, family: Family, config: PruningConfig, total: int, table: LatencyTable | None = None
+    ) -> None:
+        self.model, self.family, self.config = model, family, config
+        self.by_time = config.target_speedup is not None
+        self.params_total = total
+        self.table = table if self.by_time else None
+        self._search: UnitSearch | None = None
+
+    @property
+    def search(self) -> UnitSearch:
+        """Over the units; the first time by time, the table is measured, if none was given."""
+        if self._search is None:
+            if self.by_time and self.table is None:
+                config = self.config
+                size, length = config.latency_batch_size, config.latency_length
+                self.table = measure_latency(self.model, self.family, size, length)
+            total = self.params_total if self.table is None else self.table.dense_ms
+            self._search = UnitSearch(total, self.config, self.table)
+        return self._search
+
+    def take_table(self, table: LatencyTable) -> None:
+        """Go on with the table that the run has begun with, so that no decision depends on measuring again."""
+        self.table, self._search = table, None
+
+    def live(self) -> float:
+        """What is left: block parameters, or milliseconds."""
+        if self.table is None:
+            return block_params(self.model, self.family)
+        gates = unit_gates(self.model, self.family)
+        return self.table.total_ms({name: 0 if gate is None else gate.num_units for name, gate in gates.items()})
+
+    def predicted_speedup(self) -> float | None:
+        """Of the model as it is now; None where parameters are counted, or nothing was priced yet."""
+        return None if self.table is None else self.table.dense_ms / self.live()
