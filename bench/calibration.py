@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import apt
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.pruning import PruningConfig, UnitSearch
 from apt.pruning.salience import SALIENCES, OutlierTerm, unit_scores
 from apt.pruning.units import UnitGroup, block_params, find_units
@@ -87,8 +87,8 @@ def study(config: RunConfig, seeds: list[int], num_blocks: int, test_blocks: int
     plain = build_model(config, None, tokenizer).eval()
     dense = perplexity(plain, test, config.evaluation.inference_batch_size)["perplexity"]
     model = apt.patch_model(plain, config.apt_config()).eval()
-    family = find_family(model)
-    groups, total = find_units(model, family), block_params(model, family)
+    anatomy = anatomy_of(model)
+    groups, total = find_units(anatomy), block_params(anatomy)
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0)).tolist()
     setting = {"config": config.output_dir, "blocks": num_blocks, "block_length": config.data.block_length}
     for seed in seeds:

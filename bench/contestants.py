@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import apt
+from apt.families import anatomy_of
 from apt.pruning import PruningConfig, UnitSearch
 from apt.pruning.units import block_params, find_units
 from apt.surgery.prune import apply_prune_plan
@@ -139,10 +140,10 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
 def prune(model: nn.Module, sparsity: float) -> None:
     """Bring a patched model to a sparsity, by random scores, at multiples of 8 neurons."""
     state = model._apt
-    groups = find_units(model, state.family)  # type: ignore[union-attr, arg-type]
+    groups = find_units(anatomy_of(model))
     draw = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.num_units, generator=draw) for group in groups}
-    live = block_params(model, state.family)  # type: ignore[union-attr, arg-type]
+    live = block_params(anatomy_of(model))
     settings = PruningConfig(target_sparsity=sparsity, layout=state.config.pruning.layout)  # type: ignore[union-attr]
     plan = UnitSearch(live, settings).plan(groups, scores, live, 1, sparsity)
     apply_prune_plan(model, plan)

@@ -22,6 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import apt
 import apt_kernels
+from apt.families import anatomy_of
 from apt.pruning import PruningConfig, UnitSearch
 from apt.pruning.salience import unit_scores
 from apt.pruning.units import block_params
@@ -142,7 +143,7 @@ def surgery_cases() -> Iterator[Case]:
         heads, neurons = apt.summary(model).heads[0], apt.summary(model).neurons[0]
         kept = {"layers.0.heads": list(range(0, heads, 2)), "layers.0.neurons": list(range(0, neurons, 2))}
         plan = PrunePlan(step=1, target_sparsity=0.5, kept=kept, round_to=1)
-        size = block_params(model, model._apt.family)
+        size = block_params(anatomy_of(model))
         del model
 
         def make(width: int = width, plan: PrunePlan = plan) -> Callable[[], object]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from apt.families import Layer
-from apt.families.hidden_tables import Part
+from apt.families.hidden_parts import HiddenPart
 from apt.families.llama import LLAMA
 from apt.layers import APTAdapter
 from apt.layers.gates import MaskGate, ValidTokens
@@ -43,7 +43,9 @@ def groups(layers: int = LAYERS, neurons: int = NEURONS, device: str = "meta") -
 def with_dimensions(units: list[UnitGroup]) -> list[Group]:
     """The hidden dimensions beside them: the other side of every linear."""
     parts = [
-        Part(group.name, member.linear, "linear", ("in" if member.axis == "out" else "out",), layer=group.layer)
+        HiddenPart(
+            group.name, member.linear, "linear", ("in" if member.axis == "out" else "out",), layer=group.part.layer
+        )
         for group in units
         for member in group.members
     ]

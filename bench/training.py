@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 import apt
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.pruning.units import block_params
 from apt.runs.arguments import training_arguments
 from apt.runs.config import RunConfig
@@ -79,7 +79,7 @@ def block_parameters(model: Any) -> int:
     peft = hasattr(model, "get_base_model")
     plain = model.get_base_model() if peft else model
     adapters = sum(p.numel() for name, p in plain.named_parameters() if ".lora_" in name) if peft else 0
-    return block_params(plain, find_family(plain)) - adapters
+    return block_params(anatomy_of(plain)) - adapters
 
 
 def make_trainer(

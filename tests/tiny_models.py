@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apt.families import find_family
-from apt.families.anatomy import required_heads
+from apt.families import anatomy_of
 from apt.families.hidden_tables import TABLES
 from apt.layers import adapted
 from apt.pruning.dimensions import Group, find_dimensions
@@ -172,9 +171,9 @@ def fill_adapters(model: nn.Module, std: float = 0.2) -> nn.Module:
 
 def free_heads(model: nn.Module) -> list[str]:
     """The groups of heads that may lose all."""
-    family = find_family(model)
-    required = required_heads(model, family)
-    return [group.name for group in find_units(model, family) if group.kind == "head" and group.name not in required]
+    anatomy = anatomy_of(model)
+    required = anatomy.required_heads()
+    return [group.name for group in find_units(anatomy) if group.kind == "head" and group.name not in required]
 
 
 def random_plan(
@@ -186,21 +185,21 @@ def random_plan(
     """
     draw = torch.Generator().manual_seed(seed)
     kept = {}
-    for group in find_units(model, find_family(model)):
+    for group in find_units(anatomy_of(model)):
         chosen = torch.rand(group.num_units, generator=draw) < keep
         chosen[torch.randint(group.num_units, (1,), generator=draw)] = True
         kept[group.name] = [] if group.name in empty else chosen.nonzero().flatten().tolist()
     if hidden:
-        chosen = torch.rand(find_dimensions(model, find_family(model)).num_units, generator=draw) < 0.8
+        chosen = torch.rand(find_dimensions(anatomy_of(model)).num_units, generator=draw) < 0.8
         kept["hidden"] = chosen.nonzero().flatten().tolist()
     return PrunePlan(step=seed, target_sparsity=1.0 - keep, kept=kept, round_to=1)
 
 
 def set_masks(model: nn.Module, plan: PrunePlan) -> None:
     """Shut with masks what the plan removes."""
-    groups: list[Group] = [g for g in find_units(model, find_family(model)) if g.name in plan.kept]
+    groups: list[Group] = [g for g in find_units(anatomy_of(model)) if g.name in plan.kept]
     if "hidden" in plan.kept:
-        groups.append(find_dimensions(model, find_family(model)))
+        groups.append(find_dimensions(anatomy_of(model)))
     for group in groups:
         mask = torch.zeros(group.num_units)
         mask[plan.kept[group.name]] = 1.0

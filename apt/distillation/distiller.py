@@ -14,7 +14,7 @@ from apt.distillation.config import DistillationConfig
 from apt.distillation.losses import SPANS, layer_loss, prediction_loss, predictions_of
 from apt.distillation.taps import Taps, matching_layers, sample_layers, untap
 from apt.distillation.teacher import Teacher
-from apt.families import Stack, base_model, find_family
+from apt.families import Stack, anatomy_of, base_model
 from apt.layers import TRANSFORM, LayerTransform
 from apt.layers.gates import ValidTokens
 from apt.layers.hidden import HiddenNorm
@@ -79,15 +79,15 @@ class SelfDistiller:
         if layer_mapping_strategy is not None:
             config = replace(config, teacher_layer_mapping=layer_mapping_strategy)
         self.model, self.config = model, config
-        self.family = find_family(model)
+        self.anatomy = anatomy_of(model)
         self.generator = torch.Generator().manual_seed(seed)
         self.transform = place_transform(model, config, seed)
-        self.teacher = Teacher(model, self.family)
+        self.teacher = Teacher(self.anatomy)
         self.terms: DistillTerms | None = None  # of the latest loss
-        layers = self.family.layers(model)
+        layers = self.anatomy.layers
         self._stacks: list[tuple[Stack, range]] = []
-        for stack in dict.fromkeys(layer.stack for layer in layers):
-            places = [place for place, layer in enumerate(layers) if layer.stack is stack]
+        for stack in self.anatomy.stacks:
+            places = [place for place, layer in enumerate(layers) if layer.stack == stack]
             self._stacks.append((stack, range(places[0], places[-1] + 1)))
         self._taps = Taps([layer.module for layer in layers])
         self._names = {layer.name: place for place, layer in enumerate(layers)}
@@ -110,9 +110,10 @@ class SelfDistiller:
     def follow(self) -> None:
         """Look again at which layers still have a head and a neuron: to be called after each pruning event."""
         kinds: dict[int, set[str]] = {}
-        for group in find_units(self.model, self.family):
-            kinds.setdefault(self._names[group.layer.name], set()).add(group.kind)
-            self._valid[group.layer.stack] = group.gate.valid
+        for group in find_units(self.anatomy):
+            layer = group.part.layer
+            kinds.setdefault(self._names[layer.name], set()).add(group.kind)
+            self._valid[layer.stack] = group.gate.valid
         self._alive = {place for place, found in kinds.items() if len(found) == 2}
         self._choose_taps()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.families import Attention, EmptyAttention, Family, Layer
+from apt.families import Anatomy, EmptyAttention
 from apt.layers import TRANSFORM, APTAdapter, adapted
 from apt.methods import mark_prompt
 from apt.pruning.dimensions import HiddenGroup, hidden_group
@@ -36,12 +36,12 @@ class Teacher:
     where no tails are (`free_tails`): its widths are those that the student has then.
 
     Args:
-        model: patched by `apt.patch_model`.
-        family: of the model.
+        anatomy: of a model patched by `apt.patch_model`.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
-        self.model, self.family = model, family
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.model = anatomy.model
         self.head: dict[str, Tensor] = {}  # trained parameters that are no adapters, by their full name
         self.counts: dict[str, dict[str, int]] = {}  # attention -> what its forward reads of its number of heads
         self.shapes: dict[str, tuple[int, ...]] = {}  # of every frozen weight
@@ -61,9 +61,9 @@ class Teacher:
             if parameter.requires_grad and id(parameter) not in inside and not name.startswith(f"{TRANSFORM}.")
         }
         self.counts = {
-            name: part.head_counts(module)
-            for name, _, part, module in self._attentions()
-            if not isinstance(module, EmptyAttention)
+            part.name: part.attention.head_counts(part.module)
+            for part in self.anatomy.attentions
+            if not isinstance(part.module, EmptyAttention)
         }
         self.shapes = {name: tuple(linear.weight.shape) for name, linear in adapted(self.model)}
 
@@ -73,12 +73,6 @@ class Teacher:
             linear.teacher_A = linear.teacher_B = None
         self.head, self.counts, self.shapes = {}, {}, {}
 
-    def _attentions(self) -> Iterator[tuple[str, Layer, Attention, nn.Module]]:
-        for layer in self.family.layers(self.model):
-            for part in layer.stack.parts:
-                if isinstance(part, Attention):
-                    yield f"{layer.name}.{part.units}", layer, part, layer.module.get_submodule(part.module)
-
     def _linears(self) -> Iterator[tuple[str, APTAdapter]]:
         """Every adapted linear under the name it had in the dense model, those of emptied attentions too."""
         with ExitStack() as stack:
@@ -87,15 +81,16 @@ class Teacher:
         yield from found
 
     def _put_attentions_back(self, stack: ExitStack) -> None:
-        for name, layer, part, module in self._attentions():
-            if isinstance(module, EmptyAttention) and module.dense:
-                parent, _, child = part.module.rpartition(".")
-                _swap(stack, layer.module.get_submodule(parent), child, module.dense[0])
-            dense = layer.module.get_submodule(part.module)
-            for key, value in self.counts.get(name, {}).items():
-                if (now := part.head_counts(dense)[key]) != value:
-                    stack.callback(part.set_count, dense, key, now)
-                    part.set_count(dense, key, value)
+        for part in self.anatomy.attentions:
+            table, empty = part.attention, part.module
+            if isinstance(empty, EmptyAttention) and empty.dense:
+                parent, _, child = table.module.rpartition(".")
+                _swap(stack, part.layer.module.get_submodule(parent), child, empty.dense[0])
+            dense = part.module
+            for key, value in self.counts.get(part.name, {}).items():
+                if (now := table.head_counts(dense)[key]) != value:
+                    stack.callback(table.set_count, dense, key, now)
+                    table.set_count(dense, key, value)
 
     @contextmanager
     def _dense(self) -> Iterator[None]:
@@ -115,7 +110,7 @@ class Teacher:
                 for ours, theirs in (("lora_A", linear.teacher_A), ("lora_B", linear.teacher_B)):
                     if theirs is not None or getattr(linear, ours) is not None:
                         _swap(stack, linear, ours, None if theirs is None else _frozen(theirs))
-            group = hidden_group(self.model, self.family)
+            group = hidden_group(self.anatomy)
             if group is not None:
                 _swap(stack, group.gate, "dense", True)
             dims = {} if group is None else outer_dims(group)
@@ -180,9 +175,10 @@ class Teacher:
         self.shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
 
     def _aside(self) -> Iterator[tuple[str, nn.Module]]:
-        for name, _, _, module in self._attentions():
-            if isinstance(module, EmptyAttention) and module.dense:
-                yield name, module.dense[0]
+        for part in self.anatomy.attentions:
+            empty = part.module
+            if isinstance(empty, EmptyAttention) and empty.dense:
+                yield part.name, empty.dense[0]
 
 
 def _swap(stack: ExitStack, owner: Any, name: str, value: Any) -> None:

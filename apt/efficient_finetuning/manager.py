@@ -8,7 +8,7 @@ from torch import nn
 
 from apt.efficient_finetuning.places import add_adapters, add_prompt, hold_prompt, plain_prompts
 from apt.efficient_finetuning.weights import load_weights, save_weights
-from apt.families import base_model, known_family
+from apt.families import anatomy_of, base_model, known_family
 from apt.layers import adapted
 from apt.methods import LowRank, RankImportance, updates
 from apt.methods.prompts import PrefixTuning, PTuningEmbedding, placed_prompt, prefix_sizes
@@ -138,15 +138,16 @@ class EfficientFineTuningManager:
             dropout_probability: on the prefixes while training, [0, 1).
         """
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "head_dimension": head_dimension}
-        family = known_family(self.model)
-        if family is None:
+        if known_family(self.model) is None:
             if num_layers is None or num_heads is None or head_dimension is None:
                 raise ValueError(f"apply_prefix_tuning: the family of this model is unknown; give all of {list(sizes)}")
             held = PrefixTuning(num_layers, num_heads, head_dimension, prefix_length, dropout_probability)
             hold_prompt(self.model, held)
             return
-        heads, features = (set(values) for values in zip(*prefix_sizes(self.model, family), strict=True))
-        found = (len(prefix_sizes(self.model, family)), *(v.pop() if len(v) == 1 else None for v in (heads, features)))
+        layers = prefix_sizes(anatomy_of(self.model))
+        heads = _same_in_all_layers([count for count, _ in layers])
+        features = _same_in_all_layers([size for _, size in layers])
+        found = (len(layers), heads, features)
         _must_agree("apply_prefix_tuning", {n: (sizes[n], there) for n, there in zip(sizes, found, strict=True)})
         settings = {"num_virtual_tokens": prefix_length, "dropout_probability": dropout_probability}
         add_prompt(self.model, "prefix_tuning", **settings)
@@ -233,6 +234,10 @@ def _settings(targets: Targets, rank: int, alpha: float, dropout: float, bias: b
         )
     chosen = targets if targets is None or isinstance(targets, str) else tuple(targets)
     return {"target_modules": chosen, "rank": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+
+
+def _same_in_all_layers(values: list[int]) -> int | None:
+    return values[0] if len(set(values)) == 1 else None
 
 
 def _embedding_dimension(model: Any) -> int | None:

@@ -42,7 +42,7 @@ def add_adapters(model: nn.Module, method: str, *, share: bool = False, **settin
     state = _open_state(model)
     config = APTConfig().with_overrides(method=method, **settings)
     new: dict[str, APTAdapter] = {}
-    for name in find_targets(model, config, state.family, {}):
+    for name in find_targets(model, config, state.anatomy, {}):
         there = model.get_submodule(name)
         rank, scale = rank_and_scale([name], config.rank, config.scale, config.adapter)
         linear = plain_linear(there, merge=False) if isinstance(there, APTAdapter) else there
@@ -67,10 +67,10 @@ def add_prompt(model: nn.Module, method: str, **settings: Any) -> None:
         patch_model(model, method=method, **settings)
         return
     state = _open_state(model)
-    if placed_prompt(model) is not None or state.family is None:
+    if placed_prompt(model) is not None or state.anatomy is None:
         raise ValueError(f"efficient_finetuning: this model has a prompt already, so {method} cannot be added")
     config = APTConfig().with_overrides(method=method, **settings)
-    state.hooks += place_prompt(model, state.family, method, config.prompt)
+    state.hooks += place_prompt(state.anatomy, method, config.prompt)
 
 
 def hold_prompt(model: nn.Module, prompt: Prompt) -> None:

@@ -17,7 +17,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned, a tied tensor once."""
     ours, done, dtypes = dict(replaced(model)), set(), patch_state(model).dtypes
     merge = not has_gates(model)
-    group = hidden_group(model, patch_state(model).family)
+    group = hidden_group(patch_state(model).anatomy)
     live = {id(stored): view for stored, view in live_views(model, group)}
     state: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -9,8 +9,7 @@ from torch import nn
 from apt.export.files import CARD, WEIGHTS, read_card, read_weights
 from apt.export.resize import resize_dimensions
 from apt.export.row_gate_files import load_gates
-from apt.families import Attention, Family, find_family
-from apt.families.anatomy import num_units, part_linears
+from apt.families import Anatomy, Attention, anatomy_of
 from apt.families.linears import features, is_conv1d, make_linear, replace_module, weight_and_bias
 from apt.files import find_whole
 from apt.layers.fused import restore_plain, split_fused
@@ -45,9 +44,9 @@ def load_model(folder: str | Path) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         model = _model_class(card["class"])(config)
         if card["units"]:
-            _resize(model, find_family(model), card)
+            _resize(anatomy_of(model), card)
         if card.get("prompt") is not None:
-            place_plain_prompt(model, find_family(model), *_prompt_of(card["prompt"]))
+            place_plain_prompt(anatomy_of(model), *_prompt_of(card["prompt"]))
     try:
         unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
@@ -82,31 +81,32 @@ def _model_class(name: str) -> Any:
     return found
 
 
-def _resize(model: nn.Module, family: Family, card: dict[str, Any]) -> None:
+def _resize(anatomy: Anatomy, card: dict[str, Any]) -> None:
     """Give the linears of an empty model the sizes of an export; the weights follow."""
     units, orders, hidden = card["units"], card.get("head_order", {}), card.get("hidden")
-    parts = {f"{layer.name}.{p.units}": (layer, p) for layer in family.layers(model) for p in layer.stack.parts}
+    parts = {part.name: part for part in anatomy.parts}
     if units.keys() != parts.keys():
         raise ValueError(f"load_model: {CARD} is corrupt (it lists {len(units)} unit groups); export the model again")
-    split_fused(model, family)
+    split_fused(anatomy)
     if hidden is not None:
-        resize_dimensions(model, family, hidden)
-    for name, (layer, part) in parts.items():
-        linears, before = part_linears(layer, part), num_units(layer, part)
-        for role in part.producers:
+        resize_dimensions(anatomy, hidden)
+    for name, part in parts.items():
+        linears, before = part.linears, part.num_units
+        table, layer = part.table, part.layer.module
+        for role in table.producers:
             if role in linears:
-                _set_size(layer.module, part.linears[role], out=features(linears[role])[0] // before * units[name])
-        into = features(linears[part.reader])[1] // before * units[name]
-        _set_size(layer.module, part.linears[part.reader], into=into)
-        if isinstance(part, Attention):
+                _set_size(layer, table.linears[role], out=features(linears[role])[0] // before * units[name])
+        into = features(linears[table.reader])[1] // before * units[name]
+        _set_size(layer, table.linears[table.reader], into=into)
+        if isinstance(table, Attention):
             order = torch.tensor(orders[name]) if name in orders else None
-            lacks = order is None and part.follow is not None and 0 < units[name] < before
+            lacks = order is None and table.follow is not None and 0 < units[name] < before
             if lacks or (order is not None and order.shape != (units[name],)):
                 raise ValueError(f"load_model: {CARD} is corrupt (head_order of {name} is off); export the model again")
-            part.set_heads(layer.module, before, units[name], order)
+            table.set_heads(layer, before, units[name], order)
             if units[name] == 0:
-                part.remove(layer.module)
-    restore_plain(model, merge=False)
+                table.remove(layer)
+    restore_plain(anatomy.model, merge=False)
 
 
 def _set_size(layer: nn.Module, name: str, *, out: int | None = None, into: int | None = None) -> None:

@@ -4,12 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from apt.families import Family
-from apt.families.hidden_tables import hidden_parts
+from apt.families import Anatomy
 from apt.families.linears import features, is_conv1d, make_linear, replace_module, weight_and_bias
 
 
-def resize_dimensions(model: nn.Module, family: Family, num: int) -> None:
+def resize_dimensions(anatomy: Anatomy, num: int) -> None:
     """Give an empty plain model (meta device) that many hidden dimensions; its numbers are loaded afterwards."""
 
     def narrow(module: Any, name: str, dim: int) -> None:
@@ -19,7 +18,7 @@ def resize_dimensions(model: nn.Module, family: Family, num: int) -> None:
             shape[dim] = num
             setattr(module, name, nn.Parameter(parameter.new_empty(shape)))
 
-    for part in hidden_parts(model, family):
+    for part in anatomy.hidden_parts():
         module: Any = part.module
         if part.kind == "norm":
             narrow(module, "weight", 0)
@@ -30,7 +29,7 @@ def resize_dimensions(model: nn.Module, family: Family, num: int) -> None:
             narrow(module, "weight", 1)
             module.embedding_dim = num
         elif part.kind == "linear":
-            replace_module(model, part.name, _narrow_linear(module, part.axes, num))
+            replace_module(anatomy.model, part.name, _narrow_linear(module, part.axes, num))
 
 
 def _narrow_linear(linear: nn.Module, axes: tuple[str, ...], num: int) -> nn.Module:

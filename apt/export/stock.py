@@ -3,15 +3,14 @@
 import copy
 from typing import Any
 
-from torch import Size, nn
+from torch import Size
 
-from apt.families import Attention, Family
+from apt.families import Anatomy, Attention
 from apt.families.anatomy import head_size
-from apt.families.hidden_tables import hidden_table
 
 
 def stock_config(
-    model: nn.Module, family: Family, units: dict[str, int], shapes: dict[str, Size], hidden: int = 0
+    anatomy: Anatomy, units: dict[str, int], shapes: dict[str, Size], hidden: int = 0
 ) -> tuple[Any, str | None]:
     """The configuration with which the stock class builds the model at its present sizes.
 
@@ -19,8 +18,7 @@ def stock_config(
     taken from a table alone: the model is built from it, without memory, and its shapes are compared.
 
     Args:
-        model: patched; its own config is not changed.
-        family: of the model.
+        anatomy: of a patched model, whose own config is not changed.
         units: left in every unit group, as `apt.summary` counts them.
         shapes: of the tensors that are exported, by name.
         hidden: dimensions left; 0 where they cannot be removed.
@@ -30,61 +28,59 @@ def stock_config(
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    model_config: Any = model.config
+    model_config: Any = anatomy.model.config
     unchanged, config = copy.deepcopy(model_config), copy.deepcopy(model_config)
-    reason = _set_counts(config, model, family, units)
+    reason = _set_counts(config, anatomy, units)
     if reason is None and hidden not in (0, model_config.hidden_size):
-        reason = _set_width(config, model, family, hidden)
+        reason = _set_width(config, anatomy, hidden)
     if reason is None:
         try:
             read = type(config).from_dict(config.to_dict())  # which is where a config checks its numbers
-            reason = first_difference(type(model), read, shapes)
+            reason = first_difference(type(anatomy.model), read, shapes)
         except (ValueError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
     return (config, None) if reason is None else (unchanged, reason)
 
 
-def _set_counts(config: Any, model: nn.Module, family: Family, units: dict[str, int]) -> str | None:
+def _set_counts(config: Any, anatomy: Anatomy, units: dict[str, int]) -> str | None:
     """Write the counts into a config; what it cannot say is returned."""
     name = type(config).__name__
     for kind, title in (("head", "heads"), ("neuron", "neurons")):
-        parts = [(layer, part) for layer in family.layers(model) for part in layer.stack.parts if part.kind == kind]
-        counts = {units[f"{layer.name}.{part.units}"] for layer, part in parts}
+        parts = [part for part in anatomy.parts if part.table.kind == kind]
+        counts = {units[part.name] for part in parts}
         if len(counts) > 1:
             return f"{name} has one number of {title} for all layers, but they have {min(counts)} to {max(counts)}"
-        (layer, part), count = parts[0], counts.pop()
-        if isinstance(part, Attention):
-            before = getattr(config, (part.settings or ("num_attention_heads",))[-1])
+        table, count = parts[0].table, counts.pop()
+        if isinstance(table, Attention):
+            before = getattr(config, (table.settings or ("num_attention_heads",))[-1])
         else:
-            before = getattr(config, part.setting)  # None where it follows from the hidden size
+            before = getattr(config, table.setting)  # None where it follows from the hidden size
         if count == before:
             continue
         if count == 0:
             return f"{name} describes no layer without {title}"
-        if isinstance(part, Attention) and part.follow is not None:
+        if isinstance(table, Attention) and table.follow is not None:
             return f"{name} cannot say which {count} of {before} {title} a layer has"
-        if not isinstance(part, Attention):
-            setattr(config, part.setting, count)
-        elif part.settings:
-            config.head_dim = head_size(layer.module.get_submodule(part.module))
-            for setting in part.settings:
+        if not isinstance(table, Attention):
+            setattr(config, table.setting, count)
+        elif table.settings:
+            config.head_dim = head_size(parts[0].module)
+            for setting in table.settings:
                 setattr(config, setting, getattr(config, setting) * count // before)
         else:
             return f"{name} derives the size of a head from the number of heads, so it cannot say {count} of {before}"
     return None
 
 
-def _set_width(config: Any, model: nn.Module, family: Family, hidden: int) -> str | None:
+def _set_width(config: Any, anatomy: Anatomy, hidden: int) -> str | None:
     """Write the hidden dimensions into a config; what it cannot say is returned."""
-    name, constant = type(config).__name__, hidden_table(model).constant
+    name, constant = type(config).__name__, anatomy.hidden_table.constant
     if constant:
         return f"{name} derives {constant} from the hidden size, so it cannot say {hidden} of {config.hidden_size}"
-    for layer in family.layers(model):
-        for part in layer.stack.parts:
-            if isinstance(part, Attention) and not part.settings:
-                return f"{name} derives the size of a head from the hidden size, so it cannot say {hidden}"
-            if isinstance(part, Attention):
-                config.head_dim = head_size(layer.module.get_submodule(part.module))
+    for part in anatomy.attentions:
+        if not part.attention.settings:
+            return f"{name} derives the size of a head from the hidden size, so it cannot say {hidden}"
+        config.head_dim = head_size(part.module)
     config.hidden_size = hidden
     return None
 

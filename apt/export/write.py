@@ -15,12 +15,9 @@ from apt.export.merged import merged_state
 from apt.export.model_card import README, CardFacts, model_card
 from apt.export.row_gate_files import has_gates, save_gates
 from apt.export.stock import first_difference, stock_config
-from apt.families import Attention
-from apt.families.anatomy import present_units
-from apt.families.hidden_tables import hidden_parts, hidden_size
+from apt.families.hidden_parts import hidden_size
 from apt.files import find_whole, write_folder_aside
 from apt.methods.prompts import PTuningEmbedding, placed_prompt
-from apt.pruning.dimensions import has_dimensions
 from apt.surgery import Summary, patch_state, summary, uncompiled
 from apt.version import __version__
 
@@ -98,12 +95,12 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
 
 def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> Summary:
     """The counts with the sizes of a model that was pruned before it was patched: its config does not say them."""
-    family = patch_state(model).family
+    anatomy = patch_state(model).anatomy
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if family is None or counts.units or first_difference(type(model), model.config, shapes) is None:
+    if anatomy is None or counts.units or first_difference(type(model), model.config, shapes) is None:
         return counts
-    hidden = hidden_size(hidden_parts(model, family)) if has_dimensions(model, family) else 0
-    return dataclasses.replace(counts, units=present_units(model, family), hidden=hidden)
+    hidden = hidden_size(anatomy.hidden_parts()) if anatomy.has_hidden else 0
+    return dataclasses.replace(counts, units=anatomy.present_units(), hidden=hidden)
 
 
 def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tuple[Any, str | None]:
@@ -113,10 +110,10 @@ def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tu
         return copy.deepcopy(model.config), "it has gates that depend on the example"
     if counts.virtual_tokens:
         return copy.deepcopy(model.config), "a stock configuration has no virtual tokens"
-    if state.family is None or not counts.units:
+    if state.anatomy is None or not counts.units:
         return copy.deepcopy(model.config), None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return stock_config(model, state.family, counts.units, shapes, counts.hidden)
+    return stock_config(state.anatomy, counts.units, shapes, counts.hidden)
 
 
 def _describe(prompt: nn.Module) -> dict[str, Any]:
@@ -127,11 +124,10 @@ def _describe(prompt: nn.Module) -> dict[str, Any]:
 
 def _head_order(model: nn.Module, units: dict[str, int]) -> dict[str, list[int]]:
     """Which heads of the model as it came are left, by unit group, where the family's attentions must know."""
-    family, orders = patch_state(model).family, {}
-    for layer in [] if family is None else family.layers(model):
-        for part in layer.stack.parts:
-            order = part.head_order(layer.module) if isinstance(part, Attention) else None
-            if order is not None:
-                name = f"{layer.name}.{part.units}"
-                orders[name] = order[: units[name]].tolist()
+    anatomy = patch_state(model).anatomy
+    orders = {}
+    for part in [] if anatomy is None else anatomy.attentions:
+        order = part.attention.head_order(part.layer.module)
+        if order is not None:
+            orders[part.name] = order[: units[part.name]].tolist()
     return orders

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from apt.families.anatomy import Anatomy, PlacedPart
 from apt.families.base import FFN, ROLES, Attention, Family, Layer, Stack, base_model
 from apt.families.bert import BERT
 from apt.families.deberta import DEBERTA
@@ -18,11 +19,14 @@ __all__ = [
     "FAMILIES",
     "FFN",
     "ROLES",
+    "Anatomy",
     "Attention",
     "EmptyAttention",
     "Family",
     "Layer",
+    "PlacedPart",
     "Stack",
+    "anatomy_of",
     "base_model",
     "find_family",
     "known_family",
@@ -66,3 +70,13 @@ def known_family(model: nn.Module) -> Family | None:
         return find_family(model)
     except ValueError:
         return None
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """Where things are in a model: what `patch_model` left on it, or of a plain model found now.
+
+    Raises:
+        ValueError: as `find_family`.
+    """
+    left = getattr(getattr(model, "_apt", None), "anatomy", None)
+    return left if isinstance(left, Anatomy) else Anatomy(model, find_family(model))

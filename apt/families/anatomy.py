@@ -1,12 +1,152 @@
-"""The parts of one model: linears by role, heads, units that are left."""
+"""Where things are in one model: found once, when it is patched, and asked by every room that acts on it.
 
+It holds names and looks modules up by them, so it stays true as linears are replaced, cut, or go with their attention.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from apt.families.base import FFN, Attention, Family, Layer
+from apt.families.base import FFN, Attention, Family, Layer, Stack, find_module
 from apt.families.empty import EmptyAttention
+from apt.families.hidden_parts import HiddenPart, HiddenPlaces
+from apt.families.hidden_tables import HiddenTable
 from apt.families.linears import features
+
+
+@dataclass(frozen=True)
+class PlacedPart:
+    """The attention or the feed-forward part of one layer: its table, in its place."""
+
+    layer: Layer
+    table: Attention | FFN
+
+    @property
+    def name(self) -> str:
+        """What its units are called: ``"layers.3.heads"``, ``"decoder.3.cross_heads"``."""
+        return f"{self.layer.name}.{self.table.units}"
+
+    @property
+    def attention(self) -> Attention:
+        """The table of a part that is an attention."""
+        assert isinstance(self.table, Attention), f"{self.name} is no attention"
+        return self.table
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Role -> full name of its linear, whether that is there or not."""
+        return {role: f"{self.layer.path}.{name}" for role, name in self.table.linears.items()}
+
+    @property
+    def fused_path(self) -> str | None:
+        """Full name of the one projection that stores several roles; None where the family has none."""
+        return None if self.table.fused_linear is None else f"{self.layer.path}.{self.table.fused_linear}"
+
+    @property
+    def module(self) -> nn.Module:
+        """The attention, or what stands for it; of a feed-forward part, which may have no module, the layer."""
+        return self.layer.module.get_submodule(self.table.module if isinstance(self.table, Attention) else "")
+
+    @property
+    def linears(self) -> dict[str, nn.Module]:
+        """Role -> linear; what went with its attention is left out."""
+        found = {role: find_module(self.layer.model, path) for role, path in self.paths.items()}
+        return {role: module for role, module in found.items() if module is not None}
+
+    @property
+    def reader(self) -> nn.Module | None:
+        """The output or down projection, whose columns the units own; None where it went with its attention."""
+        return self.linears.get(self.table.reader)
+
+    @property
+    def num_units(self) -> int:
+        """Heads (KV groups) or neurons, from the rows of its linears."""
+        rows, _ = features(self.linears[self.table.counted])
+        return rows // (head_size(self.module) if isinstance(self.table, Attention) else 1)
+
+
+class Anatomy:
+    """The layers, parts, linears and hidden dimensions of a model of a known family.
+
+    Args:
+        model: plain or patched; whatever becomes of its modules, their names stay.
+        family: of the model.
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model = model
+        self.family = family
+        self.layers = family.layers(model)
+        self.parts = [PlacedPart(layer, table) for layer in self.layers for table in layer.stack.parts]
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """The stacks that the model has, the encoder first."""
+        return list(dict.fromkeys(layer.stack for layer in self.layers))
+
+    @property
+    def attentions(self) -> list[PlacedPart]:
+        """The parts that are attentions."""
+        return [part for part in self.parts if isinstance(part.table, Attention)]
+
+    @cached_property
+    def _hidden_places(self) -> HiddenPlaces:
+        return HiddenPlaces(self.model, self.layers)
+
+    @property
+    def has_hidden(self) -> bool:
+        """Whether hidden dimensions can be removed from the model."""
+        try:
+            return bool(self._hidden_places)
+        except ValueError:
+            return False
+
+    @property
+    def hidden_table(self) -> HiddenTable:
+        """What the family's table says of hidden dimensions. Raises ValueError as `hidden_parts`."""
+        return self._hidden_places.table
+
+    def hidden_parts(self) -> list[HiddenPart]:
+        """What holds hidden dimensions now: what lies outside the layers, then layer by layer.
+
+        Raises:
+            ValueError: they cannot be removed from this model; the text says why.
+        """
+        return self._hidden_places.parts()
+
+    def required_heads(self) -> set[str]:
+        """Unit groups that must keep a head (KV group).
+
+        In a decoder the first layer of each attention type: cached generation reads the cache and mask lengths there.
+        And the last cross-attention, without which nothing of the input would reach the output.
+        """
+        types = list(getattr(getattr(self.model, "config", None), "layer_types", None) or [])
+        first = {0} | {types.index(kind) for kind in set(types)}
+        required = set()
+        for stack in {layer.stack for layer in self.layers if layer.stack.decoder}:
+            last = max(layer.index for layer in self.layers if layer.stack == stack)
+            for table in stack.parts:
+                if isinstance(table, Attention):
+                    kept = {last} if table.cross else first
+                    required |= {f"{stack.name}.{index}.{table.units}" for index in kept}
+        return required
+
+    def present_units(self) -> dict[str, int]:
+        """Heads (KV groups) and neurons of every part, patched or not, from what its last linear reads."""
+        config: Any = self.model.config
+        heads = int(config.num_attention_heads)
+        together = heads // int(getattr(config, "num_key_value_heads", None) or heads)  # query heads of a group
+        counts = {}
+        for part in self.parts:
+            is_attention = isinstance(part.table, Attention)
+            reader = part.reader
+            count = 0
+            if reader is not None and not isinstance(part.module, EmptyAttention):
+                count = features(reader)[1] // (head_size(part.module) * together if is_attention else 1)
+            counts[part.name] = count
+        return counts
 
 
 def head_size(attention: nn.Module) -> int:
@@ -15,55 +155,3 @@ def head_size(attention: nn.Module) -> int:
     size = next((size for size in sizes if size), None)
     assert isinstance(size, int), f"{type(attention).__name__} names no head size"
     return size
-
-
-def required_heads(model: nn.Module, family: Family) -> set[str]:
-    """Unit groups that must keep a head (KV group).
-
-    In a decoder the first layer of each attention type: cached generation reads the cache and mask lengths there. And
-    the last cross-attention, without which nothing of the input would reach the output.
-    """
-    layers = family.layers(model)
-    types = list(getattr(getattr(model, "config", None), "layer_types", None) or [])
-    first = {0} | {types.index(kind) for kind in set(types)}
-    required = set()
-    for stack in {layer.stack for layer in layers if layer.stack.decoder}:
-        last = max(layer.index for layer in layers if layer.stack == stack)
-        for part in stack.parts:
-            if isinstance(part, Attention):
-                kept = {last} if part.cross else first
-                required |= {f"{stack.name}.{index}.{part.units}" for index in kept}
-    return required
-
-
-def part_linears(layer: Layer, part: Attention | FFN) -> dict[str, nn.Module]:
-    """Role -> linear of one part of a layer; what went with its attention is left out."""
-    there = {}
-    for role, name in part.linears.items():
-        try:
-            there[role] = layer.module.get_submodule(name)
-        except AttributeError:
-            continue
-    return there
-
-
-def num_units(layer: Layer, part: Attention | FFN) -> int:
-    """Heads (KV groups) or neurons of one part of a layer, from the rows of its linears."""
-    rows, _ = features(part_linears(layer, part)[part.counted])
-    return rows // (head_size(layer.module.get_submodule(part.module)) if isinstance(part, Attention) else 1)
-
-
-def present_units(model: nn.Module, family: Family) -> dict[str, int]:
-    """Heads (KV groups) and neurons of every part of any model, patched or not, from what its last linears read."""
-    config: Any = model.config
-    heads = int(config.num_attention_heads)
-    together = heads // int(getattr(config, "num_key_value_heads", None) or heads)  # query heads of a group
-    counts = {}
-    for layer in family.layers(model):
-        for part in layer.stack.parts:
-            count, reader = 0, part_linears(layer, part).get(part.reader)
-            module = layer.module.get_submodule(part.module) if isinstance(part, Attention) else None
-            if reader is not None and not isinstance(module, EmptyAttention):
-                count = features(reader)[1] // (1 if module is None else head_size(module) * together)
-            counts[f"{layer.name}.{part.units}"] = count
-    return counts

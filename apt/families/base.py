@@ -170,16 +170,22 @@ class Stack:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a model."""
+    """A layer of a model, known by its name: whoever exchanges its module need not tell."""
 
     stack: Stack
     index: int  # in its stack
-    module: nn.Module
+    path: str  # its name in the model, in full
+    model: nn.Module
 
     @property
     def name(self) -> str:
         """``"layers.3"``: its unit groups are called ``"layers.3.heads"``."""
         return f"{self.stack.name}.{self.index}"
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer itself."""
+        return self.model.get_submodule(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,16 +211,30 @@ class Family:
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """The layers of a model with or without a task head, stack after stack."""
-        found, base = [], base_model(model)
+        found: list[Layer] = []
         for stack in self.stacks:
-            try:
-                layers = base.get_submodule(stack.layers)
-            except AttributeError:
-                continue
-            found += [Layer(stack, index, module) for index, module in enumerate(layers.children())]
+            path = in_base(model, stack.layers)
+            layers = find_module(model, path)
+            if layers is not None:
+                names = [name for name, _ in layers.named_children()]
+                found += [Layer(stack, index, f"{path}.{name}", model) for index, name in enumerate(names)]
         return found
 
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model without its task head; the model itself where it has none."""
     return getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+
+
+def in_base(model: nn.Module, name: str) -> str:
+    """The full name of what the base model calls `name`."""
+    base = base_model(model)
+    return name if base is model else f"{model.base_model_prefix}.{name}"
+
+
+def find_module(root: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name; None where there is none."""
+    try:
+        return root.get_submodule(name)
+    except AttributeError:
+        return None

@@ -5,14 +5,10 @@ stream makes the pruning of hidden dimensions refuse the model. Names outside th
 first, then in the model with its task head; those that a model does not have are passed over.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
-
-from apt.families.base import Attention, Family, Layer, base_model
-from apt.families.empty import EmptyAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,22 +153,7 @@ OPT_POST = HiddenTable(
     outputs=OPT.outputs,
     unless=OPT_UNLESS,
 )
-READERS = ("apt_gates.read",)  # linears that methods put beside the model; they gate the stream themselves
 TABLES = (BERT, DEBERTA, DISTILBERT, GEMMA, GPT2, LLAMA, OPT, OPT_POST, PHI3, T5)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module that holds hidden dimensions, or reads them through a gate of its own."""
-
-    name: str  # in full
-    module: nn.Module
-    kind: str  # "linear", "norm", "embedding", "empty", or "gate": it only gates its input
-    axes: tuple[str, ...] = ()  # of a linear: "in" (columns) and "out" (rows, bias)
-    gated: bool = False  # what it reads (a linear) or gives (a norm) is gated
-    site: bool = False  # that gate collects statistics
-    layer: Layer | None = None  # None outside the layers
-    aside: bool = False  # in an attention that only a teacher still runs
 
 
 def hidden_table(model: nn.Module) -> HiddenTable:
@@ -192,99 +173,3 @@ def hidden_table(model: nn.Module) -> HiddenTable:
             return table
     known = ", ".join(sorted({name for table in TABLES for name in table.model_types}))
     raise ValueError(f"hidden dimensions of model_type {model_type!r} cannot be removed; known are {known}")
-
-
-def hidden_parts(model: nn.Module, family: Family) -> list[Part]:
-    """Every part of a plain or patched model: those outside the layers, then layer by layer.
-
-    Raises:
-        ValueError: no table fits, or a module as wide as the stream is not in it.
-    """
-    table = hidden_table(model)
-    parts, inside = list(_outside(model, table)), set()
-    names = {id(module): name for name, module in model.named_modules()}
-    for layer in family.layers(model):
-        parts += _inside(layer, names[id(layer.module)], table)
-        inside |= {id(module) for module in layer.module.modules()}
-    known = {id(part.module) for part in parts}
-    known |= {id(module) for part in parts if part.kind == "linear" for module in part.module.modules()}
-    known |= {id(module) for name in (*table.others, *table.unless) for module in _find(model, name)}
-    width = hidden_size(parts)
-    for name, module in model.named_modules():
-        wide = any(width in parameter.shape for parameter in module.parameters(recurse=False))
-        ours = name.startswith("apt_")  # put beside the model, for training alone
-        ours |= id(model.get_submodule(name.rpartition(".")[0])) in known  # what a known linear holds follows it
-        if wide and not ours and id(module) not in known and not (id(module) in inside and _of_a_head(name)):
-            raise ValueError(f"hidden dimensions: it is not known whether {name} reads them")
-    return parts
-
-
-def hidden_size(parts: list[Part]) -> int:
-    """The width of the stream, as it is now."""
-    norm: Any = next(part.module for part in parts if part.kind == "norm")
-    return int(getattr(norm, "n", norm.weight.numel()))
-
-
-def _of_a_head(name: str) -> bool:
-    """Norms of q and k over one head's features, and biases of positions, which may be as many by chance."""
-    return name.endswith(("q_norm", "k_norm", "relative_attention_bias"))
-
-
-def _find(model: nn.Module, name: str) -> list[nn.Module]:
-    """The module of that name in the base model, or else in the model; none where there is none."""
-    for root in (base_model(model), model):
-        try:
-            return [root.get_submodule(name)]
-        except AttributeError:
-            continue
-    return []
-
-
-def _outside(model: nn.Module, table: HiddenTable) -> Iterator[Part]:
-    names = {id(module): name for name, module in model.named_modules()}
-
-    def found(entries: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-        for entry in entries:
-            if entry in table.unless and _find(model, table.unless[entry]):
-                continue
-            for module in _find(model, entry):
-                yield names[id(module)], module
-
-    for name, module in found(table.embeddings):
-        yield Part(name, module, "embedding")
-    norms = ((table.base_norms, False, False), (table.base_read_norms, True, True), (table.silent_norms, True, False))
-    for entries, gated, site in norms:
-        for name, module in found(entries):
-            yield Part(name, module, "norm", gated=gated, site=site)
-    writes, reads, through_gate = (dict(found(e)) for e in (table.outputs, table.inputs + READERS, table.gated_inputs))
-    for name, module in {**reads, **through_gate, **writes}.items():
-        if not hasattr(module, "weight"):  # a head of several layers under the name of one
-            continue
-        gated = name in through_gate
-        axes = ("in",) * (gated or name in reads) + ("out",) * (name in writes)
-        yield Part(name, module, "linear", axes, gated, gated)
-
-
-def _inside(layer: Layer, full: str, table: HiddenTable) -> Iterator[Part]:
-    there = dict(layer.module.named_modules())
-    for part in layer.stack.parts:
-        for role, name in part.linears.items():
-            if name in there:
-                axes = ("out",) if role == part.reader else ("in",)
-                yield Part(f"{full}.{name}", there[name], "linear", axes, layer=layer)
-        if isinstance(part, Attention) and isinstance(there[part.module], EmptyAttention):
-            empty = there[part.module]
-            yield Part(f"{full}.{part.module}", empty, "empty", layer=layer)
-            for role, name in part.linears.items() if empty.dense else ():
-                if name.startswith(f"{part.module}."):
-                    inner = empty.dense[0].get_submodule(name.removeprefix(f"{part.module}."))
-                    axes = ("out",) if role == part.reader else ("in",)
-                    yield Part(f"{full}.{name}", inner, "linear", axes, layer=layer, aside=True)
-    for entries, gated in ((table.norms, False), (table.read_norms, True)):
-        for name in entries:
-            if name not in there:  # layers of an encoder and of a decoder have one table
-                continue
-            yield Part(f"{full}.{name}", there[name], "norm", gated=gated, site=gated, layer=layer)
-    for name in table.reads:
-        if not isinstance(there[name], EmptyAttention):
-            yield Part(f"{full}.{name}", there[name], "gate", gated=True, site=True, layer=layer)

@@ -15,12 +15,12 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 CONV1D = ("transformers.pytorch_utils", "Conv1D")  # by name: transformers is not imported for it
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module | None) -> bool:
     """Whether a layer is transformers' ``Conv1D``: weight ``[I, O]``, always a bias."""
     return any((kind.__module__, kind.__name__) == CONV1D for kind in type(module).__mro__)
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module | None) -> bool:
     """Whether a layer is one that an adapter can take the place of."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 

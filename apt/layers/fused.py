@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.families import FFN, Attention, Family, Layer
+from apt.families import Anatomy, PlacedPart
+from apt.families.base import find_module
 from apt.families.linears import features, is_conv1d, is_linear, make_linear, replace_module, weight_and_bias
 from apt.layers.adapter import APTAdapter
 
@@ -59,32 +60,32 @@ def split_linear(linear: nn.Module, sizes: Mapping[str, int]) -> FusedLinears:
     return FusedLinears(parts, is_conv1d(linear))
 
 
-def split_fused(model: nn.Module, family: Family, names: Collection[str] | None = None) -> None:
+def split_fused(anatomy: Anatomy, names: Collection[str] | None = None) -> None:
     """Put a `FusedLinears` in the place of every fused projection of a family's table, or of those named in full."""
-    for name, (layer, part) in fused_places(model, family).items():
+    for name, part in fused_places(anatomy).items():
         if names is None or name in names:
-            linear = model.get_submodule(name)
-            replace_module(model, name, split_linear(linear, _part_sizes(linear, layer, part)))
+            linear = anatomy.model.get_submodule(name)
+            replace_module(anatomy.model, name, split_linear(linear, _part_sizes(linear, part)))
 
 
-def fused_places(model: nn.Module, family: Family) -> dict[str, tuple[Layer, Attention | FFN]]:
-    """Full name of each fused projection that is still one -> the layer and the part of it where it is."""
-    paths, found = {id(module): name for name, module in model.named_modules()}, {}
-    for layer in family.layers(model):
-        there = dict(layer.module.named_modules())  # an attention without heads is gone
-        for part in layer.stack.parts:
-            if part.fused_linear in there and is_linear(there[part.fused_linear]):
-                found[paths[id(there[part.fused_linear])]] = layer, part
+def fused_places(anatomy: Anatomy) -> dict[str, PlacedPart]:
+    """Full name of each fused projection that is still one -> the part where it is. Without heads it is gone."""
+    found = {}
+    for part in anatomy.parts:
+        if part.fused_path is not None and is_linear(find_module(anatomy.model, part.fused_path)):
+            found[part.fused_path] = part
     return found
 
 
-def _part_sizes(linear: nn.Module, layer: Layer, part: Attention | FFN) -> dict[str, int]:
+def _part_sizes(linear: nn.Module, part: PlacedPart) -> dict[str, int]:
     """Outputs of each role: of q as many as the output projection reads, of the others the rest in equal shares."""
-    (rest, _), sizes = features(linear), {}
-    if "q" in part.same_input:
-        _, sizes["q"] = features(layer.module.get_submodule(part.linears["o"]))
+    rest, _ = features(linear)
+    sizes = {}
+    roles = part.table.same_input
+    if "q" in roles:
+        _, sizes["q"] = features(part.linears["o"])
         rest -= sizes["q"]
-    others = [role for role in part.same_input if role != "q"]
+    others = [role for role in roles if role != "q"]
     return sizes | dict.fromkeys(others, rest // len(others))
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import apt_kernels
-from apt.families import FFN, Family
+from apt.families import FFN, Anatomy
+from apt.families.base import find_module
 from apt.families.linears import replace_module
 from apt.layers.adapter import APTAdapter
 
@@ -95,16 +96,17 @@ def kind_of(act: nn.Module) -> Kind | None:
         return next(found, None)
 
 
-def put_activations(model: nn.Module, family: Family) -> None:
+def put_activations(anatomy: Anatomy) -> None:
     """Let the gated blocks of a patched model, where the family's table names their activation, be one op each."""
-    for layer in family.layers(model):
-        there = dict(layer.module.named_modules())
-        for part in layer.stack.parts:
-            if isinstance(part, FFN) and part.act is not None and part.act in there:  # a block of Liger's has none
-                act, down = there[part.act], there.get(part.down)
-                kind = kind_of(act)
-                if kind is not None and isinstance(down, APTAdapter):
-                    replace_module(layer.module, part.act, GatedActivation(act, kind, down))
+    for part in anatomy.parts:
+        if not isinstance(part.table, FFN) or part.table.act is None:
+            continue
+        layer = part.layer.module
+        act = find_module(layer, part.table.act)
+        kind = None if act is None else kind_of(act)  # a block of Liger's has no activation
+        down = part.reader
+        if act is not None and kind is not None and isinstance(down, APTAdapter):
+            replace_module(layer, part.table.act, GatedActivation(act, kind, down))
 
 
 def restore_activations(model: nn.Module) -> None:

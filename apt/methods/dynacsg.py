@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.families import Attention, Family, Layer, base_model
+from apt.families import Anatomy, Layer, PlacedPart, base_model
 from apt.families.linears import features
 from apt.layers import Delta, adapted
 from apt.layers.hidden import HiddenGate
@@ -67,14 +67,15 @@ def expected_gates(deltas: Sequence[Delta], settings: MethodConfig) -> Tensor | 
     return None if logits is None else settings.l0_weight * torch.sigmoid(logits).sum(-1).mean()
 
 
-def layers_above(model: nn.Module, family: Family, settings: MethodConfig) -> list[Layer]:
+def layers_above(anatomy: Anatomy, settings: MethodConfig) -> list[Layer]:
     """The layers whose linears have gates: those after layer l of the first stack, and every other stack.
 
     Raises:
         ValueError: there is none.
     """
-    layers, last = family.layers(model), settings.context_layer
-    first = [layer for layer in layers if layer.stack is layers[0].stack]
+    layers = anatomy.layers
+    last = settings.context_layer
+    first = [layer for layer in layers if layer.stack == layers[0].stack]
     if last >= len(first) or len(layers) == last + 1:
         raise ValueError(
             f"methods: context_layer {last} leaves no layer above it for gates; the model has {len(first)} layers, so "
@@ -83,39 +84,36 @@ def layers_above(model: nn.Module, family: Family, settings: MethodConfig) -> li
     return layers[last + 1 :]
 
 
-def place_gates(
-    model: nn.Module, family: Family, settings: MethodConfig, hidden: HiddenGate | None = None
-) -> list[Any]:
+def place_gates(anatomy: Anatomy, settings: MethodConfig, hidden: HiddenGate | None = None) -> list[Any]:
     """Put the network, the reading of contexts and the gates into a model whose linears are adapted already.
 
     Returns:
         Handles of the hooks.
     """
+    model = anatomy.model
     linears = [linear for _, linear in adapted(model) if isinstance(linear.delta, DynamicSpectral)]
-    layers = family.layers(model)
+    layers = anatomy.layers
     count = max((linear.rank for linear in linears), default=1)
-    hyper = HyperNetwork(_width(layers), count, settings.hyper_params, linears[0].weight)
+    hyper = HyperNetwork(_width(anatomy.parts), count, settings.hyper_params, linears[0].weight)
     model.add_module(NAME, hyper.train(model.training))
     classifies = type(model).__name__.endswith("SequenceClassification")  # it answers once all was read
     modules = [layer.module for layer in layers]
-    context = GateContext(hyper, settings, modules, prompts=family.decoder and not classifies, hidden=hidden)
+    context = GateContext(hyper, settings, modules, prompts=anatomy.family.decoder and not classifies, hidden=hidden)
     for linear in linears:
         linear.row_gate = ContextGate(context)
         linear.delta.context = context  # type: ignore[union-attr]
     base = base_model(model)
-    several = len({layer.stack for layer in layers}) > 1  # an encoder before a decoder: its own arguments count
+    several = len(anatomy.stacks) > 1  # an encoder before a decoder: its own arguments count
     reader = base.get_submodule(layers[0].stack.layers.rpartition(".")[0]) if several else base
     hooks = [
         model.register_forward_pre_hook(LabelHook(model, context), with_kwargs=True),
         reader.register_forward_pre_hook(InputHook(reader, context), with_kwargs=True),
         modules[settings.context_layer].register_forward_hook(CaptureHook(context)),
     ]
-    for layer in layers:
-        for part in layer.stack.parts:
-            attention = layer.module.get_submodule(part.module) if isinstance(part, Attention) else None
-            positions = getattr(attention, PositionHook.module, None)
-            if positions is not None:
-                hooks.append(positions.register_forward_hook(PositionHook(context)))
+    for part in anatomy.attentions:
+        positions = getattr(part.module, PositionHook.module, None)
+        if positions is not None:
+            hooks.append(positions.register_forward_hook(PositionHook(context)))
     if context.prompts and hasattr(model, "generate"):
         model.generate = Generate(model, context)  # type: ignore[assignment]
     return hooks
@@ -136,12 +134,9 @@ def remove_gates(model: nn.Module) -> None:
     model.__dict__.pop("generate", None)
 
 
-def _width(layers: Sequence[Layer]) -> int:
+def _width(parts: Sequence[PlacedPart]) -> int:
     """Hidden dimensions, from the first linear that reads or writes them."""
-    for layer in layers:
-        for part in layer.stack.parts:
-            for role, name in part.linears.items():
-                linear = layer.module.get_submodule(name) if name in dict(layer.module.named_modules()) else None
-                if linear is not None:
-                    return features(linear)[0 if role == part.reader else 1]
+    for part in parts:
+        for role, linear in part.linears.items():
+            return features(linear)[0 if role == part.table.reader else 1]
     raise ValueError("methods: the model has no linear left that reads its hidden dimensions")

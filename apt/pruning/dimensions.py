@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from apt.families import EmptyAttention, Family
-from apt.families.hidden_tables import Part, hidden_parts
+from apt.families import Anatomy, EmptyAttention
+from apt.families.hidden_parts import HiddenPart
 from apt.layers import APTAdapter
 from apt.layers.hidden import HiddenGate, HiddenNorm
 from apt.pruning.units import Member, UnitGroup
@@ -19,7 +19,7 @@ class HiddenGroup:
     """All hidden dimensions of a model, one unit each."""
 
     gate: HiddenGate
-    parts: tuple[Part, ...]  # of the patched model
+    parts: tuple[HiddenPart, ...]  # of the patched model
     floor: int = 0  # dimensions that always stay
 
     name: str = NAME
@@ -67,33 +67,20 @@ class HiddenGroup:
 Group = UnitGroup | HiddenGroup
 
 
-def find_dimensions(model: nn.Module, family: Family, *, min_hidden: int = 0) -> HiddenGroup:
+def find_dimensions(anatomy: Anatomy, *, min_hidden: int = 0) -> HiddenGroup:
     """The hidden dimensions of a patched model at their present size.
 
     Raises:
         ValueError: they cannot be removed from this model; the text says why.
     """
-    parts = hidden_parts(model, family)
+    parts = anatomy.hidden_parts()
     gate = next(part.module.hidden for part in parts if isinstance(part.module, HiddenNorm))
     return HiddenGroup(gate, tuple(parts), min(min_hidden, gate.num_units))
 
 
-def hidden_group(model: nn.Module, family: Family | None) -> HiddenGroup | None:
+def hidden_group(anatomy: Anatomy | None) -> HiddenGroup | None:
     """The hidden dimensions of a patched model; None where their gates are not in."""
-    gated = any(isinstance(module, HiddenNorm) for module in model.modules())
-    return find_dimensions(model, family) if gated and family is not None else None
-
-
-def has_dimensions(model: nn.Module, family: Family) -> bool:
-    """Whether hidden dimensions can be removed from a plain or patched model."""
-    try:
-        hidden_parts(model, family)
-    except ValueError:
-        return False
-    return True
-
-
-def outer_linears(model: nn.Module, family: Family) -> list[str]:
-    """Names of the linears outside the layers that read or write hidden dimensions."""
-    parts = hidden_parts(model, family)
-    return [part.name for part in parts if part.kind == "linear" and part.layer is None]
+    if anatomy is None or not anatomy.has_hidden:
+        return None
+    gated = any(isinstance(part.module, HiddenNorm) for part in anatomy.hidden_parts())
+    return find_dimensions(anatomy) if gated else None

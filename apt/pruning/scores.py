@@ -1,8 +1,8 @@
 """The units of a model and the scores that a step gives them."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from apt.families import Family
+from apt.families import Anatomy
 from apt.layers.gates import MaskGate
 from apt.layers.hidden import HiddenGate
 from apt.pruning.config import PruningConfig
@@ -15,14 +15,13 @@ class UnitScores:
     """Finds the units that may go, opens their gates, and reads what a step left there.
 
     Args:
-        model: patched.
-        family: of the model.
+        anatomy: of a patched model.
         config: which units, and how they are scored.
     """
 
-    def __init__(self, model: nn.Module, family: Family, config: PruningConfig) -> None:
-        self.model, self.family, self.config = model, family, config
-        default = "paper" if family.decoder and self.from_data else "off"
+    def __init__(self, anatomy: Anatomy, config: PruningConfig) -> None:
+        self.anatomy, self.config = anatomy, config
+        default = "paper" if anatomy.family.decoder and self.from_data else "off"
         self.outliers = OutlierTerm(config.kurtosis or default)
         self.gates: dict[MaskGate, bool] = {}  # that collect, and whether their signed inputs too
         self.groups: list[Group] = []
@@ -36,10 +35,10 @@ class UnitScores:
     def find(self) -> None:
         """List the groups at their present sizes: at the start, and after a cut."""
         config = self.config
-        groups = find_units(self.model, self.family, min_heads=config.min_heads, min_neurons=config.min_neurons)
+        groups = find_units(self.anatomy, min_heads=config.min_heads, min_neurons=config.min_neurons)
         self.groups = [group for group in groups if group.kind in config.unit_types]
         if "hidden" in config.unit_types:
-            self.groups.append(find_dimensions(self.model, self.family, min_hidden=config.min_hidden))
+            self.groups.append(find_dimensions(self.anatomy, min_hidden=config.min_hidden))
 
     def collect(self, on: bool) -> None:
         """Open or close the statistics of every gate whose sums a score needs; they begin at nothing."""

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from apt.families import FFN, Attention, Family, Layer
-from apt.families.anatomy import part_linears, required_heads
+from apt.families import Anatomy, PlacedPart
 from apt.layers import APTAdapter
 from apt.layers.gates import MaskGate
 from apt.layers.hidden import HiddenNorm
@@ -35,13 +34,20 @@ class Member:
 class UnitGroup:
     """All units of one part of a layer."""
 
-    name: str  # "layers.3.heads", "decoder.3.cross_heads"
-    kind: str  # "head" or "neuron"
-    layer: Layer
-    part: Attention | FFN
+    part: PlacedPart
     gate: MaskGate
     members: tuple[Member, ...]
     floor: int = 0  # units that always stay
+
+    @property
+    def name(self) -> str:
+        """``"layers.3.heads"``, ``"decoder.3.cross_heads"``."""
+        return self.part.name
+
+    @property
+    def kind(self) -> str:
+        """``"head"`` or ``"neuron"``."""
+        return self.part.table.kind
 
     @property
     def num_units(self) -> int:
@@ -66,39 +72,35 @@ class UnitGroup:
         return sum(member.width for member in self.members)
 
 
-def find_units(model: nn.Module, family: Family, *, min_heads: int = 0, min_neurons: int = 0) -> list[UnitGroup]:
+def find_units(anatomy: Anatomy, *, min_heads: int = 0, min_neurons: int = 0) -> list[UnitGroup]:
     """The unit groups of a patched model, layer by layer, heads before neurons, at their present sizes."""
     groups = []
-    required, floors = required_heads(model, family), {"head": min_heads, "neuron": min_neurons}
-    for layer in family.layers(model):
-        for part in layer.stack.parts:
-            linears = {role: m for role, m in part_linears(layer, part).items() if isinstance(m, APTAdapter)}
-            gate = linears[part.reader].gate_in if part.reader in linears else None
-            if gate is None or gate.num_units == 0:
-                continue
-            rows = [linears[role] for role in part.producers if role in linears]
-            members = [Member(linear, "out", linear.n_out // gate.num_units) for linear in rows]
-            members.append(Member(linears[part.reader], "in", gate.unit_size))
-            name = f"{layer.name}.{part.units}"
-            floor = min(max(floors[part.kind], int(name in required)), gate.num_units)
-            groups.append(UnitGroup(name, part.kind, layer, part, gate, tuple(members), floor))
+    required = anatomy.required_heads()
+    floors = {"head": min_heads, "neuron": min_neurons}
+    for part in anatomy.parts:
+        linears = {role: linear for role, linear in part.linears.items() if isinstance(linear, APTAdapter)}
+        table = part.table
+        gate = linears[table.reader].gate_in if table.reader in linears else None
+        if gate is None or gate.num_units == 0:
+            continue
+        rows = [linears[role] for role in table.producers if role in linears]
+        members = [Member(linear, "out", linear.n_out // gate.num_units) for linear in rows]
+        members.append(Member(linears[table.reader], "in", gate.unit_size))
+        floor = min(max(floors[table.kind], int(part.name in required)), gate.num_units)
+        groups.append(UnitGroup(part, gate, tuple(members), floor))
     return groups
 
 
-def unit_gates(model: nn.Module, family: Family) -> dict[str, MaskGate | None]:
+def unit_gates(anatomy: Anatomy) -> dict[str, MaskGate | None]:
     """Every unit group of a patched model, with its gate; None where the projection went with its attention."""
-    gates = {}
-    for layer in family.layers(model):
-        for part in layer.stack.parts:
-            linear = part_linears(layer, part).get(part.reader)
-            gates[f"{layer.name}.{part.units}"] = linear.gate_in if isinstance(linear, APTAdapter) else None
-    return gates
+    readers = {part.name: part.reader for part in anatomy.parts}
+    return {name: reader.gate_in if isinstance(reader, APTAdapter) else None for name, reader in readers.items()}
 
 
-def block_params(model: nn.Module, family: Family) -> int:
+def block_params(anatomy: Anatomy) -> int:
     """Weights and biases of attention, FFN and norms inside the layers that are live; adapters excluded."""
     total = 0
-    for layer in family.layers(model):
+    for layer in anatomy.layers:
         inside: set[int] = set()
         for module in layer.module.modules():
             if isinstance(module, APTAdapter | HiddenNorm):

@@ -6,13 +6,13 @@ from torch import nn
 
 from apt.apt_config import APTConfig
 from apt.distillation import release
-from apt.families import Family, find_family, known_family
+from apt.families import Anatomy, anatomy_of, known_family
 from apt.layers.fused import restore_plain, split_fused
 from apt.layers.gated_activation import put_activations, restore_activations
 from apt.layers.gates import ValidTokens
 from apt.methods import METHODS, place_gates, remove_gates
 from apt.methods.prompts import PROMPT, place_prompt, placed_prompt, remove_prompt
-from apt.pruning.dimensions import has_dimensions, hidden_group, outer_linears
+from apt.pruning.dimensions import hidden_group
 from apt.pruning.units import block_params
 from apt.surgery.hidden import place_dimensions, remove_dimensions
 from apt.surgery.put_in import ValidTokenHook, keep_few_kernels, put_adapters, put_gates, share_inputs
@@ -62,23 +62,23 @@ def patch_model(
     if method != "apt" or config is None:
         overrides = {"method": method, **overrides}
     config = (config or APTConfig()).with_overrides(**overrides)
-    family = _family_for(model, config)
-    places = find_places(model, config, family)
+    anatomy = _anatomy_for(model, config)
+    places = find_places(model, config, anatomy)
     hf_config = getattr(model, "config", None)
     state = PatchState(
         config=config,
-        family=family,
-        valid={} if family is None else {layer.stack.name: ValidTokens() for layer in family.layers(model)},
+        anatomy=anatomy,
+        valid={} if anatomy is None else {stack.name: ValidTokens() for stack in anatomy.stacks},
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
         use_cache=getattr(hf_config, "use_cache", None),
-        block_params=0 if family is None else block_params(model, family),
+        block_params=0 if anatomy is None else block_params(anatomy),
         params_before=sum(p.numel() for p in model.parameters()),
     )
     model.requires_grad_(False)
-    if family is None:
+    if anatomy is None:
         state.init_seconds = put_adapters(model, config, places.targets)
     else:
-        _put_parts(model, family, places, state)
+        _put_parts(anatomy, places, state)
     for module in places.head:
         module.requires_grad_(True)
     state.dtypes, hooks = widen(model, places.head)
@@ -87,47 +87,48 @@ def patch_model(
     return given
 
 
-def _family_for(model: nn.Module, config: APTConfig) -> Family | None:
-    """The family, which must be known where units are to go, and for gates of the example and prompts.
+def _anatomy_for(model: nn.Module, config: APTConfig) -> Anatomy | None:
+    """Where things are in the model: needed where units are to go, and for gates of the example and prompts.
 
     Raises:
         ValueError: it is not known, or the model has nothing that the config could change.
     """
     needed = config.prunes or config.prompts or METHODS[config.method].per_example
-    family = find_family(model) if needed else known_family(model)
-    if family is not None and not family.layers(model):
+    anatomy = anatomy_of(model) if needed or known_family(model) is not None else None
+    if anatomy is not None and not anatomy.layers:
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
     if placed_prompt(model) is not None and (config.prunes or config.prompts):
         raise ValueError("patch_model: this model came with a prompt, so it can be neither pruned nor given another")
-    return family
+    return anatomy
 
 
-def _put_parts(model: nn.Module, family: Family, places: Places, state: PatchState) -> None:
+def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:
     """Adapters, gates and the prompt of a model of a known family, and the hooks they need."""
-    config = state.config
-    split_fused(model, family, places.split)
-    state.hidden = config.prunes and has_dimensions(model, family)
+    model, config = anatomy.model, state.config
+    split_fused(anatomy, places.split)
+    state.hidden = config.prunes and anatomy.has_hidden
     if config.prompts:
-        state.hooks += place_prompt(model, family, config.method, config.prompt)
-    without_rank = [*places.prunable, *(_outside(model, family, places) if state.hidden else [])]
+        state.hooks += place_prompt(anatomy, config.method, config.prompt)
+    without_rank = [*places.prunable, *(_outside(anatomy, places) if state.hidden else [])]
     state.init_seconds = put_adapters(model, config, places.targets, without_rank)
-    share_inputs(model, family)
+    share_inputs(anatomy)
     if config.prunes:
-        put_gates(model, family, state.valid)
-        put_activations(model, family)
+        put_gates(anatomy, state.valid)
+        put_activations(anatomy)
         if state.hidden:
-            place_dimensions(model, family, state.valid)
-        hook = ValidTokenHook(model, family, state.valid)
+            place_dimensions(anatomy, state.valid)
+        hook = ValidTokenHook(anatomy, state.valid)
         state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
     if METHODS[config.method].per_example:
-        group = hidden_group(model, family)
-        state.hooks += place_gates(model, family, config.adapter, None if group is None else group.gate)
+        group = hidden_group(anatomy)
+        state.hooks += place_gates(anatomy, config.adapter, None if group is None else group.gate)
 
 
-def _outside(model: nn.Module, family: Family, places: Places) -> list[str]:
+def _outside(anatomy: Anatomy, places: Places) -> list[str]:
     """Linears outside the layers that read or write the hidden dimensions, but for those that train in full."""
     in_full = {id(module) for part in places.head for module in part.modules()}
-    return [name for name in outer_linears(model, family) if id(model.get_submodule(name)) not in in_full]
+    outer = [part for part in anatomy.hidden_parts() if part.kind == "linear" and part.layer is None]
+    return [part.name for part in outer if id(part.module) not in in_full]
 
 
 def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
@@ -166,8 +167,8 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     remove_gates(model)
     free_tails(model)
     restore_activations(model)
-    if state.hidden and state.family is not None:
-        remove_dimensions(model, state.family)
+    if state.hidden and state.anatomy is not None:
+        remove_dimensions(state.anatomy)
     restore_plain(model, merge=merge)
     for hook in state.hooks:
         hook.remove()

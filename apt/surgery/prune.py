@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.families import Attention, find_family
+from apt.families import Attention, anatomy_of
 from apt.layers import TRANSFORM, APTAdapter, LayerTransform, exchange
 from apt.pruning.dimensions import NAME, Group, HiddenGroup, find_dimensions
 from apt.pruning.units import UnitGroup, find_units
@@ -37,10 +37,10 @@ def apply_prune_plan(
     """
     if optimizer is not None:
         check_optimizer(optimizer)
-    family = find_family(model)
-    groups: dict[str, Group] = {group.name: group for group in find_units(model, family)}
+    anatomy = anatomy_of(model)
+    groups: dict[str, Group] = {group.name: group for group in find_units(anatomy)}
     if NAME in plan.kept:
-        groups[NAME] = find_dimensions(model, family)
+        groups[NAME] = find_dimensions(anatomy)
     unknown = sorted(set(plan.kept) - set(groups))
     if unknown:
         raise ValueError(f"surgery: the plan of step {plan.step} names {unknown[0]}, which this model does not have")
@@ -70,15 +70,16 @@ def _prune_group(
     for member in group.members:
         features = (kept[:, None] * member.width + torch.arange(member.width, device=kept.device)).flatten()
         _cut(member.linear, member.axis, features, optimizer, keep_tail)
-    if isinstance(group.part, Attention):
-        group.part.set_heads(group.layer.module, group.num_units, len(positions), order)
+    table, layer = group.part.table, group.part.layer.module
+    if isinstance(table, Attention):
+        table.set_heads(layer, group.num_units, len(positions), order)
     group.gate.keep(kept)
     if not positions:
         for member in group.members:
             drop_adapter(member.linear, optimizer)
-        if isinstance(group.part, Attention):
-            attention = group.layer.module.get_submodule(group.part.module)
-            group.part.remove(group.layer.module).dense = (attention,) if keep_tail else ()
+        if isinstance(table, Attention):
+            attention = group.part.module
+            table.remove(layer).dense = (attention,) if keep_tail else ()
 
 
 def _stored_units(group: UnitGroup) -> int:

@@ -11,8 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from apt.apt_config import APTConfig
-from apt.families import Family
-from apt.families.anatomy import num_units, part_linears
+from apt.families import Anatomy
 from apt.families.linears import features, replace_module
 from apt.layers import APTAdapter, SharedInput
 from apt.layers.fused import FusedLinears
@@ -58,31 +57,30 @@ def put_adapters(model: nn.Module, config: APTConfig, targets: list[str], withou
     return time.perf_counter() - started
 
 
-def put_gates(model: nn.Module, family: Family, valid: dict[str, ValidTokens]) -> None:
-    for layer in family.layers(model):
-        for part in layer.stack.parts:
-            reader = part_linears(layer, part).get(part.reader)
-            if isinstance(reader, APTAdapter) and part.counted in part_linears(layer, part):
-                units, tokens = num_units(layer, part), valid[layer.stack.name]
-                reader.gate_in = MaskGate(units, reader.n_in // max(1, units), tokens, reader.weight.device)
+def put_gates(anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:
+    """Put the gate of its units before the output or down projection of every part."""
+    for part in anatomy.parts:
+        reader = part.reader
+        if isinstance(reader, APTAdapter) and part.table.counted in part.linears:
+            units, tokens = part.num_units, valid[part.layer.stack.name]
+            reader.gate_in = MaskGate(units, reader.n_in // max(1, units), tokens, reader.weight.device)
 
 
-def share_inputs(model: nn.Module, family: Family) -> None:
+def share_inputs(anatomy: Anatomy) -> None:
     """Let the adapted linears of a layer that read the same tensor be computed together."""
-    for layer in family.layers(model):
-        for part in layer.stack.parts:
-            found = part_linears(layer, part)
-            members = [m for role in part.same_input if isinstance(m := found.get(role), APTAdapter)]
-            if len(members) > 1:
-                SharedInput(members)
+    for part in anatomy.parts:
+        found = part.linears
+        members = [m for role in part.table.same_input if isinstance(m := found.get(role), APTAdapter)]
+        if len(members) > 1:
+            SharedInput(members)
 
 
 class ValidTokenHook:
     """Forward pre-hook that keeps the batch's padding masks where the gates of each stack read them."""
 
-    def __init__(self, model: nn.Module, family: Family, valid: dict[str, ValidTokens]) -> None:
-        self.names = list(inspect.signature(model.forward).parameters)
-        self.sources = {stack.name: stack.valid for stack in family.stacks if stack.name in valid}
+    def __init__(self, anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:
+        self.names = list(inspect.signature(anatomy.model.forward).parameters)
+        self.sources = {stack.name: stack.valid for stack in anatomy.stacks}
         self.valid = valid
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

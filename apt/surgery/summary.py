@@ -75,7 +75,7 @@ def summary(model: nn.Module) -> Summary:
     model = uncompiled(model)
     state = patch_state(model)
     modules = dict(adapted(model))
-    group = hidden_group(model, state.family)
+    group = hidden_group(state.anatomy)
     ours, prompt = (f"{TRANSFORM}.", f"{PROMPT}."), placed_prompt(model)
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(ours))
     kept = 0 if prompt is None else sum(p.numel() for p in prompt.plain().parameters())  # in an export
@@ -83,9 +83,9 @@ def summary(model: nn.Module) -> Summary:
     adapters = sum(p.numel() for m in modules.values() for p in m.adapter_parameters())
     gates: dict[str, MaskGate | None] = {}
     sparsity = 0.0
-    if state.config.prunes and state.family is not None:
-        gates = unit_gates(model, state.family)
-        sparsity = 1.0 - block_params(model, state.family) / state.block_params
+    if state.config.prunes and state.anatomy is not None:
+        gates = unit_gates(state.anatomy)
+        sparsity = 1.0 - block_params(state.anatomy) / state.block_params
     masks = [*gates.values(), None if group is None else group.gate]
     return Summary(
         sparsity=sparsity,

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.families import EmptyAttention, find_family
+from apt.families import EmptyAttention
 from apt.layers import TRANSFORM, APTAdapter, adapted, exchange
 from apt.layers.hidden import HiddenNorm
-from apt.pruning.dimensions import HiddenGroup, find_dimensions
+from apt.pruning.dimensions import HiddenGroup, hidden_group
 from apt.surgery.moments import follow
+from apt.surgery.state import patch_state
 
 
 def live_views(model: nn.Module, group: HiddenGroup | None) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -56,8 +57,8 @@ def fit_norm(norm: HiddenNorm) -> None:
 def free_tails(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Give back what `keep_tail` left behind: no teacher reads the dense weights any more."""
     transform = getattr(model, TRANSFORM, None)
-    if any(isinstance(module, HiddenNorm) for module in model.modules()):
-        group = find_dimensions(model, find_family(model))
+    group = hidden_group(patch_state(model).anatomy)
+    if group is not None:
         free_dimension_tails(group)
         if transform is not None:
             follow(transform.lora_B, lambda t: t[: group.num_units].clone(), optimizer)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from apt.apt_config import APTConfig
-from apt.families import ROLES, Family
-from apt.families.anatomy import part_linears
+from apt.families import ROLES, Anatomy
 from apt.families.linears import is_linear
 from apt.layers import APTAdapter
 from apt.layers.fused import fused_places
@@ -27,57 +26,51 @@ class Places:
     head: list[nn.Module]  # what trains in full
 
 
-def find_places(model: nn.Module, config: APTConfig, family: Family | None) -> Places:
+def find_places(model: nn.Module, config: APTConfig, anatomy: Anatomy | None) -> Places:
     """Where the parts go. Changes nothing.
 
     Raises:
         ValueError: a target matches nothing, or lies where it cannot go, or nothing is left to prune.
     """
-    split = _to_split(model, config, family)
-    targets = find_targets(model, config, family, split) if METHODS[config.method].adapts else []
-    if METHODS[config.method].per_example and family is not None:
-        targets = _with_gates(model, config, family, targets)
+    split = _to_split(config, anatomy)
+    targets = find_targets(model, config, anatomy, split) if METHODS[config.method].adapts else []
+    if METHODS[config.method].per_example and anatomy is not None:
+        targets = _with_gates(config, anatomy, targets)
     prunable = []
-    if config.prunes and family is not None:
-        prunable = [name for _, name in _places(model, family, split)]
+    if config.prunes and anatomy is not None:
+        prunable = [name for _, name in _places(anatomy, split)]
         if not prunable:
             raise ValueError("patch_model: every layer of this model is empty, so it has no prunable units")
     return Places(split, targets, prunable, [model] if METHODS[config.method].full else task_head(model))
 
 
-def _to_split(model: nn.Module, config: APTConfig, family: Family | None) -> Split:
+def _to_split(config: APTConfig, anatomy: Anatomy | None) -> Split:
     """The fused projections that must be split.
 
     To prune, all are; for adapters alone those of which a part is asked for by its role. An adapter on a fused
     projection that is named as a whole is one adapter.
     """
-    if family is None or not METHODS[config.method].adapts:
+    if anatomy is None or not METHODS[config.method].adapts:
         return {}
-    named = () if isinstance(config.target_modules, str) else config.target_modules or family.default_targets
+    named = () if isinstance(config.target_modules, str) else config.target_modules or anatomy.family.default_targets
     wanted = set(ROLES if config.prunes else named)
-    places = fused_places(model, family)
-    return {name: part.same_input for name, (_, part) in places.items() if wanted.intersection(part.same_input)}
+    roles = {name: part.table.same_input for name, part in fused_places(anatomy).items()}
+    return {name: same_input for name, same_input in roles.items() if wanted.intersection(same_input)}
 
 
-def _places(model: nn.Module, family: Family, split: Split) -> list[tuple[str, str]]:
+def _places(anatomy: Anatomy, split: Split) -> list[tuple[str, str]]:
     """Role and full name of every linear of the family's table that is there, or will be once `split` is.
 
     A layer may be empty.
     """
-    paths = {id(module): name for name, module in model.named_modules()}
     found: list[tuple[str, str]] = []
-    for layer in family.layers(model):
-        there = dict(layer.module.named_modules())
-        for part in layer.stack.parts:
-            if part.fused_linear in there:
-                name = paths[id(there[part.fused_linear])]
-                found += [(role, f"{name}.{role}") for role in split.get(name, ())]
-            linears = part_linears(layer, part).items()
-            found += [(role, paths[id(linear)]) for role, linear in linears if _holds_adapter(linear)]
+    for part in anatomy.parts:
+        found += [(role, f"{part.fused_path}.{role}") for role in split.get(part.fused_path or "", ())]
+        found += [(role, part.paths[role]) for role, linear in part.linears.items() if _holds_adapter(linear)]
     return found
 
 
-def find_targets(model: nn.Module, config: APTConfig, family: Family | None, split: Split) -> list[str]:
+def find_targets(model: nn.Module, config: APTConfig, anatomy: Anatomy | None, split: Split) -> list[str]:
     """Full names of the linears, plain or adapted, that get an adapter.
 
     A target is a role of the family's table, the full name of a linear, or an ending of it after a dot; the name of a
@@ -89,7 +82,8 @@ def find_targets(model: nn.Module, config: APTConfig, family: Family | None, spl
     there = [n for n, m in model.named_modules() if _holds_adapter(m) and id(m) not in head]
     linears = {part: name for name in there for part in ([f"{name}.{role}" for role in split.get(name, ())] or [name])}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    wanted = config.target_modules or (family.default_targets if family else default_targets(model_type, list(linears)))
+    usual = default_targets(model_type, list(linears)) if anatomy is None else anatomy.family.default_targets
+    wanted = config.target_modules or usual
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
     if isinstance(wanted, str):
         output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -101,8 +95,8 @@ def find_targets(model: nn.Module, config: APTConfig, family: Family | None, spl
         return matches
     found: dict[str, None] = {}
     for target in wanted:
-        if family is not None and target in ROLES:
-            matches = [name for role, name in _places(model, family, split) if role == target]
+        if anatomy is not None and target in ROLES:
+            matches = [name for role, name in _places(anatomy, split) if role == target]
         else:
             matches = [
                 name for name, whole in linears.items() if any(f".{n}".endswith(f".{target}") for n in (name, whole))
@@ -119,10 +113,9 @@ def find_targets(model: nn.Module, config: APTConfig, family: Family | None, spl
     return list(found)
 
 
-def _with_gates(model: nn.Module, config: APTConfig, family: Family, targets: list[str]) -> list[str]:
+def _with_gates(config: APTConfig, anatomy: Anatomy, targets: list[str]) -> list[str]:
     """Those of the targets that lie in a layer with gates."""
-    paths = {id(module): name for name, module in model.named_modules()}
-    above = tuple(f"{paths[id(layer.module)]}." for layer in layers_above(model, family, config.adapter))
+    above = tuple(f"{layer.path}." for layer in layers_above(anatomy, config.adapter))
     found = [name for name in targets if name.startswith(above)]
     if not found:
         raise ValueError(f"patch_model: no target lies above layer {config.adapter.context_layer}, where gates begin")

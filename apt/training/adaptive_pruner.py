@@ -6,13 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.pruning import PruningConfig, UnitScores, UnitSearch, move_masks
 from apt.pruning.dimensions import Group
 from apt.pruning.salience import MovingAverage
 from apt.pruning.schedule import SparsityScheduler
 from apt.pruning.units import block_params
 from apt.records import PrunePlan
+from apt.surgery.prune import apply_prune_plan
 
 
 class AdaptivePruner:
@@ -54,9 +55,9 @@ class AdaptivePruner:
             raise ValueError("pruner: target_speedup is a goal of the Controller; leave it out here")
         self.model, self.scheduler, self.optimizer = model, scheduler, optimizer
         self.config = replace(config or PruningConfig(), target_sparsity=scheduler.target_sparsity)
-        self.family = find_family(model)
-        self._units = UnitScores(model, self.family, self.config)
-        self._search = UnitSearch(block_params(model, self.family), self.config)
+        self.anatomy = anatomy_of(model)
+        self._units = UnitScores(self.anatomy, self.config)
+        self._search = UnitSearch(block_params(self.anatomy), self.config)
         self._search.check(self.groups, self._search.total)
         self._average = MovingAverage(momentum)
         self._units.collect(True)
@@ -116,7 +117,7 @@ class AdaptivePruner:
             salience_scores: from `compute_salience`.
             current_sparsity: fraction of the block parameters that should be gone, [0, 1).
         """
-        live = block_params(self.model, self.family)
+        live = block_params(self.anatomy)
         plan = self._search.plan(self.groups, salience_scores, live, 0, current_sparsity)
         masks = {group.name: torch.zeros_like(group.gate.mask) for group in self.groups}
         for name, positions in plan.kept.items():
@@ -136,8 +137,6 @@ class AdaptivePruner:
         Raises:
             ValueError: a group is missing, or alpha is out of range.
         """
-        from apt.surgery.prune import apply_prune_plan
-
         kept = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
         missing = [group.name for group in self.groups if group.name not in kept]
         if missing or (alpha is not None and not 0.0 < alpha <= 1.0):

@@ -8,6 +8,7 @@ from torch import nn
 from apt.layers import APTAdapter, adapted
 from apt.pruning.ranks import TuningConfig, adapter_sizes, plan_ranks, total_params
 from apt.pruning.salience import adapter_importance
+from apt.surgery.ranks import apply_rank_plan
 
 
 class AdaptiveTuner:
@@ -72,8 +73,6 @@ class AdaptiveTuner:
         Raises:
             ValueError: a name is none of an adapter.
         """
-        from apt.surgery.ranks import apply_rank_plan
-
         sizes, config = adapter_sizes(self.model, salience_dict), self.config
         unknown = sorted(set(salience_dict) - set(sizes))
         if unknown:

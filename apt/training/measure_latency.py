@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.families import Family, Layer
+from apt.families import Anatomy, Layer
+from apt.families.linears import replace_module
 from apt.layers import APTAdapter
 from apt.layers.modes import evaluating
 from apt.pruning.latency_table import LatencyTable
@@ -45,9 +47,7 @@ def forward_ms(model: nn.Module, batch: Mapping[str, Any], repeats: int = REPEAT
         return medians_ms({"": lambda: model(**batch)}, repeats, device)[""]
 
 
-def measure_latency(
-    model: nn.Module, family: Family, batch_size: int, length: int, repeats: int = REPEATS
-) -> LatencyTable:
+def measure_latency(anatomy: Anatomy, batch_size: int, length: int, repeats: int = REPEATS) -> LatencyTable:
     """The latency table of a patched model, as it would be without adapters.
 
     Of every part of a stack the layer with most units of it is taken. Copies of it, without adapters, lose units; they
@@ -55,30 +55,29 @@ def measure_latency(
     has lost it whole. The model itself is only run.
 
     Args:
-        model: patched; its parts at their present sizes are what the table ends at.
-        family: of the model.
+        anatomy: of a patched model; its parts at their present sizes are what the table ends at.
         batch_size: sentences of a forward pass.
         length: tokens of each.
         repeats: timed passes of each copy, of which the median counts.
     """
+    model = anatomy.model
     batch, device = sample_batch(model, batch_size, length), next(model.parameters()).device
-    groups = find_units(model, family)
+    groups = find_units(anatomy)
     by_part: dict[str, list[UnitGroup]] = {}
     for group in groups:
-        by_part.setdefault(f"{group.layer.stack.name}.{group.part.units}", []).append(group)
-    widest = {part: max(found, key=lambda g: (g.num_units, g.layer.index)) for part, found in by_part.items()}
+        by_part.setdefault(f"{group.part.layer.stack.name}.{group.part.table.units}", []).append(group)
+    widest = {part: max(found, key=lambda g: (g.num_units, g.part.layer.index)) for part, found in by_part.items()}
     with evaluating(model), torch.no_grad():
         whole = medians_ms({"": lambda: model(**batch)}, repeats, device)[""]
-        calls = _calls(model, batch, [group.layer for group in widest.values()])
+        calls = _calls(model, batch, [group.part.layer for group in widest.values()])
         parts, adapters = {}, {}
         for part, group in widest.items():
-            points, with_adapters = _points(model, family, group, calls[group.layer.name], repeats, device)
+            layer = group.part.layer
+            points, with_adapters = _points(group, calls[layer.name], repeats, device)
             base = points[0][1]
             parts[part] = [[units, max(0.0, ms - base)] for units, ms in points]
-            adapters[group.layer.stack.name] = with_adapters - points[-1][1]
-    layers = {layer.stack.name: 0 for layer in family.layers(model)}
-    for layer in family.layers(model):
-        layers[layer.stack.name] += 1
+            adapters[layer.stack.name] = with_adapters - points[-1][1]
+    layers = Counter(layer.stack.name for layer in anatomy.layers)
     free = LatencyTable(
         device=_name(device), batch_size=batch_size, length=length, dense_ms=0.0, rest_ms=0.0, parts=parts
     )
@@ -88,7 +87,7 @@ def measure_latency(
 
 
 def _calls(model: nn.Module, batch: Mapping[str, Any], layers: list[Layer]) -> dict[str, Call]:
-    """With what the layers are called in a forward pass."""
+    """The arguments with which each layer is called in a forward pass."""
     calls: dict[str, Call] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -104,38 +103,34 @@ def _calls(model: nn.Module, batch: Mapping[str, Any], layers: list[Layer]) -> d
     return calls
 
 
-def _points(
-    model: nn.Module, family: Family, group: UnitGroup, call: Call, repeats: int, device: torch.device
-) -> tuple[list[tuple[int, float]], float]:
+def _points(group: UnitGroup, call: Call, repeats: int, device: torch.device) -> tuple[list[tuple[int, float]], float]:
     """Time of a layer with 0, some and all units of one of its parts, and of the layer itself, adapters and all."""
     args, kwargs = call
     widths = sorted({group.num_units * share // WIDTHS for share in range(WIDTHS + 1)})
-    runs: dict[str, Callable[[], object]] = {"": lambda: group.layer.module(*args, **kwargs)}
+    layer = group.part.layer.module
+    runs: dict[str, Callable[[], object]] = {"": lambda: layer(*args, **kwargs)}
     for width in widths:
-        narrow = _narrow_copy(model, family, group, width)
+        narrow = _narrow_copy(group, width)
         runs[str(width)] = lambda narrow=narrow: narrow(*args, **kwargs)  # type: ignore[misc]
     times = medians_ms(runs, repeats, device)
     return [(width, times[str(width)]) for width in widths], times[""]
 
 
-def _narrow_copy(model: nn.Module, family: Family, group: UnitGroup, units: int) -> nn.Module:
+def _narrow_copy(group: UnitGroup, units: int) -> nn.Module:
     """A copy of a group's layer without adapters and with so many units; it stands in the model while it is cut."""
-    layer, twin = group.layer, copy.deepcopy(group.layer.module)
+    layer = group.part.layer
+    model, whole = layer.model, layer.module
+    twin = copy.deepcopy(whole)
     for module in twin.modules():
         if isinstance(module, APTAdapter):
             module.drop_adapter()
-    parent, child = _place(model, layer.module)
-    setattr(parent, child, twin)
+    plan = PrunePlan(step=0, target_sparsity=0.0, kept={group.name: [*range(units)]}, round_to=1)
+    replace_module(model, layer.path, twin)
     try:
-        apply_prune_plan(model, PrunePlan(step=0, target_sparsity=0.0, kept={group.name: [*range(units)]}, round_to=1))
+        apply_prune_plan(model, plan)
     finally:
-        setattr(parent, child, layer.module)
+        replace_module(model, layer.path, whole)
     return twin
-
-
-def _place(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
-    """The parent of a module, and its name there."""
-    return next((p, name) for p in model.modules() for name, child in p.named_children() if child is module)
 
 
 def _name(device: torch.device) -> str:

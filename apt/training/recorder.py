@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.families.anatomy import part_linears
 from apt.files import append_jsonl, write_jsonl
-from apt.layers import adapted
+from apt.layers import APTAdapter
 from apt.pruning.ranks import adapter_sizes, total_params
 from apt.records import Event
 from apt.surgery import patch_state
@@ -106,17 +105,14 @@ def event_scalars(event: Event, adapter_params: int) -> dict[str, float]:
 
 def _places(model: nn.Module) -> dict[str, list[Any]]:
     """Where the adapters of prunable layers stand: name -> stack, number of the layer, role; none without a family."""
-    family = patch_state(model).family
-    if family is None:
-        return {}
-    names = {id(module): name for name, module in adapted(model)}
+    anatomy = patch_state(model).anatomy
     found: dict[str, list[Any]] = {}
-    for layer in family.layers(model):
-        for part in layer.stack.parts:
-            cross = "cross " if part.units == "cross_heads" else ""
-            for role, module in part_linears(layer, part).items():
-                if id(module) in names:
-                    found[names[id(module)]] = [layer.stack.name, layer.index, cross + role]
+    for part in [] if anatomy is None else anatomy.parts:
+        layer = part.layer
+        cross = "cross " if part.table.units == "cross_heads" else ""
+        for role, module in part.linears.items():
+            if isinstance(module, APTAdapter):
+                found[part.paths[role]] = [layer.stack.name, layer.index, cross + role]
     return found
 
 

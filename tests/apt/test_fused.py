@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import apt
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.families.layer_config import LayerConfig
 from apt.families.linears import make_linear, weight_and_bias
 from apt.layers import APTAdapter, adapted
@@ -211,7 +211,7 @@ def test_head_counts_of_a_layer_leave_the_config_of_the_model_alone() -> None:
     saved = model.config.to_dict()
     apply_prune_plan(model, random_plan(model, empty=["layers.2.heads"], seed=1))
     first, second, _ = (layer.self_attn for layer in model.model.layers)
-    kept = [group.num_units for group in find_units(model, find_family(model)) if group.kind == "head"]
+    kept = [group.num_units for group in find_units(anatomy_of(model)) if group.kind == "head"]
     assert [first.config.num_attention_heads, second.config.num_attention_heads] == [2 * n for n in kept]
     assert model.config.to_dict() == saved
     twin = copy.deepcopy(model)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import apt
 import apt_kernels
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.layers import adapted
 from apt.layers.hidden import HiddenNorm
 from apt.pruning.dimensions import HiddenGroup, find_dimensions
@@ -33,7 +33,7 @@ HIDDEN = [name for name in NAMES if has_hidden_table(name)]
 
 
 def dimensions(model: Any) -> HiddenGroup:
-    return find_dimensions(model, find_family(model))
+    return find_dimensions(anatomy_of(model))
 
 
 def of_hidden(kept: list[int]) -> PrunePlan:
@@ -156,7 +156,7 @@ def test_the_norm_that_forgets_its_mask_at_zero_would_jump() -> None:
 
 def live_params(model: nn.Module) -> int:
     """Every number inside the layers but the adapters'."""
-    layers = nn.ModuleList(layer.module for layer in find_family(model).layers(model))
+    layers = nn.ModuleList(layer.module for layer in anatomy_of(model).layers)
     return sum(p.numel() for name, p in layers.named_parameters() if "lora_" not in name)
 
 
@@ -164,14 +164,14 @@ def live_params(model: nn.Module) -> int:
 def test_a_dimension_costs_what_goes_with_it(name: str) -> None:
     """Exactly, at the sizes of then; and the price of heads and neurons falls by their slope with each dimension."""
     model = apt.patch_model(tiny_model(name))
-    family = find_family(model)
+    anatomy = anatomy_of(model)
     for seed in (1, 2):
         group = dimensions(model)
         before, cost = live_params(model), group.cost()
-        prices = {other.name: (other.cost(), other.slope()) for other in find_units(model, family)}
+        prices = {other.name: (other.cost(), other.slope()) for other in find_units(anatomy)}
         apply_prune_plan(model, of_hidden(list(range(1, group.num_units))))
-        assert before - live_params(model) == cost == before - block_params(model, family)
-        for other in find_units(model, family):
+        assert before - live_params(model) == cost == before - block_params(anatomy)
+        for other in find_units(anatomy):
             old, slope = prices[other.name]
             assert other.cost() == old - slope
         apply_prune_plan(model, random_plan(model, empty=free_heads(model)[-1:], seed=seed))
@@ -181,7 +181,7 @@ def test_a_dimension_costs_what_goes_with_it(name: str) -> None:
 def test_heads_neurons_and_dimensions_make_up_the_layers(name: str) -> None:
     """``C = d H + sum n (A d + B)`` and norms of a head's features, which are what is left."""
     model = apt.patch_model(tiny_model(name))
-    group, others = dimensions(model), find_units(model, find_family(model))
+    group, others = dimensions(model), find_units(anatomy_of(model))
     own = group.cost() - sum(other.num_units * other.slope() for other in others)
     units = sum(other.num_units * other.cost() for other in others)
     beside = ("q_norm.weight", "k_norm.weight", "relative_attention_bias.weight")

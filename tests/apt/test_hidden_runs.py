@@ -29,8 +29,8 @@ from unit_groups import ADVERSARIAL
 
 import apt
 from apt.export import CARD
-from apt.families import find_family
-from apt.families.hidden_tables import Part
+from apt.families import anatomy_of
+from apt.families.hidden_parts import HiddenPart
 from apt.pruning import PruningConfig, UnitSearch
 from apt.pruning.dimensions import find_dimensions
 from apt.pruning.salience import OutlierTerm, unit_scores
@@ -52,7 +52,7 @@ OF_SITE = {  # from what is read and the gradient of what leaves the gate, [vali
 def collecting(name: str, salience: str, sites: str) -> tuple[Any, Any]:
     """A model whose hidden dimensions collect, in float64 as the rest."""
     model = fill_adapters(apt.patch_model(tiny_model(name), rank=2))
-    group = find_dimensions(model, find_family(model))
+    group = find_dimensions(anatomy_of(model))
     gate = group.gate
     gate.sums, gate.count = gate.sums.to(WIDE), gate.count.to(WIDE)
     gate.collecting, gate.sites, gate.products = True, sites, salience != "product_of_sums"
@@ -94,7 +94,7 @@ def test_read_scores_equal_brute_force(name: str, masked: bool, salience: str, m
     batch = tiny_batch(name)
     model(**batch).loss.backward()
     sites = [OF_SITE[salience](tokens(h, batch), tokens(y.grad, batch)) for h, y in passed]
-    reads = sum(len(layer.stack.parts) for layer in find_family(model).layers(model))  # attention, FFN
+    reads = sum(len(layer.stack.parts) for layer in anatomy_of(model).layers)  # attention, FFN
     # And the head; of an MLM head its transform too; of an encoder what the cross-attentions read.
     assert len(sites) == reads + (2 if name.startswith(("bert_mlm", "t5", "mt5")) else 1)
     wanted = torch.stack(sites).sum(0)
@@ -117,7 +117,7 @@ def test_write_scores_equal_brute_force(name: str) -> None:
     batch = tiny_batch(name)
     model(**batch).loss.backward()
     found = [OF_SITE["product_of_sums"](tokens(y.detach(), batch), tokens(y.grad, batch)) for y in seen.values()]
-    assert len(found) == sum(len(layer.stack.parts) for layer in find_family(model).layers(model))
+    assert len(found) == sum(len(layer.stack.parts) for layer in anatomy_of(model).layers)
     close("scores", unit_scores(group), torch.stack(found).sum(0))
 
 
@@ -125,11 +125,11 @@ def test_write_scores_equal_brute_force(name: str) -> None:
 def test_magnitude_is_what_the_layers_lose_with_a_dimension(name: str) -> None:
     model = apt.patch_model(tiny_model(name))
     apply_prune_plan(model, random_plan(model, hidden=True, empty=free_heads(model)[-1:], seed=1))
-    family = find_family(model)
-    scores = unit_scores(find_dimensions(model, family), salience="magnitude")
+    anatomy = anatomy_of(model)
+    scores = unit_scores(find_dimensions(anatomy), salience="magnitude")
 
     def norm(of: Any) -> Tensor:
-        inside = nn.ModuleList(layer.module for layer in family.layers(of))
+        inside = nn.ModuleList(layer.module for layer in anatomy_of(of).layers)
         return sum(p.detach().abs().sum() for key, p in inside.named_parameters() if "lora_" not in key)
 
     for dimension in (0, 7, len(scores) - 1):
@@ -155,7 +155,7 @@ def test_gate_taylor_is_the_slope_of_the_loss_in_the_read_gates() -> None:
 @pytest.mark.parametrize("mode", ["paper", "original"])
 def test_kurtosis_of_a_dimension_is_scipys_over_every_row(mode: str, roles: tuple[str, ...]) -> None:
     model = fill_adapters(apt.patch_model(tiny_model("llama_gqa"), rank=2, target_modules=roles))
-    group, term = find_dimensions(model, find_family(model)), OutlierTerm(mode)
+    group, term = find_dimensions(anatomy_of(model)), OutlierTerm(mode)
     inputs: dict[nn.Module, Tensor] = {}
     assert len(term.inputs([group])) == 6
     for writer, gate in zip(group.writers, term.inputs([group]), strict=True):
@@ -187,12 +187,13 @@ def test_a_plan_keeps_its_budget(name: str, balance: str, round_to: int, scores:
     That is a head or a bundle of neurons; a bundle of dimensions where all of these are there.
     """
     start = apt.patch_model(tiny_model(name))
-    family, total = find_family(start), block_params(start, find_family(start))
+    anatomy = anatomy_of(start)
+    total = block_params(anatomy)
     config = PruningConfig(balance=balance, round_to=round_to, unit_types=ALL)
     for sparsity in (0.0, 0.5, 0.9):
         model = copy.deepcopy(start)
         torch.manual_seed(1)
-        groups = [*find_units(model, family), find_dimensions(model, family, min_hidden=8)]
+        groups = [*find_units(anatomy_of(model)), find_dimensions(anatomy_of(model), min_hidden=8)]
         given = {group.name: ADVERSARIAL[scores](group.num_units) for group in groups}
         plan = UnitSearch(total, config).plan(groups, given, total, 1, sparsity)
         dims, hidden = len(plan.kept["hidden"]), groups.pop()
@@ -200,7 +201,7 @@ def test_a_plan_keeps_its_budget(name: str, balance: str, round_to: int, scores:
         whole = all(len(plan.kept[g.name]) == g.num_units for g in groups)
         dear = round_to * hidden.cost() if whole else max(price)
         apply_prune_plan(model, plan)
-        left = block_params(model, family)
+        left = block_params(anatomy_of(model))
         assert dims >= 8
         assert not dims % round_to
         assert left <= (1 - sparsity) * total
@@ -235,11 +236,11 @@ def slow_plan(groups: list[Any], scores: dict[str, Tensor], live: int, budget: f
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
 def test_the_search_equals_one_that_counts_anew(seed: int, sparsity: float) -> None:
     model = apt.patch_model(tiny_model("llama_bias"))
-    family = find_family(model)
-    groups = [*find_units(model, family), find_dimensions(model, family)]
+    anatomy = anatomy_of(model)
+    groups = [*find_units(anatomy), find_dimensions(anatomy)]
     for group in groups[:-1]:
         object.__setattr__(group, "floor", 0)
-    live, draw = block_params(model, family), torch.Generator().manual_seed(seed)
+    live, draw = block_params(anatomy), torch.Generator().manual_seed(seed)
     scores = {g.name: torch.rand(g.num_units, generator=draw, dtype=WIDE) * g.cost() for g in groups}
     config = PruningConfig(balance="none", round_to=1, unit_types=ALL)
     plan = UnitSearch(live, config).plan(groups, scores, live, 1, sparsity)
@@ -254,9 +255,9 @@ def test_the_search_equals_one_that_counts_anew(seed: int, sparsity: float) -> N
 def test_no_counts_within_the_budget_are_worth_much_more() -> None:
     """Every combination of heads, neuron bundles and dimension bundles of a layer that has few."""
     model = apt.patch_model(tiny_model("bert", num_hidden_layers=1))
-    family = find_family(model)
-    groups = [*find_units(model, family), find_dimensions(model, family)]
-    live = block_params(model, family)
+    anatomy = anatomy_of(model)
+    groups = [*find_units(anatomy), find_dimensions(anatomy)]
+    live = block_params(anatomy)
     torch.manual_seed(2)
     scores = {g.name: torch.rand(g.num_units, dtype=WIDE).sort(descending=True)[0] * g.cost() for g in groups}
     config = PruningConfig(balance="none", round_to=8, unit_types=ALL, min_hidden=8)
@@ -277,8 +278,11 @@ def test_no_counts_within_the_budget_are_worth_much_more() -> None:
 
 def test_a_uniform_layout_has_its_dimensions_too() -> None:
     model = apt.patch_model(tiny_model("llama_bias"))
-    family = find_family(model)
-    groups, total = [*find_units(model, family), find_dimensions(model, family)], block_params(model, family)
+    anatomy = anatomy_of(model)
+    groups, total = (
+        [*find_units(anatomy), find_dimensions(anatomy)],
+        block_params(anatomy),
+    )
     torch.manual_seed(0)
     scores = {g.name: torch.rand(g.num_units) for g in groups}
     pruner = UnitSearch(total, PruningConfig(layout="uniform", unit_types=ALL, target_sparsity=0.6))
@@ -287,7 +291,7 @@ def test_a_uniform_layout_has_its_dimensions_too() -> None:
     counts = [{len(plan.kept[g.name]) for g in groups if g.kind == kind} for kind in ALL]
     assert all(len(found) == 1 for found in counts)
     apply_prune_plan(model, plan)
-    assert 0.6 <= 1 - block_params(model, family) / total < 0.75
+    assert 0.6 <= 1 - block_params(anatomy) / total < 0.75
     assert apt.summary(model).hidden in (8, 16, 24)
 
 
@@ -468,6 +472,6 @@ def test_unit_types_in_a_config(tmp_path: Path) -> None:
 def test_parts_name_each_module_once() -> None:
     for name in HIDDEN:
         model = apt.patch_model(tiny_model(name))
-        parts: list[Part] = list(find_dimensions(model, find_family(model)).parts)
+        parts: list[HiddenPart] = list(find_dimensions(anatomy_of(model)).parts)
         owners = [part.name for part in parts if part.kind != "gate"]
         assert len(owners) == len(set(owners)), name

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import apt
 import apt.training.measure_latency
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.layers import adapted
 from apt.pruning.units import unit_gates
 from apt.surgery.prune import apply_prune_plan
@@ -43,7 +43,7 @@ def exact_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counts_of(model: Any) -> dict[str, int]:
-    gates = unit_gates(model, find_family(model))
+    gates = unit_gates(anatomy_of(model))
     return {name: 0 if gate is None else gate.num_units for name, gate in gates.items()}
 
 
@@ -59,7 +59,7 @@ def without_adapters(model: Any) -> Any:
 def test_the_table_tells_the_time_of_a_pruned_model(name: str) -> None:
     """Of one whose adapters are merged; operations grow in straight lines, so every width is exact."""
     model = eager(name)
-    table = measure_latency(model, find_family(model), batch_size=3, length=7)
+    table = measure_latency(anatomy_of(model), batch_size=3, length=7)
     batch = sample_batch(model, 3, 7)
     assert table.total_ms(counts_of(model)) == flops(lambda: without_adapters(model)(**batch))
     for seed, empty in ((1, ()), (2, free_heads(model)[:1]), (3, ["layers.2.heads", "layers.0.neurons"])):
@@ -75,7 +75,7 @@ def test_measuring_leaves_the_model_as_it_was(name: str) -> None:
     before, modules = copy.deepcopy(model), list(model.modules())
     modes, random_state = [module.training for module in modules], torch.get_rng_state()
     hooks = [len(module._forward_pre_hooks) for module in modules]
-    table = measure_latency(model, find_family(model), batch_size=2, length=6, repeats=1)
+    table = measure_latency(anatomy_of(model), batch_size=2, length=6, repeats=1)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(ours is theirs for ours, theirs in zip(model.modules(), modules, strict=True))
     assert [module.training for module in modules] == modes
@@ -95,7 +95,7 @@ def test_measuring_leaves_the_model_as_it_was(name: str) -> None:
 def test_a_real_clock_sees_that_more_takes_longer() -> None:
     """Wide enough that it cannot be noise: a quarter of the neurons against all of them."""
     wide = apt.patch_model(tiny_model("bert", torch.float32, intermediate_size=8192))
-    table = measure_latency(wide, find_family(wide), batch_size=16, length=32)
+    table = measure_latency(anatomy_of(wide), batch_size=16, length=32)
     points = dict(map(tuple, table.parts["layers.neurons"]))
     assert points[8192] > 2.0 * points[2048] > 0.0
     assert forward_ms(wide, sample_batch(wide, 16, 32), 3) > 0.0

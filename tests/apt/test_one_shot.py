@@ -11,7 +11,7 @@ from tiny_models import fill_adapters, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.layers import adapted
 from apt.pruning.salience import unit_scores
 from apt.pruning.units import find_units
@@ -143,7 +143,7 @@ def test_magnitude_is_the_mean_weight_of_a_unit(name: str) -> None:
         "bert": (("attention.self.query", "attention.self.key", "attention.self.value"), ("intermediate.dense",)),
         "llama": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
     }["bert" if name == "bert" else "llama"]
-    groups = {group.name: group for group in find_units(model, find_family(model))}
+    groups = {group.name: group for group in find_units(anatomy_of(model))}
     for kind, rows, column in zip(
         ("heads", "neurons"), inside, READERS["bert" if name == "bert" else "llama_gqa"], strict=True
     ):

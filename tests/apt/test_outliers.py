@@ -12,7 +12,7 @@ from torch import Tensor
 
 import apt
 import apt_kernels
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.pruning.salience import KURTOSES, OutlierTerm, unit_scores
 from apt.pruning.units import UnitGroup, find_units
 
@@ -25,7 +25,7 @@ def after_backward(
 ) -> tuple[OutlierTerm, list[UnitGroup], Scores, Scores]:
     """A model after one backward pass: its groups, their saliences, and the mean input of each over valid tokens."""
     model: Any = fill_adapters(apt.patch_model(tiny_model(name), rank=2, target_modules=roles))
-    groups, term, batch = find_units(model, find_family(model)), OutlierTerm(mode), tiny_batch(name)
+    groups, term, batch = find_units(anatomy_of(model)), OutlierTerm(mode), tiny_batch(name)
     inputs: Scores = {}
     for group in groups:
         gate = group.gate

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 import apt
-from apt.families import find_family
-from apt.families.anatomy import present_units
+from apt.families import anatomy_of
 from apt.methods.prompts import PrefixTuning
 from apt.pruning.units import find_units
 from apt.surgery.prune import apply_prune_plan
@@ -34,7 +33,7 @@ def pruned(kind: str, empty: tuple[str, ...] = ()) -> tuple[Any, Any, dict[str, 
     plan = random_plan(whole, empty=empty, seed=5)
     cut = copy.deepcopy(whole)
     apply_prune_plan(cut, plan)
-    for group in find_units(whole, find_family(whole)):
+    for group in find_units(anatomy_of(whole)):
         gone = torch.ones(group.num_units, dtype=torch.bool)
         gone[plan.kept[group.name]] = False
         columns = gone.repeat_interleave(group.reader.n_in // group.num_units)
@@ -94,7 +93,7 @@ def test_only_the_prompt_and_the_head_train(kind: str, method: str) -> None:
 def test_a_pruned_model_attends_to_the_prefixes(kind: str) -> None:
     """Beside attention written out, with the prefixes before the keys and values, without any cache."""
     small, _, _ = pruned(kind)
-    heads = [count for name, count in present_units(small, find_family(small)).items() if name.endswith("heads")]
+    heads = [count for name, count in anatomy_of(small).present_units().items() if name.endswith("heads")]
     assert len(set(heads)) > 1
     model = apt.patch_model(copy.deepcopy(small), method="prefix_tuning", num_virtual_tokens=P)
     prefixes = model.apt_prompt

@@ -10,7 +10,7 @@ from tiny_models import MODELS, fill_adapters, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.layers import APTAdapter
 from apt.layers.gates import MaskGate
 from apt.pruning.salience import SALIENCES, MovingAverage, adapter_importance, unit_scores
@@ -23,7 +23,7 @@ COLLECTED = [name for name in SALIENCES if name != "magnitude"]  # from activati
 def collecting(name: str, salience: str = "product_of_sums") -> tuple[Any, list[UnitGroup]]:
     """A model whose gates collect, in float64 as the rest."""
     model = fill_adapters(apt.patch_model(tiny_model(name), rank=2))
-    groups = find_units(model, find_family(model))
+    groups = find_units(anatomy_of(model))
     for group in groups:
         group.gate.sums = group.gate.sums.to(WIDE)
         group.gate.count = group.gate.count.to(WIDE)
@@ -121,7 +121,7 @@ def test_each_salience_bounds_the_next() -> None:
 def test_units_before_the_first_adapter_are_scored_alike(name: str, salience: str) -> None:
     """Nothing that trains stands before the first gate; embeddings that ask for a gradient say what it should find."""
     model = fill_adapters(apt.patch_model(tiny_model(name), rank=2, target_modules=["o", "down"]))
-    groups = find_units(model, find_family(model))
+    groups = find_units(anatomy_of(model))
     for group in groups:
         group.gate.sums, group.gate.count = group.gate.sums.to(WIDE), group.gate.count.to(WIDE)
     embeddings = model.get_input_embeddings().requires_grad_(True)

@@ -11,7 +11,7 @@ from check import close
 from tiny_models import CLASSIFIERS, GENERATORS, NAMES, SEQ2SEQ, fill_adapters, tiny_batch, tiny_model
 
 import apt
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.pruning.units import find_units
 from apt.records import PrunePlan
 from apt.surgery.prune import apply_prune_plan
@@ -24,7 +24,7 @@ def shrunk(name: str, heads: int | None, neurons: int | None, **settings: Any) -
     """A patched model with so many heads and neurons in every layer, others in each."""
     model = fill_adapters(apt.patch_model(tiny_model(name, torch.float32), rank=3, **settings))
     draw, kept = torch.Generator().manual_seed(4), {}
-    for group in find_units(model, find_family(model)):
+    for group in find_units(anatomy_of(model)):
         count = heads if group.kind == "head" else neurons
         order = torch.randperm(group.num_units, generator=draw)
         kept[group.name] = sorted(order[:count].tolist())
@@ -105,7 +105,7 @@ def test_a_uniform_export_is_patched_and_exported_again(tmp_path: Path) -> None:
         PrunePlan(
             step=1,
             target_sparsity=0.1,
-            kept={g.name: [0, 2] for g in find_units(model, find_family(model))},
+            kept={g.name: [0, 2] for g in find_units(anatomy_of(model))},
             round_to=1,
         ),
     )

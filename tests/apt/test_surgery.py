@@ -21,7 +21,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 import apt
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.layers import APTAdapter, adapted
 from apt.pruning.units import Member, find_units
 from apt.records import Event, PrunePlan, RankPlan
@@ -67,7 +67,7 @@ def sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def groups_of(model: nn.Module) -> dict[str, Any]:
-    return {group.name: group for group in find_units(model, find_family(model))}
+    return {group.name: group for group in find_units(anatomy_of(model))}
 
 
 def first_adapter(model: nn.Module, group: str, axis: str) -> tuple[str, APTAdapter, Member]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import apt
 from apt.distillation.teacher import Teacher
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.pruning.salience import unit_scores
 from apt.pruning.units import find_units
 from apt.surgery.prune import apply_prune_plan
@@ -98,7 +98,7 @@ def test_a_dense_teacher_on_a_pruned_student(name: str) -> None:
     model = fill_adapters(apt.patch_model(tiny_model(name), rank=3))
     batch = tiny_batch(name)
     wanted = logits(model)
-    teacher = Teacher(model, find_family(model))
+    teacher = Teacher(anatomy_of(model))
     teacher.snapshot()
     for number, empty in enumerate(([], ["encoder.0.heads"], free_heads(model)), 1):
         apply_prune_plan(model, random_plan(model, empty=empty, seed=number), keep_tail=True)
@@ -169,7 +169,7 @@ def test_beam_search_with_empty_attentions() -> None:
 
 
 def scores(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    groups = find_units(model, find_family(model))
+    groups = find_units(anatomy_of(model))
     for group in groups:
         group.gate.sums, group.gate.count = group.gate.sums.to(WIDE), group.gate.count.to(WIDE)
         group.gate.collecting = True
@@ -204,11 +204,11 @@ def test_tokens_of_each_stack_are_counted_by_its_own_mask(given: tuple[str, ...]
     batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
     batch["decoder_attention_mask"][:, 4:] = 0
-    for group in find_units(model, find_family(model)):
+    for group in find_units(anatomy_of(model)):
         group.gate.collecting = True
     model(**{key: batch[key] for key in ("input_ids", "attention_mask", *given)}).logits.sum().backward()
-    for group in find_units(model, find_family(model)):
-        wanted = batch["attention_mask"].sum() if group.layer.stack.name == "encoder" else count(batch)
+    for group in find_units(anatomy_of(model)):
+        wanted = batch["attention_mask"].sum() if group.part.layer.stack.name == "encoder" else count(batch)
         assert group.gate.count == wanted, group.name
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import apt
 from apt.distillation import DistillationConfig, SelfDistiller
-from apt.families import EmptyAttention, find_family
+from apt.families import EmptyAttention, anatomy_of
 from apt.layers import adapted
 from apt.pruning.units import find_units
 from apt.runs.evaluation.evaluate import saved_bytes
@@ -35,7 +35,7 @@ def seen_by(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]
     outputs: list[Tensor] = []
     hooks = [
         layer.module.register_forward_hook(lambda *a: outputs.append(a[2][0] if isinstance(a[2], tuple) else a[2]))
-        for layer in find_family(model).layers(model)
+        for layer in anatomy_of(model).layers
     ]
     with torch.no_grad():
         logits = model.eval()(**batch).logits
@@ -94,7 +94,7 @@ def test_its_pass_leaves_no_trace_in_the_student(name: str) -> None:
     apply_prune_plan(model, plan, keep_tail=True)
     distiller.follow()
     set_masks(model, random_plan(model, seed=2))
-    for group in find_units(model, find_family(model)):
+    for group in find_units(anatomy_of(model)):
         group.gate.collecting = True
     batch = tiny_batch(name)
     model(**batch).loss.backward()
@@ -119,7 +119,7 @@ def test_its_pass_leaves_no_trace_in_the_student(name: str) -> None:
     assert all(torch.equal(after[0][key], before[0][key]) for key in before[0])
     assert after[1] == before[1]
     assert {key: id(p) for key, p in model.named_parameters()} == identities
-    assert any(group.gate.sums.any() for group in find_units(model, find_family(model)))
+    assert any(group.gate.sums.any() for group in find_units(anatomy_of(model)))
 
 
 @pytest.mark.parametrize("method", ["gsa", "spectral_a", "spectral_r"])

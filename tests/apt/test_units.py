@@ -8,8 +8,7 @@ from tiny_models import MODELS, NAMES, SEQ2SEQ, random_plan, tiny_model
 from torch import nn
 
 import apt
-from apt.families import base_model, find_family
-from apt.families.anatomy import required_heads
+from apt.families import anatomy_of, base_model, find_family
 from apt.pruning.units import block_params, find_units
 from apt.surgery.prune import apply_prune_plan
 
@@ -25,7 +24,7 @@ def roles(model: nn.Module) -> list[str]:
 
 def live_params(model: nn.Module) -> int:
     """Every number inside the layers but the adapters'."""
-    layers = [layer.module for layer in find_family(model).layers(model)]
+    layers = [layer.module for layer in anatomy_of(model).layers]
     return sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" not in name)
 
 
@@ -33,32 +32,32 @@ def live_params(model: nn.Module) -> int:
 def test_block_params_are_what_lies_inside_the_layers(name: str) -> None:
     model = tiny_model(name)
     wanted = live_params(model)
-    assert block_params(model, find_family(model)) == wanted  # a plain model has no adapters to leave out
+    assert block_params(anatomy_of(model)) == wanted  # a plain model has no adapters to leave out
     model = apt.patch_model(model, rank=3, target_modules=roles(model))
-    assert block_params(model, find_family(model)) == wanted
+    assert block_params(anatomy_of(model)) == wanted
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cost_of_a_unit_is_what_goes_with_it(name: str) -> None:
     """Removing one unit of one group frees exactly its cost; a second time too, at the sizes of then."""
     model = apt.patch_model(tiny_model(name))
-    family = find_family(model)
+    anatomy = anatomy_of(model)
     for seed in (1, 2):
-        for group in find_units(model, family):
+        for group in find_units(anatomy):
             if group.num_units > group.floor + 1:
                 before, cost = live_params(model), group.cost()
                 kept = {group.name: list(range(1, group.num_units))}
                 apply_prune_plan(model, replace(random_plan(model, seed=seed), kept=kept))
-                assert before - live_params(model) == cost == before - block_params(model, family), group.name
+                assert before - live_params(model) == cost == before - block_params(anatomy), group.name
         apply_prune_plan(model, random_plan(model, seed=seed))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_units_and_what_stays_add_up(name: str) -> None:
     model = apt.patch_model(tiny_model(name))
-    family = find_family(model)
-    groups = find_units(model, family)
-    layers = nn.ModuleList(layer.module for layer in family.layers(model))
+    anatomy = anatomy_of(model)
+    groups = find_units(anatomy)
+    layers = nn.ModuleList(layer.module for layer in anatomy.layers)
     prunable = {id(module) for group in groups for module in (member.linear for member in group.members)}
     stays = 0
     for module in layers.modules():
@@ -72,7 +71,7 @@ def test_units_and_what_stays_add_up(name: str) -> None:
 def test_costs_by_hand() -> None:
     """d = 32: BERT has 4 heads of 8 and biases; grouped Llama 4 groups of 2 query heads of 4; T5 heads of 6."""
     models = [apt.patch_model(tiny_model(name)) for name in ("bert", "llama_gqa", "t5", "t5_gated")]
-    costs = [{group.kind: group.cost() for group in find_units(model, find_family(model))} for model in models]
+    costs = [{group.kind: group.cost() for group in find_units(anatomy_of(model))} for model in models]
     assert costs[0] == {"head": 4 * 32 * 8 + 3 * 8, "neuron": 2 * 32 + 1}
     assert costs[1] == {"head": 32 * (2 * 8 + 2 * 4), "neuron": 3 * 32}
     assert costs[2] == {"head": 4 * 32 * 6, "neuron": 2 * 32}
@@ -82,7 +81,7 @@ def test_costs_by_hand() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_names_order_and_members(name: str) -> None:
     model = apt.patch_model(tiny_model(name))
-    groups = find_units(model, find_family(model))
+    groups = find_units(anatomy_of(model))
     layers = MODELS[name].settings.get("num_hidden_layers", 3)
     wanted = [f"layers.{i}.{kind}" for i in range(layers) for kind in ("heads", "neurons")]
     if name in SEQ2SEQ:
@@ -106,24 +105,24 @@ def test_decoders_keep_a_group_in_the_first_layer_of_each_attention_type(name: s
     wanted = {f"layers.{index}.heads" for index in layers}
     if name in SEQ2SEQ:
         wanted = {"decoder.0.heads", "decoder.1.cross_heads"}
-    assert required_heads(model, find_family(model)) == wanted
-    floors = {group.name: group.floor for group in find_units(model, find_family(model))}
+    assert anatomy_of(model).required_heads() == wanted
+    floors = {group.name: group.floor for group in find_units(anatomy_of(model))}
     assert {key for key, floor in floors.items() if floor} == wanted
-    raised = find_units(model, find_family(model), min_heads=2, min_neurons=7)
+    raised = find_units(anatomy_of(model), min_heads=2, min_neurons=7)
     assert {group.floor for group in raised if group.kind == "head"} == {2}
     assert {group.floor for group in raised if group.kind == "neuron"} == {7}
-    capped = find_units(model, find_family(model), min_heads=99, min_neurons=99)
+    capped = find_units(anatomy_of(model), min_heads=99, min_neurons=99)
     assert all(group.floor == group.num_units for group in capped)
 
 
 def test_a_group_that_lost_everything_is_no_group() -> None:
     model = apt.patch_model(tiny_model("llama"))
     apply_prune_plan(model, random_plan(model, empty=["layers.1.heads", "layers.2.neurons"], seed=1))
-    names = {group.name for group in find_units(model, find_family(model))}
+    names = {group.name for group in find_units(anatomy_of(model))}
     assert {"layers.1.heads", "layers.2.neurons"}.isdisjoint(names)
     assert len(names) == 4
 
 
 def test_the_base_model_alone_has_the_same_units() -> None:
     model = apt.patch_model(base_model(tiny_model("bert")).to(torch.float32))
-    assert len(find_units(model, find_family(model))) == 6
+    assert len(find_units(anatomy_of(model))) == 6

@@ -17,7 +17,7 @@ from tiny_text import WORDS, text_tokenizer, tiny_llama, write_llama
 
 import apt
 from apt.cli import main
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.pruning.units import find_units
 from apt.records import PrunePlan
 from apt.runs.evaluation.harness import PAPER, HarnessConfig, _index, score
@@ -82,7 +82,7 @@ def tasks(rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pruned() -> Any:
     """A patched Llama whose layers have lost different numbers of heads and neurons."""
     model = fill_adapters(apt.patch_model(tiny_llama(), rank=3))
-    groups = find_units(model, find_family(model))
+    groups = find_units(anatomy_of(model))
     kept = {group.name: list(range(index % 3, group.num_units - index)) for index, group in enumerate(groups)}
     apply_prune_plan(model, PrunePlan(step=1, target_sparsity=0.3, kept=kept, round_to=1))
     return model.eval()

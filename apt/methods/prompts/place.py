@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.families import Attention, Family, Stack, base_model
-from apt.families.anatomy import head_size, present_units
+from apt.families import Anatomy, Stack, base_model
+from apt.families.anatomy import head_size
 from apt.methods.prompts.config import PromptConfig
 from apt.methods.prompts.modules import PrefixTuning, PTuningEmbedding
 from apt.methods.prompts.prefixes import FillCache
@@ -25,14 +25,13 @@ def placed_prompt(model: nn.Module) -> Prompt | None:
     return found if isinstance(found, Prompt) else None
 
 
-def place_prompt(model: nn.Module, family: Family, method: str, settings: PromptConfig) -> list[Any]:
+def place_prompt(anatomy: Anatomy, method: str, settings: PromptConfig) -> list[Any]:
     """Give a model a new prompt that trains, in at least float32.
 
     P-tuning goes to the encoder of an encoder-decoder, prefix tuning to its decoder, as in PEFT.
 
     Args:
-        model: of `family`, pruned or not; layers may differ in heads.
-        family: its table.
+        anatomy: of the model, pruned or not; layers may differ in heads.
         method: "p_tuning" or "prefix_tuning".
         settings: of the prompt.
 
@@ -42,19 +41,20 @@ def place_prompt(model: nn.Module, family: Family, method: str, settings: Prompt
     Raises:
         ValueError: prefix tuning, of a model that takes no cache.
     """
-    weight = _embeddings(_reader(model, _stacks(model, family)[0])).weight
-    prompt = _new_prompt(model, family, method, settings)
+    model = anatomy.model
+    weight = _embeddings(_reader(model, anatomy.stacks[0])).weight
+    prompt = _new_prompt(anatomy, method, settings)
     prompt = prompt.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     setattr(model, PROMPT, prompt.train(model.training))
-    return _hook(model, family, prompt)
+    return _hook(anatomy, prompt)
 
 
-def place_plain_prompt(model: nn.Module, family: Family, method: str, num_virtual_tokens: int) -> None:
+def place_plain_prompt(anatomy: Anatomy, method: str, num_virtual_tokens: int) -> None:
     """Give a model an empty place for a prompt without a network, as an export keeps it; the numbers follow."""
     settings = PromptConfig(num_virtual_tokens=num_virtual_tokens, mlp_layers=0, layer_norm=False)
-    prompt = _new_prompt(model, family, method, settings)
-    setattr(model, PROMPT, prompt)
-    _hook(model, family, prompt)
+    prompt = _new_prompt(anatomy, method, settings)
+    setattr(anatomy.model, PROMPT, prompt)
+    _hook(anatomy, prompt)
 
 
 def remove_prompt(model: nn.Module) -> None:
@@ -62,17 +62,17 @@ def remove_prompt(model: nn.Module) -> None:
     delattr(model, PROMPT)
 
 
-def _new_prompt(model: nn.Module, family: Family, method: str, settings: PromptConfig) -> Prompt:
+def _new_prompt(anatomy: Anatomy, method: str, settings: PromptConfig) -> Prompt:
     if method == "p_tuning":
         return PTuningEmbedding(
             settings.num_virtual_tokens,
-            _embeddings(_reader(model, _stacks(model, family)[0])).weight.shape[1],
+            _embeddings(_reader(anatomy.model, anatomy.stacks[0])).weight.shape[1],
             settings.hidden_dimension,
             settings.dropout_probability,
             mlp_layers=settings.mlp_layers,
             layer_norm=settings.layer_norm,
         )
-    sizes = prefix_sizes(model, family)
+    sizes = prefix_sizes(anatomy)
     return PrefixTuning(
         len(sizes),
         [heads for heads, _ in sizes],
@@ -84,8 +84,8 @@ def _new_prompt(model: nn.Module, family: Family, method: str, settings: PromptC
     )
 
 
-def _hook(model: nn.Module, family: Family, prompt: Prompt) -> list[Any]:
-    stacks = _stacks(model, family)
+def _hook(anatomy: Anatomy, prompt: Prompt) -> list[Any]:
+    model, stacks = anatomy.model, anatomy.stacks
     if isinstance(prompt, PrefixTuning):
         stack = stacks[-1]
         reader = _reader(model, stack)
@@ -98,11 +98,6 @@ def _hook(model: nn.Module, family: Family, prompt: Prompt) -> list[Any]:
         reader = _reader(model, behind)
         handles += SeeTokens(prompt, reader, decoder=True).register(reader)
     return handles
-
-
-def _stacks(model: nn.Module, family: Family) -> list[Stack]:
-    """The stacks that the model has, the encoder first."""
-    return list(dict.fromkeys(layer.stack for layer in family.layers(model)))
 
 
 def _reader(model: nn.Module, stack: Stack) -> nn.Module:
@@ -118,24 +113,20 @@ def _embeddings(reader: Any) -> nn.Embedding:
     return found
 
 
-def prefix_sizes(model: nn.Module, family: Family) -> list[tuple[int, int]]:
+def prefix_sizes(anatomy: Anatomy) -> list[tuple[int, int]]:
     """Heads of keys and values, and the size of a head, of each layer that gets a prefix: 0 and 0 where none is left.
 
     Raises:
         ValueError: the stack takes no cache.
     """
-    stack = _stacks(model, family)[-1]
-    reader = _reader(model, stack)
+    stack = anatomy.stacks[-1]
+    reader = _reader(anatomy.model, stack)
     takes_cache = "past_key_values" in inspect.signature(reader.forward).parameters
     if not takes_cache or not getattr(reader, "is_decoder", True):
         raise ValueError(
             f"patch_model: prefix tuning hands its keys and values over as a cache, and {type(reader).__name__} takes "
             f"none; use method='p_tuning'"
         )
-    counts, sizes = present_units(model, family), []
-    for layer in family.layers(model):
-        if layer.stack == stack:
-            part = next(part for part in stack.parts if isinstance(part, Attention) and not part.cross)
-            heads = counts[f"{layer.name}.{part.units}"]
-            sizes.append((heads, head_size(layer.module.get_submodule(part.module)) if heads else 0))
-    return sizes
+    counts = anatomy.present_units()
+    own = [part for part in anatomy.attentions if part.layer.stack == stack and part.table.units == "heads"]
+    return [(counts[part.name], head_size(part.module) if counts[part.name] else 0) for part in own]

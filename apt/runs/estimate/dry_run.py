@@ -199,10 +199,10 @@ def _events(controller: Controller) -> tuple[PlannedEvent, ...]:
 
 
 def _units(model: nn.Module, controller: Controller) -> dict[str, list[int]]:
-    family = patch_state(model).family
-    assert family is not None
+    anatomy = patch_state(model).anatomy
+    assert anatomy is not None
     found: dict[str, list[int]] = {}
-    for name, gate in unit_gates(model, family).items():
+    for name, gate in unit_gates(anatomy).items():
         stack, _, kind = name.split(".")
         counts = found.setdefault(kind if stack == "layers" else f"{stack} {kind}", [])
         counts.append(0 if gate is None else gate.num_units)

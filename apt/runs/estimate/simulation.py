@@ -57,12 +57,12 @@ class Simulation:
     def prune(self, saving: float) -> None:
         """Let units go as an event does, at random salience in proportion to what a unit costs."""
         groups, state = self.run.groups, patch_state(self.model)
-        assert state.family is not None
+        assert state.anatomy is not None
         draw = np.random.default_rng(0)
         with unset_fake_temporarily():
             scores = {g.name: torch.tensor(g.cost() * (0.5 + draw.random(g.num_units))) for g in groups}
             by_params = UnitSearch(state.block_params, replace(self.settings.pruning, target_speedup=None))
-            plan = by_params.plan(groups, scores, block_params(self.model, state.family), 1, saving)
+            plan = by_params.plan(groups, scores, block_params(state.anatomy), 1, saving)
         apply_prune_plan(self.model, plan, self.optimizer, keep_tail=self.teaching is not None)
         if self.teaching is not None:
             self.teaching.follow()

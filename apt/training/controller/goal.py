@@ -1,8 +1,6 @@
 """What a run saves and how that is counted: block parameters, or the time of a forward pass on this device."""
 
-from torch import nn
-
-from apt.families import Family
+from apt.families import Anatomy
 from apt.pruning import PruningConfig, UnitSearch
 from apt.pruning.latency_table import LatencyTable
 from apt.pruning.units import block_params, unit_gates
@@ -13,17 +11,14 @@ class Goal:
     """The budget of a run: its total, what is left of it, and the search that spends it.
 
     Args:
-        model: patched.
-        family: of the model.
+        anatomy: of a patched model.
         config: the target, and the forward pass whose time counts.
         total: block parameters of the original model.
         table: latency table, where `target_speedup` is the target and one is there already.
     """
 
-    def __init__(
-        self, model: nn.Module, family: Family, config: PruningConfig, total: int, table: LatencyTable | None = None
-    ) -> None:
-        self.model, self.family, self.config = model, family, config
+    def __init__(self, anatomy: Anatomy, config: PruningConfig, total: int, table: LatencyTable | None = None) -> None:
+        self.anatomy, self.config = anatomy, config
         self.by_time = config.target_speedup is not None
         self.params_total = total
         self.table = table if self.by_time else None
@@ -36,7 +31,7 @@ class Goal:
             if self.by_time and self.table is None:
                 config = self.config
                 size, length = config.latency_batch_size, config.latency_length
-                self.table = measure_latency(self.model, self.family, size, length)
+                self.table = measure_latency(self.anatomy, size, length)
             total = self.params_total if self.table is None else self.table.dense_ms
             self._search = UnitSearch(total, self.config, self.table)
         return self._search
@@ -48,8 +43,8 @@ class Goal:
     def live(self) -> float:
         """What is left: block parameters, or milliseconds."""
         if self.table is None:
-            return block_params(self.model, self.family)
-        gates = unit_gates(self.model, self.family)
+            return block_params(self.anatomy)
+        gates = unit_gates(self.anatomy)
         return self.table.total_ms({name: 0 if gate is None else gate.num_units for name, gate in gates.items()})
 
     def predicted_speedup(self) -> float | None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from apt.apt_config import APTConfig
-from apt.families import find_family
+from apt.families import anatomy_of
 from apt.pruning import UnitScores, move_masks, open_units, settle_masks
 from apt.pruning.dimensions import Group
 from apt.pruning.latency_table import LatencyTable
@@ -41,9 +41,9 @@ class Pruning:
         self, model: nn.Module, config: APTConfig, timeline: Timeline, latency: LatencyTable | None = None
     ) -> None:
         self.model, self.config, self.timeline = model, config.pruning, timeline
-        family = find_family(model)
-        self.goal = Goal(model, family, self.config, patch_state(model).block_params, latency)
-        self.units = UnitScores(model, family, self.config)
+        anatomy = anatomy_of(model)
+        self.goal = Goal(anatomy, self.config, patch_state(model).block_params, latency)
+        self.units = UnitScores(anatomy, self.config)
         self.salience = MovingAverage(config.momentum_salience)
         self.prepared = False  # whether the target was checked
         if not self.goal.by_time:

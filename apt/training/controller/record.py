@@ -12,8 +12,8 @@ from apt.surgery import patch_state
 
 def live_params(model: nn.Module) -> int:
     """What is left of the block parameters of a patched model; 0 where its family is not known."""
-    family = patch_state(model).family
-    return 0 if family is None else block_params(model, family)
+    anatomy = patch_state(model).anatomy
+    return 0 if anatomy is None else block_params(anatomy)
 
 
 def event_now(model: nn.Module, step: int, started: float, before: int, **told: Any) -> Event:

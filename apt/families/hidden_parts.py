@@ -1,0 +1,145 @@
+"""What holds the hidden dimensions of one model, by the table of its family."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from apt.families.base import Attention, Layer, find_module, in_base
+from apt.families.empty import EmptyAttention
+from apt.families.hidden_tables import HiddenTable, hidden_table
+
+READERS = ("apt_gates.read",)  # linears that methods put beside the model; they gate the stream themselves
+
+
+@dataclass(frozen=True)
+class HiddenPart:
+    """A module that holds hidden dimensions, or reads them through a gate of its own."""
+
+    name: str  # in full
+    module: nn.Module
+    kind: str  # "linear", "norm", "embedding", "empty", or "gate": it only gates its input
+    axes: tuple[str, ...] = ()  # of a linear: "in" (columns) and "out" (rows, bias)
+    gated: bool = False  # what it reads (a linear) or gives (a norm) is gated
+    site: bool = False  # that gate collects statistics
+    layer: Layer | None = None  # None outside the layers
+    aside: bool = False  # in an attention that only a teacher still runs
+
+
+class HiddenPlaces:
+    """Where a model has its hidden dimensions. What is found once are names; modules may change hands.
+
+    Args:
+        model: plain or patched.
+        layers: of the model.
+
+    Raises:
+        ValueError: no table fits, or a module as wide as the stream is not in it.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
+        self.model = model
+        self.layers = layers
+        self.table = hidden_table(model)
+        self._outside = list(_outside(model, self.table))
+        self._refuse_unknown()
+
+    def parts(self) -> list[HiddenPart]:
+        """Every part, as it is now: those outside the layers, then layer by layer."""
+        parts = [replace(part, module=self.model.get_submodule(part.name)) for part in self._outside]
+        for name in READERS:
+            reader = find_module(self.model, name)
+            if reader is not None:
+                parts.append(HiddenPart(name, reader, "linear", ("in",)))
+        for layer in self.layers:
+            parts += _inside(layer, self.table)
+        return parts
+
+    def _refuse_unknown(self) -> None:
+        """Raise ValueError for a module as wide as the stream of which the table says nothing."""
+        parts = self.parts()
+        width = hidden_size(parts)
+        known = {id(part.module) for part in parts}
+        for part in parts:
+            if part.kind == "linear":
+                known |= {id(module) for module in part.module.modules()}
+        for entry in (*self.table.others, *self.table.unless):
+            known |= {id(self.model.get_submodule(name)) for name in _names(self.model, entry)}
+        inside = {id(module) for layer in self.layers for module in layer.module.modules()}
+        for name, module in self.model.named_modules():
+            wide = any(width in parameter.shape for parameter in module.parameters(recurse=False))
+            if not wide or id(module) in known or name.startswith("apt_"):  # put beside the model, for training alone
+                continue
+            # What a known linear holds follows it.
+            of_a_known = id(self.model.get_submodule(name.rpartition(".")[0])) in known
+            if not of_a_known and not (id(module) in inside and _of_a_head(name)):
+                raise ValueError(f"hidden dimensions: it is not known whether {name} reads them")
+
+
+def hidden_size(parts: Iterable[HiddenPart]) -> int:
+    """The width of the stream, as it is now."""
+    norm: Any = next(part.module for part in parts if part.kind == "norm")
+    return int(getattr(norm, "n", norm.weight.numel()))
+
+
+def _of_a_head(name: str) -> bool:
+    """Whether it is a norm of q and k over one head's features, or a bias of positions: as wide by chance."""
+    return name.endswith(("q_norm", "k_norm", "relative_attention_bias"))
+
+
+def _names(model: nn.Module, entry: str) -> list[str]:
+    """The full name of what a table calls so, in the base model or else in the model; none where there is none."""
+    return [name for name in (in_base(model, entry), entry) if find_module(model, name) is not None][:1]
+
+
+def _outside(model: nn.Module, table: HiddenTable) -> Iterator[HiddenPart]:
+    """What lies outside the layers."""
+
+    def named(entries: tuple[str, ...]) -> list[str]:
+        """Full names of those entries of the table that the model has."""
+        found: list[str] = []
+        for entry in entries:
+            if not (entry in table.unless and _names(model, table.unless[entry])):
+                found += _names(model, entry)
+        return found
+
+    for name in named(table.embeddings):
+        yield HiddenPart(name, model.get_submodule(name), "embedding")
+    norms = ((table.base_norms, False, False), (table.base_read_norms, True, True), (table.silent_norms, True, False))
+    for entries, gated, site in norms:
+        for name in named(entries):
+            yield HiddenPart(name, model.get_submodule(name), "norm", gated=gated, site=site)
+    reads, through_gate, writes = named(table.inputs), named(table.gated_inputs), named(table.outputs)
+    for name in dict.fromkeys((*reads, *through_gate, *writes)):
+        module = model.get_submodule(name)
+        if not hasattr(module, "weight"):  # a head of several layers under the name of one
+            continue
+        axes = [axis for axis, names in (("in", reads + through_gate), ("out", writes)) if name in names]
+        gated = name in through_gate
+        yield HiddenPart(name, module, "linear", tuple(axes), gated, gated)
+
+
+def _inside(layer: Layer, table: HiddenTable) -> Iterator[HiddenPart]:
+    """What lies in a layer."""
+    there = dict(layer.module.named_modules())
+    for part in layer.stack.parts:
+        axes = {role: ("out",) if role == part.reader else ("in",) for role in part.linears}
+        for role, name in part.linears.items():
+            if name in there:
+                yield HiddenPart(f"{layer.path}.{name}", there[name], "linear", axes[role], layer=layer)
+        empty = there[part.module] if isinstance(part, Attention) else None
+        if not isinstance(part, Attention) or not isinstance(empty, EmptyAttention):
+            continue
+        yield HiddenPart(f"{layer.path}.{part.module}", empty, "empty", layer=layer)
+        for role, name in part.linears.items() if empty.dense else ():
+            if name.startswith(f"{part.module}."):
+                inner = empty.dense[0].get_submodule(name.removeprefix(f"{part.module}."))
+                yield HiddenPart(f"{layer.path}.{name}", inner, "linear", axes[role], layer=layer, aside=True)
+    for entries, gated in ((table.norms, False), (table.read_norms, True)):
+        for name in entries:
+            if name in there:  # layers of an encoder and of a decoder have one table
+                yield HiddenPart(f"{layer.path}.{name}", there[name], "norm", gated=gated, site=gated, layer=layer)
+    for name in table.reads:
+        if not isinstance(there[name], EmptyAttention):
+            yield HiddenPart(f"{layer.path}.{name}", there[name], "gate", gated=True, site=True, layer=layer)
