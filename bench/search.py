@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.families import Layer
+from apt.families import Layer, PlacedPart
 from apt.families.hidden_parts import HiddenPart
 from apt.families.llama import LLAMA
 from apt.layers import APTAdapter
@@ -31,12 +31,12 @@ def groups(layers: int = LAYERS, neurons: int = NEURONS, device: str = "meta") -
     """Heads and neurons of every layer, at full size; the gates' statistics lie on the device."""
     valid, found, (stack,) = ValidTokens(), [], LLAMA.stacks
     for index in range(layers):
-        layer = Layer(stack, index, nn.Identity())
+        layer = Layer(stack, index, f"layers.{index}", nn.Identity())
         for part, units, width, reads in ((stack.parts[0], HEADS, HEAD_DIM, 3), (stack.parts[1], neurons, 1, 2)):
-            gate = MaskGate(units, width, valid, torch.device(device))
+            gate = MaskGate(units, width, valid, torch.device(device), kind=part.kind)
             read = [Member(linear(HIDDEN, units * width), "out", width) for _ in range(reads)]
             members = (*read, Member(linear(units * width, HIDDEN), "in", width))
-            found.append(UnitGroup(f"{layer.name}.{part.units}", part.kind, layer, part, gate, members))
+            found.append(UnitGroup(PlacedPart(layer, part), gate, members))
     return found
 
 

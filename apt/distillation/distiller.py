@@ -14,7 +14,7 @@ from apt.distillation.config import DistillationConfig
 from apt.distillation.losses import SPANS, layer_loss, prediction_loss, predictions_of
 from apt.distillation.taps import Taps, matching_layers, sample_layers, untap
 from apt.distillation.teacher import Teacher
-from apt.families import Stack, anatomy_of, base_model
+from apt.families import FFN, Attention, Stack, anatomy_of, base_model
 from apt.layers import TRANSFORM, LayerTransform
 from apt.layers.gates import ValidTokens
 from apt.layers.hidden import HiddenNorm
@@ -109,12 +109,12 @@ class SelfDistiller:
 
     def follow(self) -> None:
         """Look again at which layers still have a head and a neuron: to be called after each pruning event."""
-        kinds: dict[int, set[str]] = {}
+        parts: dict[int, set[type]] = {}
         for group in find_units(self.anatomy):
             layer = group.part.layer
-            kinds.setdefault(self._names[layer.name], set()).add(group.kind)
+            parts.setdefault(self._names[layer.name], set()).add(type(group.part.table))
             self._valid[layer.stack] = group.gate.valid
-        self._alive = {place for place, found in kinds.items() if len(found) == 2}
+        self._alive = {place for place, found in parts.items() if found == {Attention, FFN}}
         self._choose_taps()
 
     def listen(self, on: bool) -> None:

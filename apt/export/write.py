@@ -100,7 +100,7 @@ def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -
     if anatomy is None or counts.units or first_difference(type(model), model.config, shapes) is None:
         return counts
     hidden = hidden_size(anatomy.hidden_parts()) if anatomy.has_hidden else 0
-    return dataclasses.replace(counts, units=anatomy.present_units(), hidden=hidden)
+    return dataclasses.replace(counts, units=anatomy.num_units(), hidden=hidden)
 
 
 def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tuple[Any, str | None]:

@@ -62,9 +62,17 @@ class PlacedPart:
 
     @property
     def num_units(self) -> int:
-        """Heads (KV groups) or neurons, from the rows of its linears."""
-        rows, _ = features(self.linears[self.table.counted])
-        return rows // (head_size(self.module) if isinstance(self.table, Attention) else 1)
+        """Heads (KV groups) or neurons, of a model patched or not, from what its last linear reads."""
+        reader, module = self.reader, self.module
+        if reader is None or isinstance(module, EmptyAttention):
+            return 0
+        _, columns = features(reader)
+        if not isinstance(self.table, Attention):
+            return columns
+        config: Any = self.layer.model.config
+        heads = int(config.num_attention_heads)
+        query_heads = heads // int(getattr(config, "num_key_value_heads", None) or heads)  # of a group
+        return columns // (head_size(module) * query_heads)
 
 
 class Anatomy:
@@ -133,20 +141,9 @@ class Anatomy:
                     required |= {f"{stack.name}.{index}.{table.units}" for index in kept}
         return required
 
-    def present_units(self) -> dict[str, int]:
-        """Heads (KV groups) and neurons of every part, patched or not, from what its last linear reads."""
-        config: Any = self.model.config
-        heads = int(config.num_attention_heads)
-        together = heads // int(getattr(config, "num_key_value_heads", None) or heads)  # query heads of a group
-        counts = {}
-        for part in self.parts:
-            is_attention = isinstance(part.table, Attention)
-            reader = part.reader
-            count = 0
-            if reader is not None and not isinstance(part.module, EmptyAttention):
-                count = features(reader)[1] // (head_size(part.module) * together if is_attention else 1)
-            counts[part.name] = count
-        return counts
+    def num_units(self) -> dict[str, int]:
+        """Heads (KV groups) and neurons that every part has now."""
+        return {part.name: part.num_units for part in self.parts}
 
 
 def head_size(attention: nn.Module) -> int:

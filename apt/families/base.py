@@ -47,7 +47,6 @@ class Attention:
     kind: ClassVar[str] = "head"
     producers: ClassVar[tuple[str, ...]] = ("q", "k", "v")  # roles whose rows a unit owns
     reader: ClassVar[str] = "o"  # role whose columns it owns, behind the gate
-    counted: ClassVar[str] = "k"  # role with one head of rows a unit
 
     @property
     def units(self) -> str:
@@ -133,7 +132,6 @@ class FFN:
     kind: ClassVar[str] = "neuron"
     producers: ClassVar[tuple[str, ...]] = ("up", "gate")
     reader: ClassVar[str] = "down"
-    counted: ClassVar[str] = "up"
     units: ClassVar[str] = "neurons"
     same_input: ClassVar[tuple[str, ...]] = ("gate", "up")
 

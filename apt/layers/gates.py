@@ -89,6 +89,13 @@ class MaskGate(nn.Module):
     It costs nothing until the controller sets `collecting` or a mask leaves 1. Each unit owns `unit_size` neighbouring
     features (a head its head_dim, a KV group all its query heads, a neuron one).
 
+    Args:
+        num_units: of the site.
+        unit_size: features of each.
+        valid: the padding mask of the tokens that pass.
+        device: of mask and statistics.
+        kind: what the units are: a name of `apt.pruning.kinds.UNIT_KINDS`.
+
     Shapes: input and output ``[..., D]`` with ``D = num_units * unit_size``.
     """
 
@@ -97,9 +104,18 @@ class MaskGate(nn.Module):
     total: Tensor  # [D], sum over tokens of h, signed; only with `totals`
     count: Tensor  # [], tokens counted
 
-    def __init__(self, num_units: int, unit_size: int, valid: ValidTokens, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        num_units: int,
+        unit_size: int,
+        valid: ValidTokens,
+        device: torch.device | None = None,
+        *,
+        kind: str = "neuron",
+    ) -> None:
         super().__init__()
         self.unit_size = unit_size
+        self.kind = kind
         self.valid = valid
         self.collecting = False
         self.products = False  # which statistics are collected; products keep h until backward

@@ -43,7 +43,7 @@ class HiddenGate(MaskGate):
     order: Tensor  # [stored], where each dimension that the weights store stood when there was no tail
 
     def __init__(self, num_units: int, num_sites: int, device: torch.device | None = None) -> None:
-        super().__init__(num_units, 1, ValidTokens(), device)
+        super().__init__(num_units, 1, ValidTokens(), device, kind="hidden")
         self.sites = "read"  # which of `SITES` collect
         self.dense = False  # a teacher's pass: full widths, no mask, no statistics
         self.sums = torch.zeros(num_sites, 2, num_units, device=device)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from apt.layers.hidden import SITES
+from apt.pruning.kinds import UNIT_KINDS, UnitKind
 from apt.pruning.salience import KURTOSES, SALIENCES
 from apt.pruning.schedule import SCHEDULES, Point, SparsityScheduler, to_steps
 
-UNIT_TYPES = ("head", "neuron", "hidden")
 BALANCES = ("type", "none")
 LAYOUTS = ("free", "uniform")
 
@@ -47,8 +47,8 @@ class PruningConfig:
         if self.target_speedup is not None and not 1.0 <= self.target_speedup < float("inf"):
             raise ValueError(f"pruning: target_speedup must be at least 1, got {self.target_speedup}")
         object.__setattr__(self, "unit_types", tuple(self.unit_types))
-        if not self.unit_types or not set(self.unit_types) <= set(UNIT_TYPES):
-            raise ValueError(f"pruning: unit_types must be some of {list(UNIT_TYPES)}, got {list(self.unit_types)}")
+        if not self.unit_types or not set(self.unit_types) <= UNIT_KINDS.keys():
+            raise ValueError(f"pruning: unit_types must be some of {list(UNIT_KINDS)}, got {list(self.unit_types)}")
         choices = {
             "salience": SALIENCES,
             "hidden_sites": SITES,
@@ -78,12 +78,24 @@ class PruningConfig:
             )
         if min(self.latency_batch_size, self.latency_length) < 1:
             raise ValueError("pruning: latency_batch_size and latency_length must be at least 1")
-        if self.target_speedup is not None and "hidden" in self.unit_types:
-            raise ValueError("pruning: target_speedup prices heads and neurons; leave 'hidden' out of unit_types")
+        untimed = [kind.name for kind in self.kinds if kind.across_layers]
+        if self.target_speedup is not None and untimed:
+            raise ValueError(
+                f"pruning: target_speedup prices heads and neurons; leave {untimed[0]!r} out of unit_types"
+            )
         without = self.num_events == 0 and self.update_frequency is None
         if without and self.target_saving > 0.0 and not self.prune_before_tuning:
             goal = "target_sparsity" if self.target_speedup is None else "target_speedup"
             raise ValueError(f"pruning: {goal} {getattr(self, goal)} needs num_events of at least 1, got 0")
+
+    @property
+    def kinds(self) -> list[UnitKind]:
+        """The kinds of units that are pruned."""
+        return [UNIT_KINDS[name] for name in self.unit_types]
+
+    def floor_of(self, kind: UnitKind) -> int:
+        """Units of a kind that stay, in every layer or, of a kind across layers, in the model."""
+        return 0 if kind.floor is None else int(getattr(self, kind.floor))
 
     @property
     def target_saving(self) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -22,8 +23,9 @@ class HiddenGroup:
     parts: tuple[HiddenPart, ...]  # of the patched model
     floor: int = 0  # dimensions that always stay
 
-    name: str = NAME
-    kind: str = NAME
+    name: ClassVar[str] = NAME
+    kind: ClassVar[str] = NAME
+    reader: ClassVar[None] = None  # many projections read them
 
     @property
     def num_units(self) -> int:

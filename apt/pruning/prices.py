@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apt.pruning.dimensions import Group
+from apt.pruning.kinds import UNIT_KINDS
 
 Counts = NDArray[np.int64]
 
@@ -34,8 +35,8 @@ class Prices:
     def of(cls, lanes: Sequence[Sequence[Group]]) -> "Prices":
         """The prices at the present sizes."""
         unit = np.array([lane[0].cost() for lane in lanes], dtype=np.int64)
-        hidden = np.array([lane[0].kind == "hidden" for lane in lanes])
-        dims = [lane[0] for lane in lanes if lane[0].kind == "hidden"]
+        hidden = np.array([UNIT_KINDS[lane[0].kind].across_layers for lane in lanes])
+        dims = [lane[0] for lane, across in zip(lanes, hidden, strict=True) if across]
         units = [[] if group_kind else lane for lane, group_kind in zip(lanes, hidden, strict=True)]
         present = np.array([sum(group.cost() for group in lane) for lane in units], dtype=np.int64)
         slope = np.array([sum(g.slope() for g in lane) if dims else 0 for lane in units], dtype=np.int64)

@@ -6,8 +6,8 @@ from torch import Tensor
 import apt_kernels
 from apt.layers import APTAdapter
 from apt.layers.gates import MaskGate
-from apt.pruning.dimensions import Group, HiddenGroup
-from apt.pruning.units import Member, UnitGroup
+from apt.pruning.dimensions import Group
+from apt.pruning.units import Member
 
 SALIENCES = ("product_of_sums", "sum_of_products", "gate_taylor", "magnitude")
 IMPORTANCES = ("signed", "elementwise")
@@ -58,7 +58,7 @@ def _magnitude(group: Group) -> Tensor:
     norms = torch.zeros((), device=group.gate.mask.device)
     for member in group.members:
         norms = norms + _l1(member).view(-1, member.width).sum(1)
-    for vector in group.vectors if isinstance(group, HiddenGroup) else ():
+    for vector in group.vectors:
         norms = norms + vector.abs()
     return norms
 
@@ -98,12 +98,13 @@ class OutlierTerm:
 
     def needs_total(self, group: Group) -> bool:
         """Whether the gate must collect its signed input for the group's own term."""
-        return self.mode != "off" and group.kind == "head"
+        return self.mode != "off" and group.gate.unit_size > 1  # in one column the mean input cancels
 
     def inputs(self, groups: list[Group]) -> list[MaskGate]:
         """Gates that must collect their signed input for the hidden dimensions among the groups."""
-        hidden = [group for group in groups if isinstance(group, HiddenGroup)] if self.mode != "off" else []
-        return [writer.gate_in for group in hidden for writer in group.writers if writer.gate_in is not None]
+        if self.mode == "off":
+            return []
+        return [writer.gate_in for group in groups for writer in group.writers if writer.gate_in is not None]
 
     def add(self, groups: list[Group], scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The scores of one step with the term added; the gates hold that step's sums."""
@@ -120,25 +121,25 @@ class OutlierTerm:
 
     @torch.no_grad()
     def _term(self, group: Group) -> Tensor:
-        if isinstance(group, HiddenGroup):
+        if group.reader is None:
             rows = [self._rows(writer) for writer in group.writers if writer.n_in]
             return torch.stack(rows).sum(0) if rows else torch.zeros_like(group.gate.mask)
         term = self._kept.get(group.name)
         if term is None:
-            term = self._kurtosis(group).clamp(min=0.0).sqrt()
-            if group.kind == "neuron" and not group.reader.rank:
+            term = self._kurtosis(group.reader, group.gate).clamp(min=0.0).sqrt()
+            if group.gate.unit_size == 1 and not group.reader.rank:
                 self._kept[group.name] = term
         return self._over_tokens(term, group.gate)
 
     def _over_tokens(self, term: Tensor, gate: MaskGate) -> Tensor:
         return term if self.mode == "normalized" else term / gate.count.clamp(min=1.0)
 
-    def _kurtosis(self, group: UnitGroup) -> Tensor:
-        linear, gate = group.reader, group.gate
+    def _kurtosis(self, linear: APTAdapter, gate: MaskGate) -> Tensor:
+        """Of the columns of each unit in the projection that reads them."""
         weight_OI, _ = linear.view()
         a_RI, b_OR = linear.factors() if linear.rank else (None, None)
-        mean_I = _mean(gate) if self.needs_total(group) else None
         size = gate.unit_size
+        mean_I = _mean(gate) if size > 1 else None
         if self.mode == "original" and mean_I is not None:
             mixed = (linear.merged_weight() * mean_I).T.reshape(-1, gate.num_units)
             weight_OI, a_RI, b_OR, mean_I, size = mixed, None, None, None, 1

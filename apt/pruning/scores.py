@@ -6,7 +6,7 @@ from apt.families import Anatomy
 from apt.layers.gates import MaskGate
 from apt.layers.hidden import HiddenGate
 from apt.pruning.config import PruningConfig
-from apt.pruning.dimensions import Group, find_dimensions
+from apt.pruning.dimensions import Group
 from apt.pruning.salience import OutlierTerm, unit_scores
 from apt.pruning.units import find_units
 
@@ -34,11 +34,10 @@ class UnitScores:
 
     def find(self) -> None:
         """List the groups at their present sizes: at the start, and after a cut."""
-        config = self.config
-        groups = find_units(self.anatomy, min_heads=config.min_heads, min_neurons=config.min_neurons)
-        self.groups = [group for group in groups if group.kind in config.unit_types]
-        if "hidden" in config.unit_types:
-            self.groups.append(find_dimensions(self.anatomy, min_hidden=config.min_hidden))
+        kinds = self.config.kinds
+        floors = {kind.name: self.config.floor_of(kind) for kind in kinds}
+        self.groups = [group for group in find_units(self.anatomy, floors) if group.kind in floors]
+        self.groups += [kind.find(self.anatomy, floors[kind.name]) for kind in kinds if kind.find is not None]
 
     def collect(self, on: bool) -> None:
         """Open or close the statistics of every gate whose sums a score needs; they begin at nothing."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apt.pruning.config import PruningConfig
 from apt.pruning.dimensions import Group
+from apt.pruning.kinds import UNIT_KINDS
 from apt.pruning.latency_table import LatencyTable, TimePrices
 from apt.pruning.prices import Prices
 from apt.records import PrunePlan
@@ -52,10 +53,11 @@ class UnitSearch:
         if not groups:
             raise ValueError("pruner: the model has no prunable units; every head and neuron is gone or none was found")
         lanes = self._lanes(groups)
-        layers = {tuple(group.name.split(".")[:2]) for group in groups if group.kind != "hidden"}
+        layers = {tuple(group.name.split(".")[:2]) for group in groups if not UNIT_KINDS[group.kind].across_layers}
         for lane in lanes:
             uneven = len({(group.num_units, group.cost()) for group in lane}) > 1
-            missing = self.config.layout == "uniform" and lane[0].kind != "hidden" and len(lane) < _places(lane, layers)
+            in_layers = not UNIT_KINDS[lane[0].kind].across_layers
+            missing = self.config.layout == "uniform" and in_layers and len(lane) < _places(lane, layers)
             if uneven or missing:
                 raise ValueError(
                     f"pruner: layout 'uniform' needs layers of equal size, but the {lane[0].kind}s of the layers are "
@@ -93,7 +95,7 @@ class UnitSearch:
         return [[group for group in groups if group.kind == kind] for kind in dict.fromkeys(g.kind for g in groups)]
 
     def _bundle(self, lane: list[Group]) -> int:
-        return 1 if lane[0].kind == "head" else self.config.round_to
+        return self.config.round_to if UNIT_KINDS[lane[0].kind].rounded else 1
 
     def _floor(self, lane: list[Group]) -> int:
         """Units of each group that stay whatever comes: the highest floor, filled up to whole bundles.

@@ -4,10 +4,11 @@ A head is a KV group: its rows of k and v, the rows of all its query heads in q,
 rows of the up (and gate) projection and its column of the down projection. Where these are, the family's table says.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from apt.families import Anatomy, PlacedPart
 from apt.layers import APTAdapter
@@ -46,12 +47,15 @@ class UnitGroup:
 
     @property
     def kind(self) -> str:
-        """``"head"`` or ``"neuron"``."""
-        return self.part.table.kind
+        """A name of `apt.pruning.kinds.UNIT_KINDS`: ``"head"``, ``"neuron"``."""
+        return self.gate.kind
 
     @property
     def num_units(self) -> int:
         return self.gate.num_units
+
+    vectors: ClassVar[tuple[Tensor, ...]] = ()  # a unit owns no number outside the linears
+    writers: ClassVar[tuple[APTAdapter, ...]] = ()
 
     @property
     def reader(self) -> APTAdapter:
@@ -72,11 +76,16 @@ class UnitGroup:
         return sum(member.width for member in self.members)
 
 
-def find_units(anatomy: Anatomy, *, min_heads: int = 0, min_neurons: int = 0) -> list[UnitGroup]:
-    """The unit groups of a patched model, layer by layer, heads before neurons, at their present sizes."""
+def find_units(anatomy: Anatomy, floors: Mapping[str, int] | None = None) -> list[UnitGroup]:
+    """The unit groups of a patched model, layer by layer, heads before neurons, at their present sizes.
+
+    Args:
+        anatomy: of the model.
+        floors: how many units of a kind every part keeps, by its name; 0 where it says nothing.
+    """
     groups = []
     required = anatomy.required_heads()
-    floors = {"head": min_heads, "neuron": min_neurons}
+    floors = floors or {}
     for part in anatomy.parts:
         linears = {role: linear for role, linear in part.linears.items() if isinstance(linear, APTAdapter)}
         table = part.table
@@ -86,7 +95,7 @@ def find_units(anatomy: Anatomy, *, min_heads: int = 0, min_neurons: int = 0) ->
         rows = [linears[role] for role in table.producers if role in linears]
         members = [Member(linear, "out", linear.n_out // gate.num_units) for linear in rows]
         members.append(Member(linears[table.reader], "in", gate.unit_size))
-        floor = min(max(floors[table.kind], int(part.name in required)), gate.num_units)
+        floor = min(max(floors.get(gate.kind, 0), int(part.name in required)), gate.num_units)
         groups.append(UnitGroup(part, gate, tuple(members), floor))
     return groups
 

@@ -113,7 +113,7 @@ def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:
     state.init_seconds = put_adapters(model, config, places.targets, without_rank)
     share_inputs(anatomy)
     if config.prunes:
-        put_gates(anatomy, state.valid)
+        put_gates(anatomy, state.valid, config.pruning.unit_types)
         put_activations(anatomy)
         if state.hidden:
             place_dimensions(anatomy, state.valid)

@@ -3,7 +3,7 @@
 import inspect
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from apt.layers import APTAdapter, SharedInput
 from apt.layers.fused import FusedLinears
 from apt.layers.gates import MaskGate, ValidTokens
 from apt.methods import adapt, rank_and_scale
+from apt.pruning.kinds import kind_in
 
 CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # oneDNN's names of one variable
 
@@ -57,13 +58,15 @@ def put_adapters(model: nn.Module, config: APTConfig, targets: list[str], withou
     return time.perf_counter() - started
 
 
-def put_gates(anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:
+def put_gates(anatomy: Anatomy, valid: dict[str, ValidTokens], unit_types: Sequence[str]) -> None:
     """Put the gate of its units before the output or down projection of every part."""
     for part in anatomy.parts:
         reader = part.reader
-        if isinstance(reader, APTAdapter) and part.table.counted in part.linears:
-            units, tokens = part.num_units, valid[part.layer.stack.name]
-            reader.gate_in = MaskGate(units, reader.n_in // max(1, units), tokens, reader.weight.device)
+        kind = kind_in(part, unit_types)
+        units = 0 if kind is None else kind.units_in(part)
+        if isinstance(reader, APTAdapter) and kind is not None and units:
+            tokens, device = valid[part.layer.stack.name], reader.weight.device
+            reader.gate_in = MaskGate(units, reader.n_in // units, tokens, device, kind=kind.name)
 
 
 def share_inputs(anatomy: Anatomy) -> None:

@@ -82,9 +82,10 @@ def summary(model: nn.Module) -> Summary:
     tails = sum(stored.numel() - live.numel() for stored, live in live_views(model, group))
     adapters = sum(p.numel() for m in modules.values() for p in m.adapter_parameters())
     gates: dict[str, MaskGate | None] = {}
+    units: dict[str, int] = {}
     sparsity = 0.0
     if state.config.prunes and state.anatomy is not None:
-        gates = unit_gates(state.anatomy)
+        gates, units = unit_gates(state.anatomy), state.anatomy.num_units()
         sparsity = 1.0 - block_params(state.anatomy) / state.block_params
     masks = [*gates.values(), None if group is None else group.gate]
     return Summary(
@@ -92,7 +93,7 @@ def summary(model: nn.Module) -> Summary:
         params_before=state.params_before,
         params_after=parameters - tails - adapters + kept,
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        units={name: 0 if gate is None else gate.num_units for name, gate in gates.items()},
+        units=units,
         hidden=0 if group is None else group.num_units,
         masked=sum(int((gate.mask < 1).sum()) for gate in masks if gate is not None),
         ranks={name: module.rank for name, module in modules.items() if module.rank},

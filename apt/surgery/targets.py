@@ -11,6 +11,7 @@ from apt.families.linears import is_linear
 from apt.layers import APTAdapter
 from apt.layers.fused import fused_places
 from apt.methods import METHODS, default_targets, layers_above, matching
+from apt.pruning.kinds import kind_in
 from apt.surgery.task_head import task_head
 
 Split = dict[str, tuple[str, ...]]  # full name of a fused projection -> the roles of its parts, in their order
@@ -38,6 +39,8 @@ def find_places(model: nn.Module, config: APTConfig, anatomy: Anatomy | None) ->
         targets = _with_gates(config, anatomy, targets)
     prunable = []
     if config.prunes and anatomy is not None:
+        for part in anatomy.parts:
+            kind_in(part, config.pruning.unit_types)  # refuses kinds that share a part
         prunable = [name for _, name in _places(anatomy, split)]
         if not prunable:
             raise ValueError("patch_model: every layer of this model is empty, so it has no prunable units")

@@ -93,7 +93,7 @@ def test_only_the_prompt_and_the_head_train(kind: str, method: str) -> None:
 def test_a_pruned_model_attends_to_the_prefixes(kind: str) -> None:
     """Beside attention written out, with the prefixes before the keys and values, without any cache."""
     small, _, _ = pruned(kind)
-    heads = [count for name, count in anatomy_of(small).present_units().items() if name.endswith("heads")]
+    heads = [count for name, count in anatomy_of(small).num_units().items() if name.endswith("heads")]
     assert len(set(heads)) > 1
     model = apt.patch_model(copy.deepcopy(small), method="prefix_tuning", num_virtual_tokens=P)
     prefixes = model.apt_prompt

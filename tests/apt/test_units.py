@@ -108,10 +108,10 @@ def test_decoders_keep_a_group_in_the_first_layer_of_each_attention_type(name: s
     assert anatomy_of(model).required_heads() == wanted
     floors = {group.name: group.floor for group in find_units(anatomy_of(model))}
     assert {key for key, floor in floors.items() if floor} == wanted
-    raised = find_units(anatomy_of(model), min_heads=2, min_neurons=7)
+    raised = find_units(anatomy_of(model), {"head": 2, "neuron": 7})
     assert {group.floor for group in raised if group.kind == "head"} == {2}
     assert {group.floor for group in raised if group.kind == "neuron"} == {7}
-    capped = find_units(anatomy_of(model), min_heads=99, min_neurons=99)
+    capped = find_units(anatomy_of(model), {"head": 99, "neuron": 99})
     assert all(group.floor == group.num_units for group in capped)
 
 

@@ -127,6 +127,6 @@ def prefix_sizes(anatomy: Anatomy) -> list[tuple[int, int]]:
             f"patch_model: prefix tuning hands its keys and values over as a cache, and {type(reader).__name__} takes "
             f"none; use method='p_tuning'"
         )
-    counts = anatomy.present_units()
+    counts = anatomy.num_units()
     own = [part for part in anatomy.attentions if part.layer.stack == stack and part.table.units == "heads"]
     return [(counts[part.name], head_size(part.module) if counts[part.name] else 0) for part in own]

@@ -246,7 +246,7 @@ class Controller:
         if prune_plan is not None:
             self._cut(prune_plan)
         rank_plan = self.growth.grow(step, self.optimizer) if step in self.timeline.tuning.events else None
-        self._check.compare(step, logits, hidden="hidden" in self.config.pruning.unit_types)
+        self._check.compare(step, logits, hidden=any(kind.across_layers for kind in self.config.pruning.kinds))
         told = self.config.pruning.asked(self.timeline.saving_at(step))
         if self.pruning is not None:
             told["predicted_speedup"] = self.pruning.goal.predicted_speedup()
