@@ -52,8 +52,8 @@ def static_scores(
         ids = torch.tensor(blocks.columns["input_ids"][start : start + batch_size])
         for products in (False, True):
             for group in groups:
-                group.gate.collecting, group.gate.products, group.gate.totals = True, products, group.kind == "head"
-                group.gate.reset_sums()
+                group.mask.collecting, group.mask.products, group.mask.totals = True, products, group.kind == "head"
+                group.mask.reset_sums()
             out: Any = model(input_ids=ids, labels=ids)
             out.loss.backward()
             model.zero_grad(set_to_none=True)
@@ -64,7 +64,7 @@ def static_scores(
                     for name, value in term.add(groups, scores).items():
                         table[name] = table.get(name, 0.0) + value
     for group in groups:
-        group.gate.collecting = group.gate.products = group.gate.totals = False
+        group.mask.collecting = group.mask.products = group.mask.totals = False
     return sums
 
 
@@ -72,11 +72,11 @@ def shut(groups: list[UnitGroup], kept: dict[str, list[int]]) -> None:
     for group in groups:
         mask = torch.zeros(group.num_units)
         mask[kept[group.name]] = 1.0
-        group.gate.set_mask(mask)
+        group.mask.set_mask(mask)
 
 
 def counts(groups: list[UnitGroup], kind: str) -> str:
-    return " ".join(str(int(group.gate.mask.sum())) for group in groups if group.kind == kind)
+    return " ".join(str(int(group.mask.values.sum())) for group in groups if group.kind == kind)
 
 
 def study(config: RunConfig, seeds: list[int], num_blocks: int, test_blocks: int, out: Path) -> None:

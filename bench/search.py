@@ -15,8 +15,8 @@ from apt.families import Layer, PlacedPart
 from apt.families.hidden_parts import HiddenPart
 from apt.families.llama import LLAMA
 from apt.layers import APTAdapter
-from apt.layers.gates import MaskGate, ValidTokens
-from apt.layers.hidden import HiddenGate
+from apt.layers.hidden import HiddenMask
+from apt.layers.unit_mask import UnitMask, ValidTokens
 from apt.pruning import PruningConfig, UnitSearch
 from apt.pruning.dimensions import Group, HiddenGroup
 from apt.pruning.units import Member, UnitGroup
@@ -33,7 +33,7 @@ def groups(layers: int = LAYERS, neurons: int = NEURONS, device: str = "meta") -
     for index in range(layers):
         layer = Layer(stack, index, f"layers.{index}", nn.Identity())
         for part, units, width, reads in ((stack.parts[0], HEADS, HEAD_DIM, 3), (stack.parts[1], neurons, 1, 2)):
-            gate = MaskGate(units, width, valid, torch.device(device), kind=part.kind)
+            gate = UnitMask(units, width, valid, torch.device(device), kind=part.kind)
             read = [Member(linear(HIDDEN, units * width), "out", width) for _ in range(reads)]
             members = (*read, Member(linear(units * width, HIDDEN), "in", width))
             found.append(UnitGroup(PlacedPart(layer, part), gate, members))
@@ -49,7 +49,7 @@ def with_dimensions(units: list[UnitGroup]) -> list[Group]:
         for group in units
         for member in group.members
     ]
-    return [*units, HiddenGroup(HiddenGate(HIDDEN, 1, torch.device("meta")), tuple(parts), floor=8)]
+    return [*units, HiddenGroup(HiddenMask(HIDDEN, 1, torch.device("meta")), tuple(parts), floor=8)]
 
 
 def linear(num_in: int, num_out: int) -> APTAdapter:

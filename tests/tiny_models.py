@@ -203,4 +203,4 @@ def set_masks(model: nn.Module, plan: PrunePlan) -> None:
     for group in groups:
         mask = torch.zeros(group.num_units)
         mask[plan.kept[group.name]] = 1.0
-        group.gate.set_mask(mask)
+        group.mask.set_mask(mask)

@@ -16,8 +16,8 @@ from apt.distillation.taps import Taps, matching_layers, sample_layers, untap
 from apt.distillation.teacher import Teacher
 from apt.families import FFN, Attention, Stack, anatomy_of, base_model
 from apt.layers import TRANSFORM, LayerTransform
-from apt.layers.gates import ValidTokens
 from apt.layers.hidden import HiddenNorm
+from apt.layers.unit_mask import ValidTokens
 from apt.pruning.units import find_units
 
 TRANSFORM_SCALE = 2.0  # unitless, of the trainable part of Tr, as of the adapters
@@ -113,7 +113,7 @@ class SelfDistiller:
         for group in find_units(self.anatomy):
             layer = group.part.layer
             parts.setdefault(self._names[layer.name], set()).add(type(group.part.table))
-            self._valid[layer.stack] = group.gate.valid
+            self._valid[layer.stack] = group.mask.valid
         self._alive = {place for place, found in parts.items() if found == {Attention, FFN}}
         self._choose_taps()
 

@@ -102,9 +102,9 @@ class Teacher:
                 rows, columns = linear.weight.shape
                 _swap(stack, linear, "n_out", rows)
                 _swap(stack, linear, "n_in", columns)
-                if linear.gate_in is not None:
-                    _swap(stack, linear.gate_in.valid, "mask", linear.gate_in.valid.mask)
-                    _swap(stack, linear, "gate_in", None)
+                if linear.unit_mask is not None:
+                    _swap(stack, linear.unit_mask.valid, "mask", linear.unit_mask.valid.mask)
+                    _swap(stack, linear, "unit_mask", None)
                 if linear.delta is not None:
                     _swap(stack, linear, "delta", None)
                 for ours, theirs in (("lora_A", linear.teacher_A), ("lora_B", linear.teacher_B)):
@@ -112,13 +112,13 @@ class Teacher:
                         _swap(stack, linear, ours, None if theirs is None else _frozen(theirs))
             group = hidden_group(self.anatomy)
             if group is not None:
-                _swap(stack, group.gate, "dense", True)
+                _swap(stack, group.mask, "dense", True)
             dims = {} if group is None else outer_dims(group)
             for name, value in self.head.items():
                 owner, _, leaf = name.rpartition(".")
                 if group is not None:  # in the order of the weights before it
                     for dim in dims.get(name, ()):
-                        value = value.index_select(dim, group.gate.order)
+                        value = value.index_select(dim, group.mask.order)
                 _swap(stack, self.model.get_submodule(owner), leaf, _frozen(value))
             for module in self.model.modules():
                 if module.training:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apt.export.merged import merged_state
-from apt.export.row_gate_files import has_gates
+from apt.export.row_gate_files import has_row_gates
 from apt.layers import adapted
 from apt.surgery import uncompiled, unpatch_model
 
@@ -38,7 +38,7 @@ def fuse_adapters(models: Sequence[nn.Module], weights: Sequence[float] | None =
             f"fuse_adapters: give at least two models and one weight above 0 for each, got {len(plain)} and {shares}"
         )
     for model in plain:
-        if has_gates(model):
+        if has_row_gates(model):
             raise ValueError("fuse_adapters: an update that depends on the example cannot be averaged into a weight")
         _check_base(plain[0], model)
     states = [merged_state(model) for model in plain]

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from apt.export.row_gate_files import has_gates
+from apt.export.row_gate_files import has_row_gates
 from apt.layers import TRANSFORM
 from apt.layers.fused import FusedLinears, plain_linear, replaced
-from apt.methods import GATES
+from apt.methods import ROW_GATES
 from apt.methods.prompts import PROMPT, placed_prompt
 from apt.pruning.dimensions import hidden_group
 from apt.surgery import patch_state
@@ -16,7 +16,7 @@ from apt.surgery.tails import live_views
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned, a tied tensor once."""
     ours, done, dtypes = dict(replaced(model)), set(), patch_state(model).dtypes
-    merge = not has_gates(model)
+    merge = not has_row_gates(model)
     group = hidden_group(patch_state(model).anatomy)
     live = {id(stored): view for stored, view in live_views(model, group)}
     state: dict[str, Tensor] = {}
@@ -24,7 +24,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         parent, _, leaf = name.rpartition(".")
-        if parent == TRANSFORM or name.startswith((f"{GATES}.", f"{PROMPT}.")):
+        if parent == TRANSFORM or name.startswith((f"{ROW_GATES}.", f"{PROMPT}.")):
             continue  # it served training alone, has its own file, or comes below
         place = parent  # a part of a fused projection lies deeper, and so does what an adapter is made from
         while place and place not in ours:

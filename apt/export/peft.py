@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from apt.export.row_gate_files import has_gates
+from apt.export.row_gate_files import has_row_gates
 from apt.families.linears import is_linear
 from apt.files import find_whole, write_folder_aside
 from apt.layers import APTAdapter, adapted, exchange
@@ -50,7 +50,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
             folder exists.
     """
     folder, counts = Path(folder), summary(model)
-    if has_gates(model):
+    if has_row_gates(model):
         raise ValueError(
             f"save_adapter: the update of method {patch_state(model).config.method!r} depends on the example, which a "
             f"LoRA file cannot say; use apt.export_model, which keeps its gates beside the weights"

@@ -8,7 +8,7 @@ from torch import nn
 
 from apt.export.files import CARD, WEIGHTS, read_card, read_weights
 from apt.export.resize import resize_dimensions
-from apt.export.row_gate_files import load_gates
+from apt.export.row_gate_files import load_row_gates
 from apt.families import Anatomy, Attention, anatomy_of
 from apt.families.linears import features, is_conv1d, make_linear, replace_module, weight_and_bias
 from apt.files import find_whole
@@ -60,7 +60,7 @@ def load_model(folder: str | Path) -> nn.Module:
         )
     plain: nn.Module = model.eval().requires_grad_(True)
     if card.get("gates") is not None:
-        load_gates(plain, folder, card["gates"])
+        load_row_gates(plain, folder, card["gates"])
     return plain
 
 

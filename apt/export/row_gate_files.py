@@ -11,27 +11,27 @@ from torch import nn
 
 from apt.apt_config import APTConfig
 from apt.layers import adapted
-from apt.methods import GATES, METHODS, DynamicSpectral, HyperNetwork, MethodConfig
+from apt.methods import METHODS, ROW_GATES, DynamicSpectral, HyperNetwork, MethodConfig
 from apt.surgery import patch_model, patch_state
 
 FILE = "apt_gates.safetensors"
 BUFFERS = ("U", "S", "Vh")
 
 
-def has_gates(model: nn.Module) -> bool:
+def has_row_gates(model: nn.Module) -> bool:
     """Whether a patched model has gates that depend on the example."""
     return METHODS[patch_state(model).config.method].per_example
 
 
-def save_gates(model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Write the network and the singular directions of every adapted linear; returns what `load_gates` needs to know.
+def save_row_gates(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Write the network and the singular directions of every adapted linear; returns what `load_row_gates` needs.
 
     Args:
-        model: patched, `has_gates`.
+        model: patched, `has_row_gates`.
         folder: of the export.
     """
-    hyper, config = model.get_submodule(GATES), patch_state(model).config
-    tensors = {f"{GATES}.{name}": tensor for name, tensor in hyper.state_dict().items()}
+    hyper, config = model.get_submodule(ROW_GATES), patch_state(model).config
+    tensors = {f"{ROW_GATES}.{name}": tensor for name, tensor in hyper.state_dict().items()}
     for name, linear in adapted(model):
         if isinstance(linear.delta, DynamicSpectral):
             tensors |= {f"{name}.{key}": getattr(linear.delta, key) for key in BUFFERS}
@@ -46,8 +46,8 @@ def save_gates(model: nn.Module, folder: Path) -> dict[str, Any]:
     }
 
 
-def load_gates(model: nn.Module, folder: Path, card: dict[str, Any]) -> None:
-    """Patch a plain model, loaded from the same export, and give it the gates of `save_gates`.
+def load_row_gates(model: nn.Module, folder: Path, card: dict[str, Any]) -> None:
+    """Patch a plain model, loaded from the same export, and give it the gates of `save_row_gates`.
 
     Raises:
         ValueError: the file is missing, or does not fit the model.
@@ -68,10 +68,10 @@ def load_gates(model: nn.Module, folder: Path, card: dict[str, Any]) -> None:
         assert isinstance(delta, DynamicSpectral)
         for key in BUFFERS:
             setattr(delta, key, tensors[f"{name}.{key}"].to(getattr(delta, key)))
-    hyper = model.get_submodule(GATES)
+    hyper = model.get_submodule(ROW_GATES)
     assert isinstance(hyper, HyperNetwork)
     with torch.no_grad():
         for layer, kind in ((hyper.read, "read"), (hyper.open, "open")):
-            weight, bias = tensors[f"{GATES}.{kind}.weight"], tensors[f"{GATES}.{kind}.bias"]
+            weight, bias = tensors[f"{ROW_GATES}.{kind}.weight"], tensors[f"{ROW_GATES}.{kind}.bias"]
             layer.weight, layer.bias = nn.Parameter(weight.to(layer.weight)), nn.Parameter(bias.to(layer.bias))
             layer.out_features, layer.in_features = weight.shape

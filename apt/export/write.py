@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from apt.export.files import CARD, WEIGHTS, sha256_of
 from apt.export.merged import merged_state
 from apt.export.model_card import README, CardFacts, model_card
-from apt.export.row_gate_files import has_gates, save_gates
+from apt.export.row_gate_files import has_row_gates, save_row_gates
 from apt.export.stock import first_difference, stock_config
 from apt.families.hidden_parts import hidden_size
 from apt.files import find_whole, write_folder_aside
@@ -67,7 +67,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         if generation is not None:
             generation.save_pretrained(partial)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        gates, prompt = save_gates(model, partial) if has_gates(model) else None, placed_prompt(model)
+        gates, prompt = save_row_gates(model, partial) if has_row_gates(model) else None, placed_prompt(model)
         narrower = 0 < counts.hidden < int(getattr(config, "hidden_size", 0))  # than the saved config says
         card = {
             "format": 4 if prompt is not None else 3 if gates is not None else 2 if narrower else 1,
@@ -106,7 +106,7 @@ def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -
 def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tuple[Any, str | None]:
     """A copy of the config that describes the model, or of its own and what that cannot say."""
     state = patch_state(model)
-    if has_gates(model):
+    if has_row_gates(model):
         return copy.deepcopy(model.config), "it has gates that depend on the example"
     if counts.virtual_tokens:
         return copy.deepcopy(model.config), "a stock configuration has no virtual tokens"

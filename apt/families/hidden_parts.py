@@ -10,19 +10,19 @@ from apt.families.base import Attention, Layer, find_module, in_base
 from apt.families.empty import EmptyAttention
 from apt.families.hidden_tables import HiddenTable, hidden_table
 
-READERS = ("apt_gates.read",)  # linears that methods put beside the model; they gate the stream themselves
+READERS = ("apt_gates.read",)  # linears that methods put beside the model; they mask the stream themselves
 
 
 @dataclass(frozen=True)
 class HiddenPart:
-    """A module that holds hidden dimensions, or reads them through a gate of its own."""
+    """A module that holds hidden dimensions, or reads them through a mask of its own."""
 
     name: str  # in full
     module: nn.Module
-    kind: str  # "linear", "norm", "embedding", "empty", or "gate": it only gates its input
+    kind: str  # "linear", "norm", "embedding", "empty", or "mask": it only masks its input
     axes: tuple[str, ...] = ()  # of a linear: "in" (columns) and "out" (rows, bias)
-    gated: bool = False  # what it reads (a linear) or gives (a norm) is gated
-    site: bool = False  # that gate collects statistics
+    masked: bool = False  # what it reads (a linear) or gives (a norm) is masked
+    site: bool = False  # that mask collects statistics
     layer: Layer | None = None  # None outside the layers
     aside: bool = False  # in an attention that only a teacher still runs
 
@@ -107,17 +107,17 @@ def _outside(model: nn.Module, table: HiddenTable) -> Iterator[HiddenPart]:
     for name in named(table.embeddings):
         yield HiddenPart(name, model.get_submodule(name), "embedding")
     norms = ((table.base_norms, False, False), (table.base_read_norms, True, True), (table.silent_norms, True, False))
-    for entries, gated, site in norms:
+    for entries, masked, site in norms:
         for name in named(entries):
-            yield HiddenPart(name, model.get_submodule(name), "norm", gated=gated, site=site)
-    reads, through_gate, writes = named(table.inputs), named(table.gated_inputs), named(table.outputs)
-    for name in dict.fromkeys((*reads, *through_gate, *writes)):
+            yield HiddenPart(name, model.get_submodule(name), "norm", masked=masked, site=site)
+    reads, through_mask, writes = named(table.inputs), named(table.masked_inputs), named(table.outputs)
+    for name in dict.fromkeys((*reads, *through_mask, *writes)):
         module = model.get_submodule(name)
         if not hasattr(module, "weight"):  # a head of several layers under the name of one
             continue
-        axes = [axis for axis, names in (("in", reads + through_gate), ("out", writes)) if name in names]
-        gated = name in through_gate
-        yield HiddenPart(name, module, "linear", tuple(axes), gated, gated)
+        axes = [axis for axis, names in (("in", reads + through_mask), ("out", writes)) if name in names]
+        masked = name in through_mask
+        yield HiddenPart(name, module, "linear", tuple(axes), masked, masked)
 
 
 def _inside(layer: Layer, table: HiddenTable) -> Iterator[HiddenPart]:
@@ -136,10 +136,10 @@ def _inside(layer: Layer, table: HiddenTable) -> Iterator[HiddenPart]:
             if name.startswith(f"{part.module}."):
                 inner = empty.dense[0].get_submodule(name.removeprefix(f"{part.module}."))
                 yield HiddenPart(f"{layer.path}.{name}", inner, "linear", axes[role], layer=layer, aside=True)
-    for entries, gated in ((table.norms, False), (table.read_norms, True)):
+    for entries, masked in ((table.norms, False), (table.read_norms, True)):
         for name in entries:
             if name in there:  # layers of an encoder and of a decoder have one table
-                yield HiddenPart(f"{layer.path}.{name}", there[name], "norm", gated=gated, site=gated, layer=layer)
+                yield HiddenPart(f"{layer.path}.{name}", there[name], "norm", masked=masked, site=masked, layer=layer)
     for name in table.reads:
         if not isinstance(there[name], EmptyAttention):
-            yield HiddenPart(f"{layer.path}.{name}", there[name], "gate", gated=True, site=True, layer=layer)
+            yield HiddenPart(f"{layer.path}.{name}", there[name], "mask", masked=True, site=True, layer=layer)

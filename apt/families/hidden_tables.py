@@ -19,15 +19,15 @@ class HiddenTable:
         model_types: values of ``config.model_type``.
         when: settings of the config that tell this shape from another of the same type.
         needs: settings without which a dimension cannot be removed exactly.
-        norms: of a layer, whose output goes on in the stream: weighted statistics and no gate.
-        read_norms: of a layer, whose output is only read: the gate is folded in.
-        reads: modules of a layer whose first argument is read from an ungated stream: they gate it.
+        norms: of a layer, whose output goes on in the stream: weighted statistics and no mask.
+        read_norms: of a layer, whose output is only read: the mask is folded in.
+        reads: modules of a layer whose first argument is read from an unmasked stream: they mask it.
         norm_offset: added to the weight of an RMSNorm (Gemma: 1).
         constant: what the family computes from the original width, and keeps; a config cannot tell the two apart.
         embeddings, base_norms, base_read_norms: the same outside the layers.
-        silent_norms: outside the layers, gated without being a site of statistics.
+        silent_norms: outside the layers, masked without being a site of statistics.
         inputs: linears outside the layers whose columns are hidden dimensions.
-        gated_inputs: the same, reading an ungated stream.
+        masked_inputs: the same, reading an unmasked stream.
         outputs: linears whose rows are.
         unless: a part that is none where another module is there.
         others: of the stream's width and no part of it.
@@ -46,13 +46,13 @@ class HiddenTable:
     base_read_norms: tuple[str, ...] = ()
     silent_norms: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
-    gated_inputs: tuple[str, ...] = ()
+    masked_inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     unless: dict[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
 
 
-HEADS = ("qa_outputs", "classifier", "classifier.dense")  # of encoders; they read what the last norm left ungated
+HEADS = ("qa_outputs", "classifier", "classifier.dense")  # of encoders; they read what the last norm left unmasked
 BERT = HiddenTable(
     model_types=("bert", "roberta"),
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
@@ -60,7 +60,7 @@ BERT = HiddenTable(
     embeddings=tuple(f"embeddings.{kind}_embeddings" for kind in ("word", "position", "token_type")),
     base_norms=("embeddings.LayerNorm",),
     base_read_norms=("cls.predictions.transform.LayerNorm", "lm_head.layer_norm"),
-    gated_inputs=(*HEADS, "pooler.dense", "cls.predictions.transform.dense", "lm_head.dense"),
+    masked_inputs=(*HEADS, "pooler.dense", "cls.predictions.transform.dense", "lm_head.dense"),
     outputs=("cls.predictions.transform.dense", "lm_head.dense"),
     inputs=("cls.predictions.decoder", "lm_head.decoder"),
     unless={"classifier": "pooler.dense"},
@@ -68,14 +68,14 @@ BERT = HiddenTable(
 )
 DEBERTA = HiddenTable(
     model_types=("deberta-v2",),
-    # Without a norm the positions would reach q and k ungated; a convolution would need its channels cut.
+    # Without a norm the positions would reach q and k unmasked; a convolution would need its channels cut.
     needs={"norm_rel_ebd": "layer_norm", "conv_kernel_size": 0},
     norms=BERT.norms,
     reads=BERT.reads,
     embeddings=(*BERT.embeddings, "encoder.rel_embeddings"),
     base_norms=BERT.base_norms,
     silent_norms=("encoder.LayerNorm",),  # of the relative positions, which are no tokens
-    gated_inputs=(*HEADS, "pooler.dense"),
+    masked_inputs=(*HEADS, "pooler.dense"),
     outputs=("embeddings.embed_proj",),
     unless={"classifier": "pooler.dense", **dict.fromkeys(BERT.embeddings, "embeddings.embed_proj")},
 )
@@ -86,7 +86,7 @@ DISTILBERT = HiddenTable(
     embeddings=("embeddings.word_embeddings", "embeddings.position_embeddings"),
     base_norms=("embeddings.LayerNorm",),
     base_read_norms=("vocab_layer_norm",),
-    gated_inputs=("pre_classifier", "classifier", "qa_outputs", "vocab_transform"),
+    masked_inputs=("pre_classifier", "classifier", "qa_outputs", "vocab_transform"),
     outputs=("vocab_transform",),
     inputs=("vocab_projector",),
     unless={"classifier": "pre_classifier"},
@@ -149,7 +149,7 @@ OPT_POST = HiddenTable(
     norms=OPT.read_norms,
     reads=("self_attn", "fc1"),
     embeddings=OPT.embeddings,
-    gated_inputs=OPT.inputs,
+    masked_inputs=OPT.inputs,
     outputs=OPT.outputs,
     unless=OPT_UNLESS,
 )

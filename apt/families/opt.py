@@ -1,6 +1,6 @@
 """OPT: a decoder with learned positions, pre-norm or post-norm, whose attention counts its heads in `num_heads`.
 
-Its FFN runs on tokens flattened to ``[B * S, D]``; the gates fit the padding mask to that.
+Its FFN runs on tokens flattened to ``[B * S, D]``; the masks fit the padding mask to that.
 """
 
 from apt.families.base import FFN, Attention, Family, Stack

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 import apt_kernels
 from apt.families.linears import is_conv1d, weight_and_bias
 from apt.layers.delta import Delta, InputGroup, RowGate
-from apt.layers.gates import MaskGate
+from apt.layers.unit_mask import UnitMask
 
 
 class APTAdapter(nn.Module):
     """A frozen linear layer with a low-rank adapter of changing rank, and sides that shrink.
 
-    ``y = W x + b + s * B A x``   (APT, arXiv 2401.12200, eq. 2; the masks are `gate_in` here or act at the producer)
+    ``y = W x + b + s * B A x``   (APT, arXiv 2401.12200, eq. 2; the masks are `unit_mask` here or act at the producer)
 
     It takes the place and the parameter names of the linear it adapts (``weight``, ``bias``), beside them ``lora_A``
     and ``lora_B``; with rank 0 it has neither and is that linear. With a `delta` it is ``W x + b + s B diag(g) A x``,
@@ -29,7 +29,7 @@ class APTAdapter(nn.Module):
         base: the layer to adapt, `nn.Linear` or transformers' ``Conv1D``; its parameters are taken over and frozen.
         rank: initial rank R, at least 0.
         scale: unitless, the constant s (LoRA's alpha / r at the start).
-        gate_in: mask gate on the input, for output and down projections.
+        unit_mask: of the units on the input, for output and down projections.
         init_std: of the rows of A; None is ``1 / sqrt(3 I)``, the second moment of LoRA's kaiming-uniform start.
         dropout: probability in [0, 1) with which an entry of the rank-R product is dropped while training.
 
@@ -48,7 +48,7 @@ class APTAdapter(nn.Module):
         base: nn.Module,
         rank: int = 0,
         scale: float = 2.0,
-        gate_in: MaskGate | None = None,
+        unit_mask: UnitMask | None = None,
         init_std: float | None = None,
         dropout: float = 0.0,
     ) -> None:
@@ -59,8 +59,8 @@ class APTAdapter(nn.Module):
         self.conv1d = is_conv1d(base)  # so that it comes back as one
         self.weight, self.bias = weight_and_bias(base)
         self.n_out, self.n_in = self.weight.shape
-        self.gate_in = gate_in
-        self.past_gate: Tensor | None = None  # an input that has passed `gate_in` already, in the op that made it
+        self.unit_mask = unit_mask
+        self.past_mask: Tensor | None = None  # an input that has passed `unit_mask` already, in the op that made it
         self.shared: InputGroup | None = None
         self.register_buffer("teacher_A", None, persistent=False)
         self.register_buffer("teacher_B", None, persistent=False)
@@ -185,15 +185,15 @@ class APTAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is not None and self.shared.together:
             return self.shared.output(self, x)
-        mask_in, past_gate = None, self.past_gate
-        self.past_gate = None
-        if past_gate is not None and x is not past_gate:
+        mask_in, past_mask = None, self.past_mask
+        self.past_mask = None
+        if past_mask is not None and x is not past_mask:
             raise RuntimeError("APTAdapter: the mask was applied to another tensor than the one that arrived here")
-        if self.gate_in is not None and past_gate is None:
-            if self.rank and self.gate_in.only_masks:
-                mask_in = self.gate_in.feature_mask()  # the op multiplies: a kernel needs no pass of its own for it
+        if self.unit_mask is not None and past_mask is None:
+            if self.rank and self.unit_mask.only_masks:
+                mask_in = self.unit_mask.feature_mask()  # the op multiplies: a kernel needs no pass of its own for it
             else:
-                x = self.gate_in(x)
+                x = self.unit_mask(x)
         weight, bias = self.view()
         if not self.rank:
             return F.linear(x, weight, bias)

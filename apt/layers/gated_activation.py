@@ -28,13 +28,13 @@ class GatedActivation(nn.Module):
 
     The block's forward writes ``act(gate(x)) * up(x)`` and gives the product to the down projection. Called with g,
     this module answers with an object that waits for u; multiplied with it, that runs `apt_kernels.gated_activation`
-    with mask and statistics of the gate before the down projection, which is told that its input has passed it. Where
-    eager runs, and while torch.compile traces, it is the activation itself.
+    with the mask before the down projection and its statistics; the projection is told that its input has passed it.
+    Where eager runs, and while torch.compile traces, it is the activation itself.
 
     Args:
         act: the activation, an elementwise module of the kind.
         kind: as `kind_of` found it.
-        down: the projection that reads the product and holds the gate.
+        down: the projection that reads the product and holds the mask.
     """
 
     def __init__(self, act: nn.Module, kind: Kind, down: APTAdapter) -> None:
@@ -44,27 +44,27 @@ class GatedActivation(nn.Module):
         self.down: APTAdapter
 
     def forward(self, g: Tensor) -> "Tensor | _Waiting":
-        self.down.past_gate = None
+        self.down.past_mask = None
         if torch.compiler.is_compiling() or apt_kernels.chosen("gated_activation", g, _sizes(g)) == "torch":
             return self.act(g)
         return _Waiting(self, g)
 
     def product(self, g: Tensor, u: Tensor) -> Tensor:
-        """``act(g) * u``, and past the gate where the op does all that the gate is asked for."""
-        gate = self.down.gate_in
+        """``act(g) * u``, and past the mask where the op does all that the mask is asked for."""
+        mask = self.down.unit_mask
         learns = g.requires_grad or u.requires_grad
-        if gate is None or not (gate.only_masks or (gate.collects_sums and learns)):
-            return apt_kernels.gated_activation(g, u, kind=self.kind)  # the gate, if any, has its own way
+        if mask is None or not (mask.only_masks or (mask.collects_sums and learns)):
+            return apt_kernels.gated_activation(g, u, kind=self.kind)  # the mask, if any, has its own way
         y = apt_kernels.gated_activation(
             g,
             u,
-            gate.feature_mask() if gate.masked else None,
+            mask.feature_mask() if mask.masked else None,
             kind=self.kind,
-            sums=gate.sums if gate.collects else None,
-            count=gate.count if gate.collects else None,
-            valid=gate.valid_tokens(g.shape[:-1]) if gate.collects else None,
+            sums=mask.sums if mask.collects else None,
+            count=mask.count if mask.collects else None,
+            valid=mask.valid_tokens(g.shape[:-1]) if mask.collects else None,
         )
-        self.down.past_gate = y
+        self.down.past_mask = y
         return y
 
     def extra_repr(self) -> str:

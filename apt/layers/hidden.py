@@ -1,6 +1,6 @@
 """Hidden dimensions as modules: one mask for the whole model, the norms that know it, the places where it is read.
 
-The residual stream itself is never gated: over L layers a mask m would compound. What a layer *reads* of it is, once:
+The residual stream itself is never masked: over L layers a mask m would compound. What a layer *reads* of it is, once:
 behind a norm whose output is only read (pre-norm models), or at the reading module itself (post-norm models). Norms
 weigh their statistics by the mask, so that they are the dense norm at 1, the norm of the kept dimensions at 0 and 1,
 and continuous between (method.md 4.3).
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
-from apt.layers.gates import MaskGate, ValidTokens
+from apt.layers.unit_mask import UnitMask, ValidTokens
 
 SITES = ("read", "write")
-OWN = ("stock", "training", "kind", "eps", "n", "gated", "site")  # of a `HiddenNorm`, and of no kernel
+OWN = ("stock", "training", "kind", "eps", "n", "masks_output", "site")  # of a `HiddenNorm`, and of no kernel
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Site:
     valid: ValidTokens
 
 
-class HiddenGate(MaskGate):
+class HiddenMask(UnitMask):
     """The mask of all hidden dimensions of a model, and their statistics at each site, which the sites share.
 
     It costs nothing until the controller sets `collecting` or a mask leaves 1.
@@ -69,7 +69,7 @@ class HiddenGate(MaskGate):
 
     def read(self, h: Tensor, site: Site | None) -> Tensor:
         """What is read of h: ``h * mask``; with a site, its statistics are collected too."""
-        mask = self.mask if self.masked and not self.dense else None
+        mask = self.values if self.masked and not self.dense else None
         if site is not None:
             return self.collect(h, mask, self.sums[site.index], self.count[site.index], site.valid)
         return h if mask is None else apt_kernels.gate(h, mask)
@@ -85,9 +85,9 @@ class HiddenNorm(nn.Module):
 
     Args:
         stock: the norm.
-        hidden: the model's gate.
+        hidden: the model's mask.
         offset: added to the weight of an RMSNorm.
-        gated: whether the output is only read, so that it is gated too.
+        masks_output: whether the output is only read, so that it is masked too.
         site: where its statistics go; None collects none.
     """
 
@@ -98,10 +98,10 @@ class HiddenNorm(nn.Module):
     def __init__(
         self,
         stock: nn.Module,
-        hidden: HiddenGate,
+        hidden: HiddenMask,
         *,
         offset: float = 0.0,
-        gated: bool = False,
+        masks_output: bool = False,
         site: Site | None = None,
     ) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class HiddenNorm(nn.Module):
         self.weight, self.bias = norm.weight, getattr(norm, "bias", None)
         self.kind: Any = "layer" if isinstance(stock, nn.LayerNorm) else "rms"
         self.eps = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
-        self.n, self.offset, self.gated, self.site = norm.weight.numel(), offset, gated, site
+        self.n, self.offset, self.masks_output, self.site = norm.weight.numel(), offset, masks_output, site
         self.hidden = hidden
         # Not registered, or its parameters would have two names.
         object.__setattr__(self, "stock", stock)
@@ -126,16 +126,16 @@ class HiddenNorm(nn.Module):
         hidden = self.hidden
         n = self.weight.numel() if hidden.dense else self.n
         masked = hidden.masked and not hidden.dense
-        site = self.site if self.gated and hidden.collects_at("read") else None
+        site = self.site if self.masks_output and hidden.collects_at("read") else None
         whole = self.weight.numel() == n and self.stock.weight is self.weight  # a teacher may have put its own here
         if not masked and whole and x.shape[-1] == n:
             y: Tensor = self.stock(x)
         else:
-            folded = masked and self.gated and site is None  # the gate costs nothing in weight and bias
-            y = self._weighted(x[..., :n], hidden.mask if masked else None, folded)
+            folded = masked and self.masks_output and site is None  # the mask costs nothing in weight and bias
+            y = self._weighted(x[..., :n], hidden.values if masked else None, folded)
             if folded:
                 return y
-        return hidden.read(y, site) if self.gated else y
+        return hidden.read(y, site) if self.masks_output else y
 
     def _weighted(self, x: Tensor, mask: Tensor | None, folded: bool) -> Tensor:
         n = x.shape[-1]
@@ -147,7 +147,7 @@ class HiddenNorm(nn.Module):
         return apt_kernels.masked_norm(x, weight, bias, mask=mask, eps=self.eps, kind=self.kind)
 
     def extra_repr(self) -> str:
-        return f"{self.n}, kind={self.kind}, eps={self.eps}, gated={self.gated}"
+        return f"{self.n}, kind={self.kind}, eps={self.eps}, masks_output={self.masks_output}"
 
 
 def hand_on_kernels(model: nn.Module) -> None:
@@ -169,10 +169,10 @@ def hand_on_kernels(model: nn.Module) -> None:
         stock.forward = MethodType(bound.__func__, stock)
 
 
-class ReadGate:
-    """Forward pre-hook of a module that reads an ungated stream: gates its first argument."""
+class ReadMask:
+    """Forward pre-hook of a module that reads an unmasked stream: masks its first argument."""
 
-    def __init__(self, hidden: HiddenGate, site: Site | None) -> None:
+    def __init__(self, hidden: HiddenMask, site: Site | None) -> None:
         self.hidden, self.site = hidden, site
 
     def __call__(
@@ -189,7 +189,7 @@ class ReadGate:
 class WriteSite:
     """Forward hook of a module that writes into the stream: collects what it writes, and changes nothing."""
 
-    def __init__(self, hidden: HiddenGate, site: Site) -> None:
+    def __init__(self, hidden: HiddenMask, site: Site) -> None:
         self.hidden, self.site = hidden, site
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -202,7 +202,7 @@ class WriteSite:
 class Narrow:
     """Forward hook of an embedding: hands on the retained dimensions, which stand first in its rows."""
 
-    def __init__(self, hidden: HiddenGate) -> None:
+    def __init__(self, hidden: HiddenMask) -> None:
         self.hidden = hidden
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

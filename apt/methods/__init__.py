@@ -2,16 +2,16 @@
 
 from apt.methods.adalora import RankBudget
 from apt.methods.config import MethodConfig
-from apt.methods.dynacsg import NAME as GATES
-from apt.methods.dynacsg import DynamicSpectral, layers_above, mark_prompt, place_gates, remove_gates
+from apt.methods.dynacsg import NAME as ROW_GATES
+from apt.methods.dynacsg import DynamicSpectral, layers_above, mark_prompt, place_row_gates, remove_row_gates
 from apt.methods.hypernetwork import HyperNetwork
 from apt.methods.lowrank import Joined, LowRank, RankImportance, join, new_factors, updates
 from apt.methods.table import METHODS, Method, adapt, penalty
 from apt.methods.targets import default_targets, matching, rank_and_scale
 
 __all__ = [
-    "GATES",
     "METHODS",
+    "ROW_GATES",
     "DynamicSpectral",
     "HyperNetwork",
     "Joined",
@@ -28,8 +28,8 @@ __all__ = [
     "matching",
     "new_factors",
     "penalty",
-    "place_gates",
+    "place_row_gates",
     "rank_and_scale",
-    "remove_gates",
+    "remove_row_gates",
     "updates",
 ]

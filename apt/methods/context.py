@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
-from apt.layers.hidden import HiddenGate
+from apt.layers.hidden import HiddenMask
 from apt.methods.config import MethodConfig
 from apt.methods.hypernetwork import HyperNetwork, logistic_noise, open_gates
 
@@ -49,7 +49,7 @@ class GateContext:
         layers: list[nn.Module],
         *,
         prompts: bool,
-        hidden: HiddenGate | None = None,
+        hidden: HiddenMask | None = None,
     ) -> None:
         self.hyper, self.settings, self.layers, self.prompts, self.hidden = hyper, settings, layers, prompts, hidden
         self._forget()
@@ -114,7 +114,7 @@ class GateContext:
     def _norm(self, context_BD: Tensor) -> Tensor:
         """To mean 0 and variance 1, so that the scale of a model does not matter; a pruned dimension is 0 or gone."""
         hidden = self.hidden
-        mask = hidden.mask.to(context_BD) if hidden is not None and hidden.masked and not hidden.dense else None
+        mask = hidden.values.to(context_BD) if hidden is not None and hidden.masked and not hidden.dense else None
         ones = context_BD.new_ones(context_BD.shape[-1])
         return apt_kernels.masked_norm(
             context_BD, ones if mask is None else mask, None, mask=mask, eps=EPS, kind="layer"

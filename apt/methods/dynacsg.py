@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from apt.families import Anatomy, Layer, PlacedPart, base_model
 from apt.families.linears import features
 from apt.layers import Delta, adapted
-from apt.layers.hidden import HiddenGate
+from apt.layers.hidden import HiddenMask
 from apt.methods.config import MethodConfig
 from apt.methods.context import CaptureHook, ContextGate, GateContext, Generate, InputHook, LabelHook, PositionHook
 from apt.methods.hypernetwork import HyperNetwork
@@ -84,7 +84,7 @@ def layers_above(anatomy: Anatomy, settings: MethodConfig) -> list[Layer]:
     return layers[last + 1 :]
 
 
-def place_gates(anatomy: Anatomy, settings: MethodConfig, hidden: HiddenGate | None = None) -> list[Any]:
+def place_row_gates(anatomy: Anatomy, settings: MethodConfig, hidden: HiddenMask | None = None) -> list[Any]:
     """Put the network, the reading of contexts and the gates into a model whose linears are adapted already.
 
     Returns:
@@ -127,7 +127,7 @@ def mark_prompt(model: nn.Module, labels: Tensor | None) -> None:
             return
 
 
-def remove_gates(model: nn.Module) -> None:
+def remove_row_gates(model: nn.Module) -> None:
     """Take the network out again; the hooks are the caller's."""
     if hasattr(model, NAME):
         delattr(model, NAME)

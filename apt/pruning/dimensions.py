@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from apt.families import Anatomy, EmptyAttention
 from apt.families.hidden_parts import HiddenPart
 from apt.layers import APTAdapter
-from apt.layers.hidden import HiddenGate, HiddenNorm
+from apt.layers.hidden import HiddenMask, HiddenNorm
 from apt.pruning.units import Member, UnitGroup
 
 NAME = "hidden"  # name and kind of the group
@@ -19,7 +19,7 @@ NAME = "hidden"  # name and kind of the group
 class HiddenGroup:
     """All hidden dimensions of a model, one unit each."""
 
-    gate: HiddenGate
+    mask: HiddenMask
     parts: tuple[HiddenPart, ...]  # of the patched model
     floor: int = 0  # dimensions that always stay
 
@@ -29,7 +29,7 @@ class HiddenGroup:
 
     @property
     def num_units(self) -> int:
-        return self.gate.num_units
+        return self.mask.num_units
 
     @property
     def members(self) -> list[Member]:
@@ -54,7 +54,7 @@ class HiddenGroup:
         for part in self.parts:
             if isinstance(part.module, APTAdapter):
                 yield from part.module.adapter_parameters()
-            elif part.kind != "gate":
+            elif part.kind != "mask":
                 yield from (p for p in part.module.parameters(recurse=False) if p.requires_grad)
 
     def cost(self) -> int:
@@ -76,13 +76,13 @@ def find_dimensions(anatomy: Anatomy, *, min_hidden: int = 0) -> HiddenGroup:
         ValueError: they cannot be removed from this model; the text says why.
     """
     parts = anatomy.hidden_parts()
-    gate = next(part.module.hidden for part in parts if isinstance(part.module, HiddenNorm))
-    return HiddenGroup(gate, tuple(parts), min(min_hidden, gate.num_units))
+    mask = next(part.module.hidden for part in parts if isinstance(part.module, HiddenNorm))
+    return HiddenGroup(mask, tuple(parts), min(min_hidden, mask.num_units))
 
 
 def hidden_group(anatomy: Anatomy | None) -> HiddenGroup | None:
-    """The hidden dimensions of a patched model; None where their gates are not in."""
+    """The hidden dimensions of a patched model; None where their masks are not in."""
     if anatomy is None or not anatomy.has_hidden:
         return None
-    gated = any(isinstance(part.module, HiddenNorm) for part in anatomy.hidden_parts())
-    return find_dimensions(anatomy) if gated else None
+    masked = any(isinstance(part.module, HiddenNorm) for part in anatomy.hidden_parts())
+    return find_dimensions(anatomy) if masked else None

@@ -5,7 +5,7 @@ from torch import Tensor
 
 import apt_kernels
 from apt.layers import APTAdapter
-from apt.layers.gates import MaskGate
+from apt.layers.unit_mask import UnitMask
 from apt.pruning.dimensions import Group
 from apt.pruning.units import Member
 
@@ -17,7 +17,7 @@ KURTOSES = ("off", "paper", "normalized", "original")
 def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_of_sums") -> Tensor:
     """Salience of each unit: ``[num_units]``, float32.
 
-    With h the unit's features at its gate, y what leaves the gate, and sums over the valid tokens of the step::
+    With h the unit's features at its mask, y what leaves the mask, and sums over the valid tokens of the step::
 
         product_of_sums   sum over features of mean|h| * sum|dL/dy|    (APT, arXiv 2401.12200, eq. 4, Algorithm 1)
         sum_of_products   sum over features and tokens of |h * dL/dy|
@@ -28,19 +28,19 @@ def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_
     or padding. A hidden dimension is a feature of every site: products of sums are taken site by site, then added.
 
     Args:
-        group: its gate holds the sums of one optimizer step (all its micro-batches), of the kind that `salience` needs.
+        group: its mask holds the sums of one optimizer step (all its micro-batches), of the kind that `salience` needs.
         grad_scale: the loss scaler's factor on the gradients.
         salience: one of `SALIENCES`.
     """
     if salience == "magnitude":
         return _magnitude(group)
-    first_D, second_D = group.gate.sums.unbind(-2)  # of hidden dimensions one row a site: [sites, D]
+    first_D, second_D = group.mask.sums.unbind(-2)  # of hidden dimensions one row a site: [sites, D]
     if salience == "product_of_sums":
-        features_D = first_D * second_D / (group.gate.count.clamp(min=1.0)[..., None] * grad_scale)
+        features_D = first_D * second_D / (group.mask.count.clamp(min=1.0)[..., None] * grad_scale)
     else:
         features_D = (first_D if salience == "sum_of_products" else second_D) / grad_scale
     features_D = features_D if features_D.dim() == 1 else features_D.sum(0)
-    units: Tensor = features_D.view(-1, group.gate.unit_size).sum(1)
+    units: Tensor = features_D.view(-1, group.mask.unit_size).sum(1)
     return units.abs() if salience == "gate_taylor" else units
 
 
@@ -55,7 +55,7 @@ def not_finite(scores: dict[str, Tensor]) -> list[str]:
 @torch.no_grad()
 def _magnitude(group: Group) -> Tensor:
     """L1 norm of each unit, ``[num_units]``: over its cost, the mean |w| of the unit."""
-    norms = torch.zeros((), device=group.gate.mask.device)
+    norms = torch.zeros((), device=group.mask.values.device)
     for member in group.members:
         norms = norms + _l1(member).view(-1, member.width).sum(1)
     for vector in group.vectors:
@@ -97,17 +97,17 @@ class OutlierTerm:
         self._kept.clear()
 
     def needs_total(self, group: Group) -> bool:
-        """Whether the gate must collect its signed input for the group's own term."""
-        return self.mode != "off" and group.gate.unit_size > 1  # in one column the mean input cancels
+        """Whether the mask must collect its signed input for the group's own term."""
+        return self.mode != "off" and group.mask.unit_size > 1  # in one column the mean input cancels
 
-    def inputs(self, groups: list[Group]) -> list[MaskGate]:
-        """Gates that must collect their signed input for the hidden dimensions among the groups."""
+    def inputs(self, groups: list[Group]) -> list[UnitMask]:
+        """Masks that must collect their signed input for the hidden dimensions among the groups."""
         if self.mode == "off":
             return []
-        return [writer.gate_in for group in groups for writer in group.writers if writer.gate_in is not None]
+        return [writer.unit_mask for group in groups for writer in group.writers if writer.unit_mask is not None]
 
     def add(self, groups: list[Group], scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The scores of one step with the term added; the gates hold that step's sums."""
+        """The scores of one step with the term added; the masks hold that step's sums."""
         if self.mode == "off":
             return scores
         terms = {group.name: self._term(group).to(scores[group.name].dtype) for group in groups}
@@ -123,25 +123,25 @@ class OutlierTerm:
     def _term(self, group: Group) -> Tensor:
         if group.reader is None:
             rows = [self._rows(writer) for writer in group.writers if writer.n_in]
-            return torch.stack(rows).sum(0) if rows else torch.zeros_like(group.gate.mask)
+            return torch.stack(rows).sum(0) if rows else torch.zeros_like(group.mask.values)
         term = self._kept.get(group.name)
         if term is None:
-            term = self._kurtosis(group.reader, group.gate).clamp(min=0.0).sqrt()
-            if group.gate.unit_size == 1 and not group.reader.rank:
+            term = self._kurtosis(group.reader, group.mask).clamp(min=0.0).sqrt()
+            if group.mask.unit_size == 1 and not group.reader.rank:
                 self._kept[group.name] = term
-        return self._over_tokens(term, group.gate)
+        return self._over_tokens(term, group.mask)
 
-    def _over_tokens(self, term: Tensor, gate: MaskGate) -> Tensor:
-        return term if self.mode == "normalized" else term / gate.count.clamp(min=1.0)
+    def _over_tokens(self, term: Tensor, mask: UnitMask) -> Tensor:
+        return term if self.mode == "normalized" else term / mask.count.clamp(min=1.0)
 
-    def _kurtosis(self, linear: APTAdapter, gate: MaskGate) -> Tensor:
+    def _kurtosis(self, linear: APTAdapter, mask: UnitMask) -> Tensor:
         """Of the columns of each unit in the projection that reads them."""
         weight_OI, _ = linear.view()
         a_RI, b_OR = linear.factors() if linear.rank else (None, None)
-        size = gate.unit_size
-        mean_I = _mean(gate) if size > 1 else None
+        size = mask.unit_size
+        mean_I = _mean(mask) if size > 1 else None
         if self.mode == "original" and mean_I is not None:
-            mixed = (linear.merged_weight() * mean_I).T.reshape(-1, gate.num_units)
+            mixed = (linear.merged_weight() * mean_I).T.reshape(-1, mask.num_units)
             weight_OI, a_RI, b_OR, mean_I, size = mixed, None, None, None, 1
         kurtosis, _ = apt_kernels.weight_kurtosis(
             weight_OI, a_RI, b_OR, scale=linear.scale, group=size, column_scale=mean_I
@@ -150,21 +150,21 @@ class OutlierTerm:
 
     def _rows(self, writer: APTAdapter) -> Tensor:
         """The terms of the rows of one projection."""
-        assert writer.gate_in is not None
+        assert writer.unit_mask is not None
         a_RI, b_OR = writer.factors() if writer.rank else (None, None)
         _, kurtosis = apt_kernels.weight_kurtosis(
-            writer.view()[0], a_RI, b_OR, scale=writer.scale, column_scale=_mean(writer.gate_in)
+            writer.view()[0], a_RI, b_OR, scale=writer.scale, column_scale=_mean(writer.unit_mask)
         )
-        return self._over_tokens(self._of_sample(kurtosis, writer.n_in).clamp(min=0.0).sqrt(), writer.gate_in)
+        return self._over_tokens(self._of_sample(kurtosis, writer.n_in).clamp(min=0.0).sqrt(), writer.unit_mask)
 
     def _of_sample(self, kurtosis: Tensor, n: int) -> Tensor:
         """In mode "original": as with the unbiased variance of n entries."""
         return (kurtosis + 3.0) * ((n - 1) / n) ** 2 - 3.0 if self.mode == "original" else kurtosis
 
 
-def _mean(gate: MaskGate) -> Tensor:
-    """The mean input of a gate over the valid tokens of the step."""
-    return gate.total / gate.count.clamp(min=1.0)
+def _mean(mask: UnitMask) -> Tensor:
+    """The mean input of a mask over the valid tokens of the step."""
+    return mask.total / mask.count.clamp(min=1.0)
 
 
 @torch.no_grad()

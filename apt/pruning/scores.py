@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from apt.families import Anatomy
-from apt.layers.gates import MaskGate
-from apt.layers.hidden import HiddenGate
+from apt.layers.hidden import HiddenMask
+from apt.layers.unit_mask import UnitMask
 from apt.pruning.config import PruningConfig
 from apt.pruning.dimensions import Group
 from apt.pruning.salience import OutlierTerm, unit_scores
@@ -12,7 +12,7 @@ from apt.pruning.units import find_units
 
 
 class UnitScores:
-    """Finds the units that may go, opens their gates, and reads what a step left there.
+    """Finds the units that may go, opens their masks, and reads what a step left there.
 
     Args:
         anatomy: of a patched model.
@@ -23,7 +23,7 @@ class UnitScores:
         self.anatomy, self.config = anatomy, config
         default = "paper" if anatomy.family.decoder and self.from_data else "off"
         self.outliers = OutlierTerm(config.kurtosis or default)
-        self.gates: dict[MaskGate, bool] = {}  # that collect, and whether their signed inputs too
+        self.masks: dict[UnitMask, bool] = {}  # that collect, and whether their signed inputs too
         self.groups: list[Group] = []
         self.find()
 
@@ -40,27 +40,27 @@ class UnitScores:
         self.groups += [kind.find(self.anatomy, floors[kind.name]) for kind in kinds if kind.find is not None]
 
     def collect(self, on: bool) -> None:
-        """Open or close the statistics of every gate whose sums a score needs; they begin at nothing."""
+        """Open or close the statistics of every mask whose sums a score needs; they begin at nothing."""
         if on:
-            self.collect(False)  # also in gates whose units are all gone
-            self.gates = {group.gate: self.outliers.needs_total(group) for group in self.groups}
-            self.gates |= dict.fromkeys(self.outliers.inputs(self.groups), True)
-        for gate, totals in self.gates.items():
-            gate.collecting = on and self.from_data
-            gate.products = self.config.salience != "product_of_sums"
-            gate.totals = totals
-            gate.reset_sums()
-            if isinstance(gate, HiddenGate):
-                gate.sites = self.config.hidden_sites
+            self.collect(False)  # also in masks whose units are all gone
+            self.masks = {group.mask: self.outliers.needs_total(group) for group in self.groups}
+            self.masks |= dict.fromkeys(self.outliers.inputs(self.groups), True)
+        for mask, totals in self.masks.items():
+            mask.collecting = on and self.from_data
+            mask.products = self.config.salience != "product_of_sums"
+            mask.totals = totals
+            mask.reset_sums()
+            if isinstance(mask, HiddenMask):
+                mask.sites = self.config.hidden_sites
 
     def take(self, grad_scale: float = 1.0) -> dict[str, Tensor]:
-        """The scores from what the gates hold, which then is nothing; of magnitude, from the weights.
+        """The scores from what the masks hold, which then is nothing; of magnitude, from the weights.
 
         Args:
             grad_scale: the loss scaler's factor on the gradients.
         """
         scores = {group.name: unit_scores(group, grad_scale, self.config.salience) for group in self.groups}
         scores = self.outliers.add(self.groups, scores)
-        for gate in self.gates:
-            gate.reset_sums()
+        for mask in self.masks:
+            mask.reset_sums()
         return scores

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from apt.families import Anatomy, PlacedPart
 from apt.layers import APTAdapter
-from apt.layers.gates import MaskGate
 from apt.layers.hidden import HiddenNorm
+from apt.layers.unit_mask import UnitMask
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class UnitGroup:
     """All units of one part of a layer."""
 
     part: PlacedPart
-    gate: MaskGate
+    mask: UnitMask
     members: tuple[Member, ...]
     floor: int = 0  # units that always stay
 
@@ -48,11 +48,11 @@ class UnitGroup:
     @property
     def kind(self) -> str:
         """A name of `apt.pruning.kinds.UNIT_KINDS`: ``"head"``, ``"neuron"``."""
-        return self.gate.kind
+        return self.mask.kind
 
     @property
     def num_units(self) -> int:
-        return self.gate.num_units
+        return self.mask.num_units
 
     vectors: ClassVar[tuple[Tensor, ...]] = ()  # a unit owns no number outside the linears
     writers: ClassVar[tuple[APTAdapter, ...]] = ()
@@ -89,21 +89,21 @@ def find_units(anatomy: Anatomy, floors: Mapping[str, int] | None = None) -> lis
     for part in anatomy.parts:
         linears = {role: linear for role, linear in part.linears.items() if isinstance(linear, APTAdapter)}
         table = part.table
-        gate = linears[table.reader].gate_in if table.reader in linears else None
-        if gate is None or gate.num_units == 0:
+        mask = linears[table.reader].unit_mask if table.reader in linears else None
+        if mask is None or mask.num_units == 0:
             continue
         rows = [linears[role] for role in table.producers if role in linears]
-        members = [Member(linear, "out", linear.n_out // gate.num_units) for linear in rows]
-        members.append(Member(linears[table.reader], "in", gate.unit_size))
-        floor = min(max(floors.get(gate.kind, 0), int(part.name in required)), gate.num_units)
-        groups.append(UnitGroup(part, gate, tuple(members), floor))
+        members = [Member(linear, "out", linear.n_out // mask.num_units) for linear in rows]
+        members.append(Member(linears[table.reader], "in", mask.unit_size))
+        floor = min(max(floors.get(mask.kind, 0), int(part.name in required)), mask.num_units)
+        groups.append(UnitGroup(part, mask, tuple(members), floor))
     return groups
 
 
-def unit_gates(anatomy: Anatomy) -> dict[str, MaskGate | None]:
-    """Every unit group of a patched model, with its gate; None where the projection went with its attention."""
+def unit_masks(anatomy: Anatomy) -> dict[str, UnitMask | None]:
+    """Every unit group of a patched model, with its mask; None where the projection went with its attention."""
     readers = {part.name: part.reader for part in anatomy.parts}
-    return {name: reader.gate_in if isinstance(reader, APTAdapter) else None for name, reader in readers.items()}
+    return {name: reader.unit_mask if isinstance(reader, APTAdapter) else None for name, reader in readers.items()}
 
 
 def block_params(anatomy: Anatomy) -> int:

@@ -3,14 +3,14 @@
 from apt.families import Anatomy
 from apt.families.hidden_parts import HiddenPart, hidden_size
 from apt.families.linears import replace_module
-from apt.layers.gates import ValidTokens
-from apt.layers.hidden import HiddenGate, HiddenNorm, Narrow, ReadGate, Site, WriteSite
+from apt.layers.hidden import HiddenMask, HiddenNorm, Narrow, ReadMask, Site, WriteSite
+from apt.layers.unit_mask import ValidTokens
 
 
 def place_dimensions(anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:
-    """Put the gate of the hidden dimensions into a model whose linears are adapted already.
+    """Put the mask of the hidden dimensions into a model whose linears are adapted already.
 
-    Norms over hidden dimensions become `HiddenNorm`; modules that read an ungated stream, projections that write into
+    Norms over hidden dimensions become `HiddenNorm`; modules that read an unmasked stream, projections that write into
     it and embeddings get hooks.
     """
     model = anatomy.model
@@ -18,7 +18,7 @@ def place_dimensions(anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:
     stacks = [stack.name for stack in anatomy.family.stacks]
     writers = [part for part in parts if part.layer is not None and "out" in part.axes]
     num_sites = sum(part.site for part in parts) + len(writers)
-    gate = HiddenGate(hidden_size(parts), num_sites, next(model.parameters()).device)
+    mask = HiddenMask(hidden_size(parts), num_sites, next(model.parameters()).device)
     places = iter(range(num_sites))
 
     def site(part: HiddenPart) -> Site:
@@ -30,14 +30,16 @@ def place_dimensions(anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:
     for part in parts:
         here = site(part) if part.site else None
         if part.kind == "norm":
-            norm = HiddenNorm(part.module, gate, offset=anatomy.hidden_table.norm_offset, gated=part.gated, site=here)
+            norm = HiddenNorm(
+                part.module, mask, offset=anatomy.hidden_table.norm_offset, masks_output=part.masked, site=here
+            )
             replace_module(model, part.name, norm)
-        elif part.gated:
-            part.module.register_forward_pre_hook(ReadGate(gate, here), with_kwargs=True)
+        elif part.masked:
+            part.module.register_forward_pre_hook(ReadMask(mask, here), with_kwargs=True)
         elif part.kind == "embedding":
-            part.module.register_forward_hook(Narrow(gate))
+            part.module.register_forward_hook(Narrow(mask))
     for part in writers:
-        part.module.register_forward_hook(WriteSite(gate, site(part)))
+        part.module.register_forward_hook(WriteSite(mask, site(part)))
 
 
 def remove_dimensions(anatomy: Anatomy) -> None:
@@ -48,6 +50,6 @@ def remove_dimensions(anatomy: Anatomy) -> None:
     for module in anatomy.model.modules():
         # By the hooks themselves, as a copied model knows no handles of those that its surgery dropped.
         for table in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in table.items() if isinstance(hook, ReadGate | WriteSite | Narrow)]:
+            for key in [key for key, hook in table.items() if isinstance(hook, ReadMask | WriteSite | Narrow)]:
                 del table[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)

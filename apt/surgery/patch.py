@@ -9,13 +9,13 @@ from apt.distillation import release
 from apt.families import Anatomy, anatomy_of, known_family
 from apt.layers.fused import restore_plain, split_fused
 from apt.layers.gated_activation import put_activations, restore_activations
-from apt.layers.gates import ValidTokens
-from apt.methods import METHODS, place_gates, remove_gates
+from apt.layers.unit_mask import ValidTokens
+from apt.methods import METHODS, place_row_gates, remove_row_gates
 from apt.methods.prompts import PROMPT, place_prompt, placed_prompt, remove_prompt
 from apt.pruning.dimensions import hidden_group
 from apt.pruning.units import block_params
 from apt.surgery.hidden import place_dimensions, remove_dimensions
-from apt.surgery.put_in import ValidTokenHook, keep_few_kernels, put_adapters, put_gates, share_inputs
+from apt.surgery.put_in import ValidTokenHook, keep_few_kernels, put_adapters, put_unit_masks, share_inputs
 from apt.surgery.state import PatchState, forget_graphs, patch_state, uncompiled
 from apt.surgery.tails import free_tails
 from apt.surgery.targets import Places, find_places
@@ -113,7 +113,7 @@ def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:
     state.init_seconds = put_adapters(model, config, places.targets, without_rank)
     share_inputs(anatomy)
     if config.prunes:
-        put_gates(anatomy, state.valid, config.pruning.unit_types)
+        put_unit_masks(anatomy, state.valid, config.pruning.unit_types)
         put_activations(anatomy)
         if state.hidden:
             place_dimensions(anatomy, state.valid)
@@ -121,7 +121,7 @@ def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:
         state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
     if METHODS[config.method].per_example:
         group = hidden_group(anatomy)
-        state.hooks += place_gates(anatomy, config.adapter, None if group is None else group.gate)
+        state.hooks += place_row_gates(anatomy, config.adapter, None if group is None else group.mask)
 
 
 def _outside(anatomy: Anatomy, places: Places) -> list[str]:
@@ -164,7 +164,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
             raise ValueError("unpatch_model: a prompt cannot be merged into weights; apt.export_model keeps it")
         remove_prompt(model)
     release(model)
-    remove_gates(model)
+    remove_row_gates(model)
     free_tails(model)
     restore_activations(model)
     if state.hidden and state.anatomy is not None:

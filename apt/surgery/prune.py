@@ -65,7 +65,7 @@ def apply_prune_plan(
 def _prune_group(
     group: UnitGroup, positions: list[int], optimizer: torch.optim.Optimizer | None, keep_tail: bool
 ) -> None:
-    kept = torch.tensor(positions, dtype=torch.long, device=group.gate.mask.device)
+    kept = torch.tensor(positions, dtype=torch.long, device=group.mask.values.device)
     order = _retained_first(kept, group.num_units, _stored_units(group)) if keep_tail else kept
     for member in group.members:
         features = (kept[:, None] * member.width + torch.arange(member.width, device=kept.device)).flatten()
@@ -73,7 +73,7 @@ def _prune_group(
     table, layer = group.part.table, group.part.layer.module
     if isinstance(table, Attention):
         table.set_heads(layer, group.num_units, len(positions), order)
-    group.gate.keep(kept)
+    group.mask.keep(kept)
     if not positions:
         for member in group.members:
             drop_adapter(member.linear, optimizer)
@@ -84,7 +84,7 @@ def _prune_group(
 
 def _stored_units(group: UnitGroup) -> int:
     """Units that the weights store: the live ones, and those of a tail."""
-    return group.reader.weight.shape[1] // group.gate.unit_size
+    return group.reader.weight.shape[1] // group.mask.unit_size
 
 
 def _prune_hidden(
@@ -95,7 +95,7 @@ def _prune_hidden(
     keep_tail: bool,
 ) -> None:
     """Keep the dimensions `positions` in every part of the model, a tied weight once."""
-    kept, live = torch.tensor(positions, dtype=torch.long, device=group.gate.mask.device), group.num_units
+    kept, live = torch.tensor(positions, dtype=torch.long, device=group.mask.values.device), group.num_units
     done: set[tuple[int, int]] = set()
 
     def cut(tensor: Tensor | None, dim: int, keep_tail: bool = keep_tail) -> None:
@@ -133,12 +133,12 @@ def _prune_hidden(
                 setattr(module, "n_out" if axis == "out" else "n_in", len(positions))
             else:
                 setattr(module, "out_features" if axis == "out" else "in_features", len(positions))
-    stored = group.gate.order.numel()
+    stored = group.mask.order.numel()
     order = _retained_first(kept, live, stored) if keep_tail else None
     if transform is not None:  # from the student's dimensions to those of its teacher
         follow(transform.lora_A, lambda t: t.index_select(1, kept), optimizer)
         follow(transform.lora_B, lambda t: t.index_select(0, kept if order is None else order), optimizer)
-    group.gate.keep(kept, order)
+    group.mask.keep(kept, order)
 
 
 def _cut(

@@ -1,4 +1,4 @@
-"""The parts that a patch puts into a model: adapted linears, gates, and the hook that hands gates the padding."""
+"""The parts that a patch puts into a model: adapted linears, masks, and the hook that hands masks the padding."""
 
 import inspect
 import os
@@ -15,7 +15,7 @@ from apt.families import Anatomy
 from apt.families.linears import features, replace_module
 from apt.layers import APTAdapter, SharedInput
 from apt.layers.fused import FusedLinears
-from apt.layers.gates import MaskGate, ValidTokens
+from apt.layers.unit_mask import UnitMask, ValidTokens
 from apt.methods import adapt, rank_and_scale
 from apt.pruning.kinds import kind_in
 
@@ -58,15 +58,15 @@ def put_adapters(model: nn.Module, config: APTConfig, targets: list[str], withou
     return time.perf_counter() - started
 
 
-def put_gates(anatomy: Anatomy, valid: dict[str, ValidTokens], unit_types: Sequence[str]) -> None:
-    """Put the gate of its units before the output or down projection of every part."""
+def put_unit_masks(anatomy: Anatomy, valid: dict[str, ValidTokens], unit_types: Sequence[str]) -> None:
+    """Put the mask of its units before the output or down projection of every part."""
     for part in anatomy.parts:
         reader = part.reader
         kind = kind_in(part, unit_types)
         units = 0 if kind is None else kind.units_in(part)
         if isinstance(reader, APTAdapter) and kind is not None and units:
             tokens, device = valid[part.layer.stack.name], reader.weight.device
-            reader.gate_in = MaskGate(units, reader.n_in // units, tokens, device, kind=kind.name)
+            reader.unit_mask = UnitMask(units, reader.n_in // units, tokens, device, kind=kind.name)
 
 
 def share_inputs(anatomy: Anatomy) -> None:
@@ -79,7 +79,7 @@ def share_inputs(anatomy: Anatomy) -> None:
 
 
 class ValidTokenHook:
-    """Forward pre-hook that keeps the batch's padding masks where the gates of each stack read them."""
+    """Forward pre-hook that keeps the batch's padding masks where the masks of each stack read them."""
 
     def __init__(self, anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:
         self.names = list(inspect.signature(anatomy.model.forward).parameters)

@@ -9,7 +9,7 @@ from torch import nn
 
 from apt.apt_config import APTConfig
 from apt.families import Anatomy
-from apt.layers.gates import ValidTokens
+from apt.layers.unit_mask import ValidTokens
 
 
 @dataclass
@@ -25,7 +25,7 @@ class PatchState:
     params_before: int  # of the whole original model
     init_seconds: float = 0.0  # that the adapters' start took, decompositions included
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the task head before the patch, where widened
-    hidden: bool = False  # whether the gates of hidden dimensions are in
+    hidden: bool = False  # whether the masks of hidden dimensions are in
     hooks: list[Any] = field(default_factory=list)
     distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from apt.layers import TRANSFORM, adapted
-from apt.layers.gates import MaskGate
+from apt.layers.unit_mask import UnitMask
 from apt.methods.prompts import PROMPT, placed_prompt
 from apt.pruning.dimensions import hidden_group
-from apt.pruning.units import block_params, unit_gates
+from apt.pruning.units import block_params, unit_masks
 from apt.surgery.state import patch_state, uncompiled
 from apt.surgery.tails import live_views
 
@@ -81,13 +81,13 @@ def summary(model: nn.Module) -> Summary:
     kept = 0 if prompt is None else sum(p.numel() for p in prompt.plain().parameters())  # in an export
     tails = sum(stored.numel() - live.numel() for stored, live in live_views(model, group))
     adapters = sum(p.numel() for m in modules.values() for p in m.adapter_parameters())
-    gates: dict[str, MaskGate | None] = {}
+    of_parts: dict[str, UnitMask | None] = {}
     units: dict[str, int] = {}
     sparsity = 0.0
     if state.config.prunes and state.anatomy is not None:
-        gates, units = unit_gates(state.anatomy), state.anatomy.num_units()
+        of_parts, units = unit_masks(state.anatomy), state.anatomy.num_units()
         sparsity = 1.0 - block_params(state.anatomy) / state.block_params
-    masks = [*gates.values(), None if group is None else group.gate]
+    masks = [*of_parts.values(), None if group is None else group.mask]
     return Summary(
         sparsity=sparsity,
         params_before=state.params_before,
@@ -95,7 +95,7 @@ def summary(model: nn.Module) -> Summary:
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         units=units,
         hidden=0 if group is None else group.num_units,
-        masked=sum(int((gate.mask < 1).sum()) for gate in masks if gate is not None),
+        masked=sum(int((mask.values < 1).sum()) for mask in masks if mask is not None),
         ranks={name: module.rank for name, module in modules.items() if module.rank},
         active={name: m.rank if m.delta is None else m.delta.num_active for name, m in modules.items() if m.rank},
         virtual_tokens=0 if prompt is None else prompt.num_virtual_tokens,

@@ -44,7 +44,7 @@ def free_dimension_tails(group: HiddenGroup) -> None:
         elif part.kind == "embedding" and module.weight.shape[1] > group.num_units:
             exchange(module.weight, module.weight.detach()[:, : group.num_units].clone())
             module.embedding_dim = group.num_units
-    group.gate.order = torch.arange(group.num_units, device=group.gate.order.device)
+    group.mask.order = torch.arange(group.num_units, device=group.mask.order.device)
 
 
 def fit_norm(norm: HiddenNorm) -> None:

@@ -26,7 +26,7 @@ class AdaptivePruner:
         pruner.apply_mask(masks, alpha=0.01)  # let them fall a little
         pruner.apply_mask(masks)  # or cut
 
-    From its construction on the gates of the model collect statistics; `close` ends that. Sparsity counts from the
+    From its construction on the masks of the model collect statistics; `close` ends that. Sparsity counts from the
     model as it is then.
 
     Args:
@@ -74,14 +74,14 @@ class AdaptivePruner:
 
         Args:
             activations: what the units hand on, ``[..., D]`` by unit group, or already summed ``|h|``, ``[D]``; None:
-                what the gates have collected since the last call, padding left out.
+                what the masks have collected since the last call, padding left out.
             gradients: the loss differentiated by them, in the same shapes; None with None.
 
         Raises:
             ValueError: one is given without the other, or a group or a shape is wrong.
         """
         if (activations is None) != (gradients is None):
-            raise ValueError("pruner: give activations and gradients, or neither to take what the gates have collected")
+            raise ValueError("pruner: give activations and gradients, or neither to take what the masks have collected")
         if activations is not None and gradients is not None:
             for group in self.groups:
                 self._hand_in(group, activations.get(group.name), gradients.get(group.name))
@@ -89,26 +89,26 @@ class AdaptivePruner:
         return dict(self._average.values)
 
     def _hand_in(self, group: Group, h: Tensor | None, grad: Tensor | None) -> None:
-        """Put statistics of one group where its gate would have collected them."""
-        features = group.gate.sums.shape[-1]
+        """Put statistics of one group where its mask would have collected them."""
+        features = group.mask.sums.shape[-1]
         if (
             h is None
             or grad is None
             or h.shape != grad.shape
             or h.shape[-1:] != (features,)
-            or group.gate.sums.dim() > 2
+            or group.mask.sums.dim() > 2
         ):
             shapes = [None if tensor is None else list(tensor.shape) for tensor in (h, grad)]
             raise ValueError(
                 f"pruner: {group.name} needs an activation and a gradient of shape [..., {features}], got {shapes}; of "
-                f"hidden dimensions the gates alone can tell"
+                f"hidden dimensions the masks alone can tell"
             )
         h_TD, grad_TD = (tensor.detach().reshape(-1, features) for tensor in (h, grad))
         products_TD = h_TD * grad_TD
-        pair = (products_TD.abs(), products_TD) if group.gate.products else (h_TD.abs(), grad_TD.abs())
-        group.gate.sums.copy_(torch.stack([part.sum(0) for part in pair]))
-        group.gate.total.copy_(h_TD.sum(0))
-        group.gate.count.fill_(len(h_TD))
+        pair = (products_TD.abs(), products_TD) if group.mask.products else (h_TD.abs(), grad_TD.abs())
+        group.mask.sums.copy_(torch.stack([part.sum(0) for part in pair]))
+        group.mask.total.copy_(h_TD.sum(0))
+        group.mask.count.fill_(len(h_TD))
 
     def generate_mask(self, salience_scores: dict[str, Tensor], current_sparsity: float) -> dict[str, Tensor]:
         """The masks of a sparsity, 1 kept and 0 pruned, ``[num_units]`` by unit group.
@@ -119,7 +119,7 @@ class AdaptivePruner:
         """
         live = block_params(self.anatomy)
         plan = self._search.plan(self.groups, salience_scores, live, 0, current_sparsity)
-        masks = {group.name: torch.zeros_like(group.gate.mask) for group in self.groups}
+        masks = {group.name: torch.zeros_like(group.mask.values) for group in self.groups}
         for name, positions in plan.kept.items():
             masks[name][positions] = 1.0
         return masks
@@ -155,5 +155,5 @@ class AdaptivePruner:
         return plan
 
     def close(self) -> None:
-        """End the collection of statistics; the gates cost nothing from here on."""
+        """End the collection of statistics; the masks cost nothing from here on."""
         self._units.collect(False)

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 import apt
 import apt_kernels
 from apt.layers.gated_activation import GatedActivation, kind_of
-from apt.layers.gates import MaskGate
+from apt.layers.unit_mask import UnitMask
 from apt_kernels import selection
 
 GATED = ["llama_bias", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
@@ -32,8 +32,8 @@ def patched(name: str, **options: Any) -> nn.Module:
     return fill_adapters(apt.patch_model(tiny_model(name), rank=2, **options))
 
 
-def down_gates(model: nn.Module) -> list[MaskGate]:
-    return [module.down.gate_in for module in model.modules() if isinstance(module, GatedActivation)]
+def down_gates(model: nn.Module) -> list[UnitMask]:
+    return [module.down.unit_mask for module in model.modules() if isinstance(module, GatedActivation)]
 
 
 def without(model: nn.Module) -> nn.Module:
@@ -52,7 +52,7 @@ def step(model: nn.Module, name: str) -> dict[str, Tensor]:
     out.loss.backward()
     found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     for key, module in model.named_modules():
-        if isinstance(module, MaskGate):
+        if isinstance(module, UnitMask):
             found |= {f"{key} {kind}": getattr(module, kind) for kind in ("sums", "total", "count")}
     return {"logits": out.logits.detach(), **found}
 
@@ -64,12 +64,12 @@ def test_equals_the_blocks_own_way(name: str, masked: bool, statistics: tuple[st
     model = patched(name, target_modules=["q", "v", "gate", "up", "down"])
     assert len(down_gates(model)) == model.config.num_hidden_layers
     for module in model.modules():
-        if isinstance(module, MaskGate):
+        if isinstance(module, UnitMask):
             module.collecting, module.products, module.totals = (
                 kind in statistics for kind in ("collecting", "products", "totals")
             )
             if masked:
-                module.set_mask(torch.randint(0, 3, (module.num_units,)).to(module.mask.dtype) / 2)
+                module.set_mask(torch.randint(0, 3, (module.num_units,)).to(module.values.dtype) / 2)
     plain = without(model)
     got = step(model, name)
     assert apt_kernels.calls()["gated_activation"]["torch"] > 0
@@ -110,7 +110,7 @@ def test_eager_keeps_the_blocks_own_activation() -> None:
 def test_recomputed_layers_change_nothing(registered: None) -> None:
     model = patched("llama_gqa", target_modules=["gate", "down"])
     for gate in down_gates(model):
-        gate.set_mask(torch.randint(0, 3, (gate.num_units,)).to(gate.mask.dtype) / 2)
+        gate.set_mask(torch.randint(0, 3, (gate.num_units,)).to(gate.values.dtype) / 2)
     wanted = step(model, "llama_gqa")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for key, value in step(model.train(), "llama_gqa").items():
@@ -125,7 +125,7 @@ def test_without_a_gate_there_is_no_mask(registered: None) -> None:
     masked = step(model, "llama_gqa")["logits"]
     for module in model.modules():
         if isinstance(module, GatedActivation):
-            module.down.gate_in = None
+            module.down.unit_mask = None
     dense = step(model, "llama_gqa")["logits"]
     close("logits", dense, step(without(model), "llama_gqa")["logits"])
     assert (dense - masked).abs().max() > 0.1

@@ -21,7 +21,7 @@ from apt.surgery.prune import apply_prune_plan
 
 
 def masks_of(run: apt.Controller) -> Tensor:
-    return torch.cat([group.gate.mask.clone() for group in run.groups])
+    return torch.cat([group.mask.values.clone() for group in run.groups])
 
 
 NOTHING = {
@@ -79,7 +79,7 @@ def test_masks_that_fall_until_the_event_are_settled_by_it(settle: float) -> Non
 def test_every_salience_ranks_the_units_of_a_run(salience: str) -> None:
     loop = Loop("bert", patched("bert"), 40, target_sparsity=0.5, salience=salience, **ONCE).take(20)
     assert 0.5 <= loop.run.events[0].sparsity <= 0.55
-    assert all(group.gate.products == (salience != "product_of_sums") for group in loop.run.groups)
+    assert all(group.mask.products == (salience != "product_of_sums") for group in loop.run.groups)
 
 
 def test_ranks_follow_their_budget() -> None:
@@ -140,7 +140,7 @@ def test_masks_fall_evenly_and_rest_at_zero_or_one() -> None:
             assert ((masks == 0) | (masks == 1)).all()
             assert torch.equal(masks, last) or step == 15
         last = masks
-    kept = {group.name: group.gate.mask.nonzero().flatten().tolist() for group in run.groups}
+    kept = {group.name: group.mask.values.nonzero().flatten().tolist() for group in run.groups}
     loop.take(1)
     assert run.events[0].prune is not None
     assert run.events[0].prune.kept == kept
@@ -158,11 +158,11 @@ def test_masks_that_follow_moving_scores_stay_within_bounds() -> None:
 
 def test_gates_close_after_the_last_event() -> None:
     loop = Loop("bert", patched("bert"), 30, target_sparsity=0.5, **BRIEF).take(17)
-    gates = [group.gate for group in loop.run.groups]
+    gates = [group.mask for group in loop.run.groups]
     assert all(gate.collecting for gate in gates)
     loop.take(3)
     assert not loop.run.active
-    gates = [group.gate for group in loop.run.groups]
+    gates = [group.mask for group in loop.run.groups]
     assert gates
     assert not any(gate.collecting or gate.masked or gate.count or gate.sums.any() for gate in gates)
     apt_kernels.reset_calls()
@@ -191,7 +191,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         Loop("bert", model, 100, **settings)
     assert "\n" not in str(caught.value)
-    assert not any(module.gate_in.collecting for _, module in adapted(model) if module.gate_in is not None)
+    assert not any(module.unit_mask.collecting for _, module in adapted(model) if module.unit_mask is not None)
 
 
 def test_a_run_too_short_and_a_plain_model() -> None:
@@ -232,7 +232,7 @@ def test_a_score_that_is_no_number_stops_the_run_with_its_group(value: float, sc
     loop = Loop("bert", patched("bert"), 30, target_sparsity=0.5, **scaler, **BRIEF).take(3)
     before, scores = copy.deepcopy(loop.model), copy.deepcopy(loop.run.pruning.salience.values)
     group = loop.run.groups[3]
-    group.gate.sums[0, 2] = value
+    group.mask.sums[0, 2] = value
     with pytest.raises(FloatingPointError, match=f"the salience of {group.name} is NaN or infinite at step 4"):
         loop.take(1)
     assert equal_bits(loop.model, before)
@@ -265,7 +265,7 @@ def test_a_step_that_overflowed_leaves_no_trace() -> None:
     before = {name: value.clone() for name, value in loop.run.pruning.salience.values.items()}
     loop.take(1, poison=float("inf"))
     assert all(torch.equal(loop.run.pruning.salience.values[name], before[name]) for name in before)
-    assert not any(group.gate.sums.any() for group in loop.run.groups)
+    assert not any(group.mask.sums.any() for group in loop.run.groups)
     loop.take(17)
     assert loop.run.events[0].sparsity >= 0.5
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import apt
 import apt_kernels
 from apt.layers import adapted
-from apt.methods import GATES
+from apt.methods import ROW_GATES
 from apt.methods.context import GateContext
 from apt.methods.hypernetwork import logistic_noise, open_gates
 from apt.surgery.prune import apply_prune_plan
@@ -263,7 +263,7 @@ def test_checkpointed_layers_compute_their_gates_anew(reentrant: bool) -> None:
         loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
-    assert any(name.startswith(GATES) for name in found[0])
+    assert any(name.startswith(ROW_GATES) for name in found[0])
     for name, gradient in found[0].items():
         close(name, found[1][name], gradient)
 
@@ -318,7 +318,7 @@ def test_what_cannot_be_says_what_can(tmp_path: Path) -> None:
         patched("bert", context="last")
     plain = apt.unpatch_model(model)
     close("base", run(plain, batch).logits, run(tiny_model("bert"), batch).logits)
-    assert not hasattr(plain, GATES)
+    assert not hasattr(plain, ROW_GATES)
     decoder = apt.unpatch_model(patched("llama_gqa"))
     assert "generate" not in decoder.__dict__
 

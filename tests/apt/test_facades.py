@@ -150,7 +150,7 @@ def test_salience_from_activations_that_one_has_kept(salience: str) -> None:
 
         return hook
 
-    hooks = [group.gate.register_forward_hook(keep(group.name)) for group in pruner.groups]
+    hooks = [group.mask.register_forward_hook(keep(group.name)) for group in pruner.groups]
     batch = tiny_batch("llama", length=5) | {"attention_mask": torch.ones(4, 5, dtype=torch.long)}
     model(**batch).loss.backward()
     for hook in hooks:
@@ -178,16 +178,16 @@ def test_masks_fall_evenly_and_then_are_cut() -> None:
     for alpha in (0.25, 0.5):
         assert pruner.apply_mask(masks, alpha) is None
     for group in pruner.groups:
-        assert torch.equal(group.gate.mask, torch.where(masks[group.name] > 0, 1.0, 0.25))
+        assert torch.equal(group.mask.values, torch.where(masks[group.name] > 0, 1.0, 0.25))
     pruner.apply_mask(masks, 0.25)
     batch = tiny_batch("bert")
     masked = model.eval()(**batch).logits
     pruner.apply_mask(masks)
     close("logits", model(**batch).logits, masked)
     assert 0.5 <= apt.summary(model).sparsity < 0.55
-    assert all(group.gate.collecting for group in pruner.groups)
+    assert all(group.mask.collecting for group in pruner.groups)
     pruner.close()
-    assert not any(group.gate.collecting for group in pruner.groups)
+    assert not any(group.mask.collecting for group in pruner.groups)
 
 
 def test_a_moving_average_follows_the_cut() -> None:
@@ -235,4 +235,4 @@ def test_the_example_prunes_and_tunes() -> None:
     assert 0.5 <= apt.summary(model).sparsity < 0.65
     assert start < adapter_params(model) <= 2 * start
     assert sum(losses[-4:]) < 0.2 * sum(losses[:4])
-    assert not any(module.gate_in.collecting for _, module in adapted(model) if module.gate_in is not None)
+    assert not any(module.unit_mask.collecting for _, module in adapted(model) if module.unit_mask is not None)

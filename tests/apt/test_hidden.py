@@ -121,7 +121,7 @@ def test_masks_of_one_change_nothing_and_cost_no_op(name: str) -> None:
 def test_a_mask_falls_without_a_jump(name: str) -> None:
     """In steps of 0.01 from 1 to 0: the logits move by little in each, by no more at the ends than between."""
     model = apt.patch_model(tiny_model(name))
-    gate, chosen = dimensions(model).gate, torch.rand(32, generator=torch.Generator().manual_seed(1)) < 0.3
+    gate, chosen = dimensions(model).mask, torch.rand(32, generator=torch.Generator().manual_seed(1)) < 0.3
     moves, last = [], None
     with torch.no_grad(), Unrounded():
         for mask in torch.linspace(1.0, 0.0, 101):
@@ -138,7 +138,7 @@ def test_a_mask_falls_without_a_jump(name: str) -> None:
 def test_the_norm_that_forgets_its_mask_at_zero_would_jump() -> None:
     """The measure above can tell: with a dimension counted until its mask is 0, as in the authors' code."""
     model = apt.patch_model(tiny_model("llama"))
-    gate = dimensions(model).gate
+    gate = dimensions(model).mask
     chosen = torch.rand(32, generator=torch.Generator().manual_seed(1)) < 0.3
     norms = [module for module in model.modules() if isinstance(module, HiddenNorm)]
     outputs = []
@@ -147,8 +147,8 @@ def test_the_norm_that_forgets_its_mask_at_zero_would_jump() -> None:
             gate.set_mask(torch.where(chosen, mask, 1.0))
             for norm in norms:
                 norm.forward = lambda x, n=norm: (  # type: ignore[method-assign]
-                    apt_kernels.masked_norm(x, n.weight, mask=(gate.mask > 0).double(), eps=n.eps, kind="rms")
-                    * gate.mask
+                    apt_kernels.masked_norm(x, n.weight, mask=(gate.values > 0).double(), eps=n.eps, kind="rms")
+                    * gate.values
                 )
             outputs.append(model(**tiny_batch("llama")).logits)
     assert (outputs[2] - outputs[1]).norm() > 12 * (outputs[1] - outputs[0]).norm()
@@ -215,7 +215,7 @@ def test_cached_generation(name: str) -> None:
 def test_a_teacher_still_finds_the_model_as_it_was(name: str) -> None:
     """With tails kept, full widths and no masks the very function of before: stream, embeddings, norms, tied heads."""
     model = apt.patch_model(tiny_model(name))  # B is zero: dropped adapters change nothing
-    batch, full, gate = tiny_batch(name), widths(model), dimensions(model).gate
+    batch, full, gate = tiny_batch(name), widths(model), dimensions(model).mask
     for _, module in adapted(model):
         module.drop_adapter()
     with torch.no_grad(), Unrounded():
@@ -244,7 +244,7 @@ def set_widths(found: dict[Any, tuple[int, int]]) -> None:
 
 def test_a_dense_pass_sees_no_mask_and_collects_nothing() -> None:
     model = apt.patch_model(tiny_model("bert"))
-    gate = dimensions(model).gate
+    gate = dimensions(model).mask
     before = model(**tiny_batch("bert")).logits
     gate.set_mask(torch.linspace(0, 1, 32))
     gate.dense = gate.collecting = True

@@ -53,7 +53,7 @@ def collecting(name: str, salience: str, sites: str) -> tuple[Any, Any]:
     """A model whose hidden dimensions collect, in float64 as the rest."""
     model = fill_adapters(apt.patch_model(tiny_model(name), rank=2))
     group = find_dimensions(anatomy_of(model))
-    gate = group.gate
+    gate = group.mask
     gate.sums, gate.count = gate.sums.to(WIDE), gate.count.to(WIDE)
     gate.collecting, gate.sites, gate.products = True, sites, salience != "product_of_sums"
     return model, group
@@ -79,9 +79,9 @@ def test_read_scores_equal_brute_force(name: str, masked: bool, salience: str, m
     """From what goes into every gate and comes out of it, padding left out, site by site."""
     model, group = collecting(name, salience, "read")
     if masked:
-        group.gate.set_mask(torch.randint(1, 3, (32,)) / 2)
+        group.mask.set_mask(torch.randint(1, 3, (32,)) / 2)
     passed: list[tuple[Tensor, Tensor]] = []
-    read = group.gate.read
+    read = group.mask.read
 
     def watched(h: Tensor, site: Any) -> Tensor:
         y = read(h, site)
@@ -90,7 +90,7 @@ def test_read_scores_equal_brute_force(name: str, masked: bool, salience: str, m
             passed.append((h.detach(), y))
         return y
 
-    monkeypatch.setattr(group.gate, "read", watched)
+    monkeypatch.setattr(group.mask, "read", watched)
     batch = tiny_batch(name)
     model(**batch).loss.backward()
     sites = [OF_SITE[salience](tokens(h, batch), tokens(y.grad, batch)) for h, y in passed]
@@ -144,9 +144,9 @@ def test_gate_taylor_is_the_slope_of_the_loss_in_the_read_gates() -> None:
     model, group = collecting("llama_cls", "gate_taylor", "read")
     leaf = torch.ones(32, dtype=WIDE, requires_grad=True)
     model(**tiny_batch("llama_cls")).loss.backward()
-    got, read = unit_scores(group, salience="gate_taylor"), group.gate.read
-    group.gate.read = lambda h, site: read(h, None) * leaf
-    group.gate.collecting = False
+    got, read = unit_scores(group, salience="gate_taylor"), group.mask.read
+    group.mask.read = lambda h, site: read(h, None) * leaf
+    group.mask.collecting = False
     model(**tiny_batch("llama_cls")).loss.backward()
     close("slope", got, leaf.grad.abs())
 
@@ -337,7 +337,7 @@ def test_a_run_prunes_all_three(name: str, settings: dict[str, Any], tmp_path: P
     assert 8 <= counts.hidden < 32
     assert counts.hidden % 4 == 0
     assert counts.hidden == len(run.events[-1].prune.kept["hidden"])
-    assert not any(gate.collecting or gate.masked for gate in run.pruning.units.gates)
+    assert not any(gate.collecting or gate.masked for gate in run.pruning.units.masks)
     listed = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
     assert listed == {id(p) for p in loop.model.parameters() if p.requires_grad}
     loop.model.eval()
@@ -363,12 +363,12 @@ def test_only_the_kinds_named_are_pruned(kinds: tuple[str, ...]) -> None:
 def test_hidden_dimensions_fall_with_the_others_and_rest_at_zero_or_one() -> None:
     loop = Loop("bert", in_training("bert"), 40, target_sparsity=0.5, unit_types=ALL, **ONCE).take(10)
     loop.run.pruning.salience.update = lambda new: None  # scores that hold still
-    gate = loop.run.groups[-1].gate
-    last = gate.mask.clone()
+    gate = loop.run.groups[-1].mask
+    last = gate.values.clone()
     for step in range(11, 20):
         loop.take(1)
-        assert (gate.mask <= last).all()
-        last = gate.mask.clone()
+        assert (gate.values <= last).all()
+        last = gate.values.clone()
         if step < 15:
             falling = torch.tensor(1.0 - 0.2 * (step - 10))
             assert ((last == 1) | ((last - falling).abs() < 1e-6)).all()
@@ -381,7 +381,7 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     """From a checkpoint in the middle of the second decay, hidden masks half down and some dimensions gone."""
     settings = {"target_sparsity": 0.7, "unit_types": ("neuron", "hidden"), **BRIEF}
     whole = Loop("llama_cls", in_training("llama_cls", torch.float32), 30, **settings).take(10)
-    mask = whole.run.groups[-1].gate.mask
+    mask = whole.run.groups[-1].mask.values
     assert ((mask > 0) & (mask < 1)).any()
     assert len(mask) < 32
     resumed = whole.resumed(in_training("llama_cls", torch.float32), tmp_path, 30, **settings)
@@ -473,5 +473,5 @@ def test_parts_name_each_module_once() -> None:
     for name in HIDDEN:
         model = apt.patch_model(tiny_model(name))
         parts: list[HiddenPart] = list(find_dimensions(anatomy_of(model)).parts)
-        owners = [part.name for part in parts if part.kind != "gate"]
+        owners = [part.name for part in parts if part.kind != "mask"]
         assert len(owners) == len(set(owners)), name

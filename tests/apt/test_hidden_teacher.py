@@ -26,7 +26,7 @@ ALL = ("head", "neuron", "hidden")
 
 
 def same_as(distiller: SelfDistiller, batch: dict[str, Tensor], wanted: tuple[Tensor, list[Tensor]]) -> None:
-    order = find_dimensions(anatomy_of(distiller.model)).gate.order
+    order = find_dimensions(anatomy_of(distiller.model)).mask.order
     found = distiller.forward_teacher(batch)
     close("logits", found.predictions["logits"], wanted[0])
     assert found.layers
@@ -85,11 +85,11 @@ def test_tr_leads_from_the_student_to_the_teacher(name: str) -> None:
         shut[:, kept] = h[:, kept]
         before = tr(shut)
         moments = [optimizer.state[p]["exp_avg_sq"].clone() for p in (tr.lora_A, tr.lora_B)]
-        old = find_dimensions(anatomy_of(model)).gate.order
+        old = find_dimensions(anatomy_of(model)).mask.order
         plan = random_plan(model, hidden=True, seed=seed)
         apply_prune_plan(model, plan, optimizer, keep_tail=True)
         distiller.follow()
-        order = find_dimensions(anatomy_of(model)).gate.order
+        order = find_dimensions(anatomy_of(model)).mask.order
         place = [old.tolist().index(index) for index in order.tolist()]
         close("Tr", tr(h[:, kept]).detach(), before.detach()[:, place])
         assert torch.equal(optimizer.state[tr.lora_A]["exp_avg_sq"], moments[0][:, kept])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import apt
 from apt.layers import APTAdapter, adapted
-from apt.methods import GATES, METHODS
+from apt.methods import METHODS, ROW_GATES
 from apt.surgery.prune import apply_prune_plan
 
 KINDS = ["bert", "llama_gqa", "t5"]
@@ -50,15 +50,15 @@ def moved(model: Any) -> Any:
         for _, module in adapted(model):
             for parameter in module.adapter_parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
-        if hasattr(model, GATES):
-            model.get_submodule(GATES).open.bias.fill_(2.0)
+        if hasattr(model, ROW_GATES):
+            model.get_submodule(ROW_GATES).open.bias.fill_(2.0)
     return model
 
 
 def own_parameters(model: nn.Module) -> set[str]:
     """Names of what the method trains."""
     adapters = {id(p) for _, module in adapted(model) for p in module.adapter_parameters()}
-    return {name for name, p in model.named_parameters() if id(p) in adapters or name.startswith(GATES)}
+    return {name for name, p in model.named_parameters() if id(p) in adapters or name.startswith(ROW_GATES)}
 
 
 @each_kind
@@ -133,7 +133,7 @@ def test_gradients_are_where_they_belong(kind: str, method: str) -> None:
     for name, parameter in model.named_parameters():
         belongs = name in own or name.startswith(HEADS)
         assert (parameter.grad is not None) == belongs, name
-        assert not belongs or name.startswith(GATES) or parameter.grad.any(), name  # a gate may be open everywhere
+        assert not belongs or name.startswith(ROW_GATES) or parameter.grad.any(), name  # a gate may be open everywhere
     optimizer.step()
     for name, parameter in model.named_parameters():
         if name in frozen:

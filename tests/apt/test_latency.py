@@ -14,7 +14,7 @@ import apt
 import apt.training.measure_latency
 from apt.families import anatomy_of
 from apt.layers import adapted
-from apt.pruning.units import unit_gates
+from apt.pruning.units import unit_masks
 from apt.surgery.prune import apply_prune_plan
 from apt.training.measure_latency import forward_ms, measure_latency, sample_batch
 
@@ -43,7 +43,7 @@ def exact_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counts_of(model: Any) -> dict[str, int]:
-    gates = unit_gates(anatomy_of(model))
+    gates = unit_masks(anatomy_of(model))
     return {name: 0 if gate is None else gate.num_units for name, gate in gates.items()}
 
 

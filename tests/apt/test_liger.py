@@ -19,8 +19,8 @@ from triton.runtime.interpreter import TensorHandle
 
 import apt
 from apt.distillation.losses import predictions_of
-from apt.layers.gates import MaskGate
 from apt.layers.hidden import HiddenNorm, hand_on_kernels
+from apt.layers.unit_mask import UnitMask
 from apt.surgery.prune import apply_prune_plan
 
 
@@ -61,7 +61,7 @@ def patched(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     fill_adapters(apt.patch_model(model, rank=2, target_modules=["q", "v", "gate", "up", "down"]))
     for module in model.modules():
-        if isinstance(module, MaskGate):
+        if isinstance(module, UnitMask):
             module.collecting = True
             module.set_mask(torch.randint(0, 3, (module.num_units,)) / 2)
     return model.train()
@@ -77,7 +77,7 @@ def step(model: nn.Module, name: str) -> dict[str, Tensor]:
     out.loss.backward()
     found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     for key, module in model.named_modules():
-        if isinstance(module, MaskGate):
+        if isinstance(module, UnitMask):
             found |= {f"{key} {kind}": getattr(module, kind) for kind in ("sums", "count")}
     return {"loss": out.loss.detach(), **found}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import apt
 import apt_kernels
 from apt.layers import APTAdapter, adapted
-from apt.methods import GATES, METHODS
+from apt.methods import METHODS, ROW_GATES
 from apt.methods.spectral import rotation_minus_identity
 from apt.surgery.prune import apply_prune_plan
 
@@ -39,8 +39,8 @@ def moved(model: Any, size: float = 0.3) -> Any:
         for _, module in adapted(model):
             for parameter in module.adapter_parameters():
                 parameter.add_(size * torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
-        if hasattr(model, GATES):
-            opens = model.get_submodule(GATES).open
+        if hasattr(model, ROW_GATES):
+            opens = model.get_submodule(ROW_GATES).open
             opens.weight.normal_(0.0, 0.1, generator=draw)
             opens.bias.zero_()[0] = 10.0  # one gate is open in every example, the others in some
     return model
@@ -130,7 +130,7 @@ def test_only_the_adapter_and_the_head_train(method: str) -> None:
     model.train()(**tiny_batch("bert")).loss.backward()
     own = {id(p) for _, module in adapted(model) for p in module.adapter_parameters()}
     for name, parameter in model.named_parameters():
-        expected = id(parameter) in own or name.startswith(("classifier", "bert.pooler", GATES))
+        expected = id(parameter) in own or name.startswith(("classifier", "bert.pooler", ROW_GATES))
         assert (parameter.grad is not None and bool(parameter.grad.any())) == expected, name
     if method == "gsa":
         assert apt.summary(model).trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)

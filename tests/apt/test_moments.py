@@ -194,5 +194,5 @@ def test_what_cannot_follow_is_refused_before_the_first_step(optimizer: Any, wor
     model = patched("bert")
     with pytest.raises(ValueError, match=f"{words}, which cannot follow a pruning event; use AdamW, Adam or SGD"):
         Loop("bert", model, 30, optimizer=optimizer, **EVENTS)
-    assert not any(module.gate_in.collecting for _, module in adapted(model) if module.gate_in is not None)
+    assert not any(module.unit_mask.collecting for _, module in adapted(model) if module.unit_mask is not None)
     assert Loop("bert", model, 30, optimizer=optimizer, **NEVER).run.events == []

@@ -87,7 +87,7 @@ def test_the_cut_is_all_that_calibration_does(name: str, salience: str) -> None:
     assert event.prune is not None
     apply_prune_plan(start, event.prune)
     assert equal_bits(loop.model, start)
-    assert not any(group.gate.collecting or group.gate.masked for group in loop.run.groups)
+    assert not any(group.mask.collecting or group.mask.masked for group in loop.run.groups)
 
 
 def test_tuning_after_the_cut_only_grows_ranks() -> None:
@@ -161,7 +161,7 @@ def test_magnitude_asks_for_no_batch_and_opens_no_gate() -> None:
     assert plans[0] == plans[1]
     during = Loop("bert", patched("bert"), 40, salience="magnitude", target_sparsity=0.5, num_events=2, round_to=1)
     during.take(1)
-    assert not any(group.gate.collecting for group in during.run.groups)
+    assert not any(group.mask.collecting for group in during.run.groups)
     during.take(39)
     assert 0.5 <= apt.summary(during.model).sparsity < 0.55
 

@@ -28,7 +28,7 @@ def after_backward(
     groups, term, batch = find_units(anatomy_of(model)), OutlierTerm(mode), tiny_batch(name)
     inputs: Scores = {}
     for group in groups:
-        gate = group.gate
+        gate = group.mask
         gate.sums, gate.total, gate.count = gate.sums.to(WIDE), gate.total.to(WIDE), gate.count.to(WIDE)
         gate.collecting, gate.totals = True, term.needs_total(group)
         gate.register_forward_hook(lambda g, x, y, key=group.name: inputs.update({key: x[0].detach()}))
@@ -45,7 +45,7 @@ def by_scipy(group: UnitGroup, mean: Tensor) -> Tensor:
     weight = group.reader.weight.detach().clone()
     if group.reader.rank:
         weight += group.reader.scale * group.reader.lora_B.detach() @ group.reader.lora_A.detach()
-    units = (weight * mean).split(group.gate.unit_size, dim=1)
+    units = (weight * mean).split(group.mask.unit_size, dim=1)
     return torch.tensor([scipy_kurtosis(unit.flatten().numpy()) for unit in units], dtype=WIDE)
 
 
@@ -85,8 +85,8 @@ def test_paper_finds_the_head_with_a_heavy_tail_and_original_does_not() -> None:
     for mode, found in (("paper", True), ("original", False)):
         term, groups, scores, _ = after_backward("llama", mode, tails=False)
         heads = groups[2]
-        size = heads.gate.unit_size
-        heads.gate.total.fill_(1.0)
+        size = heads.mask.unit_size
+        heads.mask.total.fill_(1.0)
         heads.reader.weight.data[:, size : 2 * size].pow_(9).mul_(1e6)
         added = term.add(groups, scores)[heads.name] - scores[heads.name]
         others = added[[0, 2, 3]].max()
@@ -109,7 +109,7 @@ def test_light_tails_add_nothing() -> None:
         term, groups, scores, _ = after_backward("llama", mode, tails=False)
         for group in groups:
             group.reader.weight.data.sign_()  # two values: kurtosis -2
-            group.gate.total.fill_(1.0)
+            group.mask.total.fill_(1.0)
         added = term.add(groups, scores)
         assert all(torch.equal(added[name], scores[name]) for name in scores), mode
 
@@ -117,8 +117,8 @@ def test_light_tails_add_nothing() -> None:
 def test_recomputed_layers_count_once() -> None:
     plain, again = (after_backward("llama", "paper", recompute=recompute)[1] for recompute in (False, True))
     for one, other in zip(plain, again, strict=True):
-        close(one.name, other.gate.total, one.gate.total)
-        assert bool(one.gate.total.any()) == (one.kind == "head")
+        close(one.name, other.mask.total, one.mask.total)
+        assert bool(one.mask.total.any()) == (one.kind == "head")
 
 
 @pytest.mark.parametrize(("roles", "second"), [(("q", "v"), 3), (("q", "o", "down"), 6)], ids=["frozen", "adapted"])
@@ -138,7 +138,7 @@ def test_what_no_step_changes_is_computed_once(roles: tuple[str, ...], second: i
 def test_a_family_has_its_default(name: str, mode: str) -> None:
     run = Loop(name, patched(name), 30, **BRIEF).run
     assert run.pruning.units.outliers.mode == mode
-    assert {group.kind for group in run.groups if group.gate.totals} == ({"head"} if mode == "paper" else set())
+    assert {group.kind for group in run.groups if group.mask.totals} == ({"head"} if mode == "paper" else set())
 
 
 def test_off_is_the_default_of_encoders_bit_for_bit() -> None:

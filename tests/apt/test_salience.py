@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import apt
 from apt.families import anatomy_of
 from apt.layers import APTAdapter
-from apt.layers.gates import MaskGate
+from apt.layers.unit_mask import UnitMask
 from apt.pruning.salience import SALIENCES, MovingAverage, adapter_importance, unit_scores
 from apt.pruning.units import UnitGroup, find_units
 
@@ -25,10 +25,10 @@ def collecting(name: str, salience: str = "product_of_sums") -> tuple[Any, list[
     model = fill_adapters(apt.patch_model(tiny_model(name), rank=2))
     groups = find_units(anatomy_of(model))
     for group in groups:
-        group.gate.sums = group.gate.sums.to(WIDE)
-        group.gate.count = group.gate.count.to(WIDE)
-        group.gate.collecting = True
-        group.gate.products = salience != "product_of_sums"
+        group.mask.sums = group.mask.sums.to(WIDE)
+        group.mask.count = group.mask.count.to(WIDE)
+        group.mask.collecting = True
+        group.mask.products = salience != "product_of_sums"
     return model, groups
 
 
@@ -43,26 +43,26 @@ def brute_force(
     model: Any, groups: list[UnitGroup], batch: dict[str, Tensor], salience: str = "product_of_sums"
 ) -> dict[str, Tensor]:
     """Scores from the tensors before and behind each gate, unit by unit."""
-    seen: dict[MaskGate, tuple[Tensor, Tensor]] = {}
+    seen: dict[UnitMask, tuple[Tensor, Tensor]] = {}
 
     def keep(gate: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         output.retain_grad()
         seen[gate] = (inputs[0].detach(), output)  # type: ignore[index]
 
-    hooks = [group.gate.register_forward_hook(keep) for group in groups]
+    hooks = [group.mask.register_forward_hook(keep) for group in groups]
     model(**batch).loss.backward()
     for hook in hooks:
         hook.remove()
     scores = {}
     for group in groups:
-        h, y = seen[group.gate]
+        h, y = seen[group.mask]
         valid = batch["attention_mask"].bool()
         if group.name.startswith("decoder."):
             valid = batch.get("decoder_attention_mask", batch["labels"] != -100).bool()
         valid = valid.reshape(h.shape[:-1])  # OPT's FFN sees [B * S, D]
         units = []
         for unit in range(group.num_units):
-            features = slice(unit * group.gate.unit_size, (unit + 1) * group.gate.unit_size)
+            features = slice(unit * group.mask.unit_size, (unit + 1) * group.mask.unit_size)
             units.append(OF_UNIT[salience](h[valid][:, features], y.grad[valid][:, features]))
         scores[group.name] = torch.stack(units)
     return scores
@@ -75,7 +75,7 @@ def test_unit_scores_equal_brute_force_without_padding(name: str, masked: bool, 
     model, groups = collecting(name, salience)
     if masked:
         for group in groups:
-            group.gate.set_mask(torch.randint(0, 3, (group.num_units,)) / 2)
+            group.mask.set_mask(torch.randint(0, 3, (group.num_units,)) / 2)
     wanted = brute_force(model, groups, tiny_batch(name), salience)
     for group in groups:
         close(group.name, unit_scores(group, salience=salience), wanted[group.name])
@@ -87,13 +87,13 @@ def test_unit_scores_equal_brute_force_without_padding(name: str, masked: bool, 
 def test_gate_taylor_is_the_slope_of_the_loss_in_the_mask(name: str, masked: bool) -> None:
     """Against a mask that autograd sees. (Padding reaches no loss of a classifier.)"""
     model, groups = collecting(name, "gate_taylor")
-    gates = {group.gate: torch.randint(0, 3, (group.num_units,)) / 2 for group in groups}
+    gates = {group.mask: torch.randint(0, 3, (group.num_units,)) / 2 for group in groups}
     if masked:
         for gate, mask in gates.items():
             gate.set_mask(mask)
     model(**tiny_batch(name)).loss.backward()
-    scores = {group.gate: unit_scores(group, salience="gate_taylor") for group in groups}
-    leaves = {gate: gate.mask.to(WIDE).clone().requires_grad_() for gate in gates}
+    scores = {group.mask: unit_scores(group, salience="gate_taylor") for group in groups}
+    leaves = {gate: gate.values.to(WIDE).clone().requires_grad_() for gate in gates}
     for gate in gates:
         gate.collecting = False
         gate.set_mask(torch.ones(gate.num_units))
@@ -109,7 +109,7 @@ def test_each_salience_bounds_the_next() -> None:
     for salience in reversed(COLLECTED):
         model, groups = collecting("bert", salience)
         model(**tiny_batch("bert")).loss.backward()
-        scale = 1.0 if groups[0].gate.products else 1.0 / groups[0].gate.count.item()  # a mean stands in the last one
+        scale = 1.0 if groups[0].mask.products else 1.0 / groups[0].mask.count.item()  # a mean stands in the last one
         found.append(torch.cat([unit_scores(group, scale, salience) for group in groups]))
     for lower, upper in pairwise(found):
         assert (lower <= upper * (1 + 1e-9)).all()
@@ -123,14 +123,14 @@ def test_units_before_the_first_adapter_are_scored_alike(name: str, salience: st
     model = fill_adapters(apt.patch_model(tiny_model(name), rank=2, target_modules=["o", "down"]))
     groups = find_units(anatomy_of(model))
     for group in groups:
-        group.gate.sums, group.gate.count = group.gate.sums.to(WIDE), group.gate.count.to(WIDE)
+        group.mask.sums, group.mask.count = group.mask.sums.to(WIDE), group.mask.count.to(WIDE)
     embeddings = model.get_input_embeddings().requires_grad_(True)
     wanted = brute_force(model, groups, tiny_batch(name), salience)
     adapters = {key: p.grad for key, p in model.named_parameters() if "lora" in key}
     embeddings.requires_grad_(False)
     model.zero_grad()
     for group in groups:
-        group.gate.collecting, group.gate.products = True, salience != "product_of_sums"
+        group.mask.collecting, group.mask.products = True, salience != "product_of_sums"
     model(**tiny_batch(name)).loss.backward()
     for group in groups:
         assert wanted[group.name].max() > 1e-6

@@ -171,9 +171,9 @@ def test_beam_search_with_empty_attentions() -> None:
 def scores(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     groups = find_units(anatomy_of(model))
     for group in groups:
-        group.gate.sums, group.gate.count = group.gate.sums.to(WIDE), group.gate.count.to(WIDE)
-        group.gate.collecting = True
-        group.gate.reset_sums()
+        group.mask.sums, group.mask.count = group.mask.sums.to(WIDE), group.mask.count.to(WIDE)
+        group.mask.collecting = True
+        group.mask.reset_sums()
     model(**batch).loss.backward()
     return {group.name: unit_scores(group) for group in groups}
 
@@ -205,11 +205,11 @@ def test_tokens_of_each_stack_are_counted_by_its_own_mask(given: tuple[str, ...]
     batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
     batch["decoder_attention_mask"][:, 4:] = 0
     for group in find_units(anatomy_of(model)):
-        group.gate.collecting = True
+        group.mask.collecting = True
     model(**{key: batch[key] for key in ("input_ids", "attention_mask", *given)}).logits.sum().backward()
     for group in find_units(anatomy_of(model)):
         wanted = batch["attention_mask"].sum() if group.part.layer.stack.name == "encoder" else count(batch)
-        assert group.gate.count == wanted, group.name
+        assert group.mask.count == wanted, group.name
 
 
 @pytest.mark.parametrize("name", ["t5", "t5_gated"])

@@ -95,7 +95,7 @@ def test_its_pass_leaves_no_trace_in_the_student(name: str) -> None:
     distiller.follow()
     set_masks(model, random_plan(model, seed=2))
     for group in find_units(anatomy_of(model)):
-        group.gate.collecting = True
+        group.mask.collecting = True
     batch = tiny_batch(name)
     model(**batch).loss.backward()
 
@@ -119,7 +119,7 @@ def test_its_pass_leaves_no_trace_in_the_student(name: str) -> None:
     assert all(torch.equal(after[0][key], before[0][key]) for key in before[0])
     assert after[1] == before[1]
     assert {key: id(p) for key, p in model.named_parameters()} == identities
-    assert any(group.gate.sums.any() for group in find_units(anatomy_of(model)))
+    assert any(group.mask.sums.any() for group in find_units(anatomy_of(model)))
 
 
 @pytest.mark.parametrize("method", ["gsa", "spectral_a", "spectral_r"])

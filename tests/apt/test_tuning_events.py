@@ -44,16 +44,16 @@ def test_ranks_grow_without_any_pruning() -> None:
 
 def test_growth_between_pruning_events_leaves_falling_masks_alone() -> None:
     loop = Loop("bert", patched("bert"), 30, target_sparsity=0.6, verify_events=True, **APART, **GROWING).take(6)
-    before = [group.gate.mask.clone() for group in loop.run.groups]
+    before = [group.mask.values.clone() for group in loop.run.groups]
     assert any(((mask > 0) & (mask < 1)).any() for mask in before)  # in the middle of a decay
     loop.take(1)
     assert loop.run.events[-1].prune is None
-    assert all(group.gate.collecting for group in loop.run.groups)
-    assert any(((g.gate.mask > 0) & (g.gate.mask < 1)).any() for g in loop.run.groups)
+    assert all(group.mask.collecting for group in loop.run.groups)
+    assert any(((g.mask.values > 0) & (g.mask.values < 1)).any() for g in loop.run.groups)
     loop.take(11)
     assert loop.run.active
     assert loop.run.importance.values
-    assert not any(group.gate.collecting for group in loop.run.groups)  # ranks still grow, units no longer go
+    assert not any(group.mask.collecting for group in loop.run.groups)  # ranks still grow, units no longer go
     loop.take(12)
     assert steps_of(loop.run) == ([10, 18], [7, 14, 21])
     assert [event.step for event in loop.run.events] == [7, 10, 14, 18, 21]
@@ -67,7 +67,7 @@ def test_state_between_two_kinds_of_events() -> None:
     second = copy.deepcopy(first)
     again = apt.Controller(second.model, second.optimizer, 30, **settings)
     again.load_state_dict(copy.deepcopy(first.run.state_dict()))
-    assert not any(group.gate.collecting for group in again.groups)
+    assert not any(group.mask.collecting for group in again.groups)
     second.run = again
     for loop in (first, second):
         torch.manual_seed(5)

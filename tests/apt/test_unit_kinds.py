@@ -32,7 +32,7 @@ def test_masked_pairs_compute_what_cut_pairs_do(name: str) -> None:
             kept[group.name] = list(range(0, group.num_units, 2))
             mask = torch.zeros(group.num_units)
             mask[kept[group.name]] = 1.0
-            group.gate.set_mask(mask)
+            group.mask.set_mask(mask)
 
     with torch.no_grad():
         masked = model(**batch).logits

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from apt.families.locate import GGUF, resolve_model
 from apt.layers import adapted
 from apt.pruning.ranks import adapter_sizes, total_params
-from apt.pruning.units import unit_gates
+from apt.pruning.units import unit_masks
 from apt.runs.config import RunConfig
 from apt.surgery import patch_model, patch_state
 from apt.surgery.moments import OPTIMIZERS
@@ -202,9 +202,9 @@ def _units(model: nn.Module, controller: Controller) -> dict[str, list[int]]:
     anatomy = patch_state(model).anatomy
     assert anatomy is not None
     found: dict[str, list[int]] = {}
-    for name, gate in unit_gates(anatomy).items():
+    for name, mask in unit_masks(anatomy).items():
         stack, _, kind = name.split(".")
         counts = found.setdefault(kind if stack == "layers" else f"{stack} {kind}", [])
-        counts.append(0 if gate is None else gate.num_units)
+        counts.append(0 if mask is None else mask.num_units)
     hidden = [group.num_units for group in controller.groups if group.kind == "hidden"]
     return found | ({"hidden": hidden} if hidden else {})

@@ -52,7 +52,7 @@ class Simulation:
     def let_masks_fall(self) -> None:
         """As in the window before an event; the masks have no numbers that could say so."""
         for group in self.run.groups:
-            group.gate._masked = True
+            group.mask._masked = True
 
     def prune(self, saving: float) -> None:
         """Let units go as an event does, at random salience in proportion to what a unit costs."""

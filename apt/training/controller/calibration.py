@@ -33,9 +33,9 @@ def static_scores(
     Gradients are dropped, and the random state and the mode of every module stay as they were.
 
     Args:
-        model: patched, its gates collecting.
+        model: patched, its masks collecting.
         batches: inputs and labels, on the model's device.
-        take_scores: called after each backward pass with the factor on its gradients; reads and empties the gates.
+        take_scores: called after each backward pass with the factor on its gradients; reads and empties the masks.
         compute_loss: from the model and a batch.
         grad_scale: factor on the loss, a power of 2; halved, for good, where a batch overflows with it, down to 1.
 

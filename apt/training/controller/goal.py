@@ -3,7 +3,7 @@
 from apt.families import Anatomy
 from apt.pruning import PruningConfig, UnitSearch
 from apt.pruning.latency_table import LatencyTable
-from apt.pruning.units import block_params, unit_gates
+from apt.pruning.units import block_params, unit_masks
 from apt.training.measure_latency import measure_latency
 
 
@@ -44,8 +44,8 @@ class Goal:
         """What is left: block parameters, or milliseconds."""
         if self.table is None:
             return block_params(self.anatomy)
-        gates = unit_gates(self.anatomy)
-        return self.table.total_ms({name: 0 if gate is None else gate.num_units for name, gate in gates.items()})
+        masks = unit_masks(self.anatomy)
+        return self.table.total_ms({name: 0 if mask is None else mask.num_units for name, mask in masks.items()})
 
     def predicted_speedup(self) -> float | None:
         """Of the model as it is now; None where parameters are counted, or nothing was priced yet."""

@@ -25,7 +25,7 @@ from apt.training.controller.timeline import Timeline
 class Pruning:
     """Chooses the units that go at the events of a run, and moves their masks there. It does not say when.
 
-    From its construction on the gates collect statistics, unless all units go before step 1.
+    From its construction on the masks collect statistics, unless all units go before step 1.
 
     Args:
         model: patched.
@@ -72,7 +72,7 @@ class Pruning:
         return bool(self.salience.values) or not self.units.from_data
 
     def take(self, grad_scale: float, step: int, *, finite: bool) -> None:
-        """Take the scores of the step after `step` into the average, and empty the gates.
+        """Take the scores of the step after `step` into the average, and empty the masks.
 
         Args:
             grad_scale: the loss scaler's factor on the gradients.
@@ -115,7 +115,7 @@ class Pruning:
     def settled_plan(self, event: int) -> PrunePlan:
         """What the masks keep at the event of a step: they may be settled since some steps, with the scores of then."""
         rested = event > 0 and self.timeline.pruning.windows(self.timeline.prune_steps.index(event))[1] < event
-        if not rested or not any(group.gate.masked for group in self.groups):  # or no score came in time to decay
+        if not rested or not any(group.mask.masked for group in self.groups):  # or no score came in time to decay
             settle_masks(self.groups, self.prune_plan(event).kept)
         return PrunePlan(
             step=event,
@@ -138,7 +138,7 @@ class Pruning:
         self.units.find()
 
     def after_event(self, *, last: bool) -> None:
-        """Forget what was kept of the weights, which have changed; after the last event that prunes close the gates."""
+        """Forget what was kept of the weights, which have changed; after the last event that prunes close the masks."""
         self.units.outliers.reset()
         if last:
             self.units.collect(False)
@@ -148,7 +148,7 @@ class Pruning:
         return {
             "latency": None if self.goal.table is None else self.goal.table.to_json(),
             "salience": dict(self.salience.values),
-            "masks": {group.name: group.gate.mask.clone() for group in self.groups},
+            "masks": {group.name: group.mask.values.clone() for group in self.groups},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, collects: bool) -> None:
@@ -160,7 +160,7 @@ class Pruning:
         """
         self.salience.values = dict(state["salience"])
         for group in self.groups:
-            group.gate.set_mask(state["masks"][group.name])
+            group.mask.set_mask(state["masks"][group.name])
         if state.get("latency") is not None:
             self.goal.take_table(LatencyTable.from_json(state["latency"]))
             self.prepared = True  # the run began with it

@@ -1,4 +1,4 @@
-"""Mask gates as modules: where a unit is shut, and where its statistics are collected."""
+"""Unit masks as modules: where a unit is shut, and where its statistics are collected."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ import apt_kernels
 
 
 class ValidTokens:
-    """The padding mask of the batch in flight, shared by all gates of one model: ``[B, S]``, 1 real, 0 padding."""
+    """The padding mask of the batch in flight, shared by all masks of one model: ``[B, S]``, 1 real, 0 padding."""
 
     mask: Tensor | None = None
 
@@ -83,7 +83,7 @@ def _token_sum(h: Tensor, valid: Tensor | None) -> Tensor:
     return h_TD.sum(0, dtype=wide) if valid is None else valid.reshape(-1).to(wide) @ h_TD.to(wide)
 
 
-class MaskGate(nn.Module):
+class UnitMask(nn.Module):
     """Multiplies a feature vector by a unit mask and collects the salience statistics of its units.
 
     It costs nothing until the controller sets `collecting` or a mask leaves 1. Each unit owns `unit_size` neighbouring
@@ -99,7 +99,7 @@ class MaskGate(nn.Module):
     Shapes: input and output ``[..., D]`` with ``D = num_units * unit_size``.
     """
 
-    mask: Tensor  # [num_units], 1 kept, 0 pruned, between while it decays
+    values: Tensor  # [num_units], 1 kept, 0 pruned, between while it decays
     sums: Tensor  # [2, D], sum over tokens of |h| and of |dL/dy|; with `products`, of |h dL/dy| and of h dL/dy
     total: Tensor  # [D], sum over tokens of h, signed; only with `totals`
     count: Tensor  # [], tokens counted
@@ -123,20 +123,20 @@ class MaskGate(nn.Module):
         self._masked = False  # whether any mask differs from 1, kept here so that no step asks the device
         self._starter = torch.zeros((), requires_grad=True)  # belongs to no optimizer and gets no gradient
         # Not persistent: the checkpoint room saves them with the plan that gave them their size.
-        self.register_buffer("mask", torch.ones(num_units, device=device), persistent=False)
+        self.register_buffer("values", torch.ones(num_units, device=device), persistent=False)
         self.register_buffer("sums", torch.zeros(2, num_units * unit_size, device=device), persistent=False)
         self.register_buffer("total", torch.zeros(num_units * unit_size, device=device), persistent=False)
         self.register_buffer("count", torch.zeros((), device=device), persistent=False)
 
     @property
     def num_units(self) -> int:
-        return self.mask.numel()
+        return self.values.numel()
 
     @property
     def masked(self) -> bool:
         """Whether to multiply: any mask differs from 1; in a compiled graph, whether one may before the next event.
 
-        So a graph lasts from event to event: which gates are all ones would otherwise be a graph each.
+        So a graph lasts from event to event: which masks are all ones would otherwise be a graph each.
         """
         if torch.compiler.is_compiling() and self.collecting:
             return True
@@ -144,7 +144,7 @@ class MaskGate(nn.Module):
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask; an all-ones mask switches the multiplication off."""
-        self.mask.copy_(mask)
+        self.values.copy_(mask)
         self._masked = bool((mask != 1).any())
 
     def reset_sums(self) -> None:
@@ -154,7 +154,7 @@ class MaskGate(nn.Module):
 
     def keep(self, kept: Tensor) -> None:
         """Drop all units but those at the positions `kept`; the masks of those are 1 from here on."""
-        self.mask = torch.ones(kept.numel(), device=self.mask.device)
+        self.values = torch.ones(kept.numel(), device=self.values.device)
         self.sums = torch.zeros(2, kept.numel() * self.unit_size, device=self.sums.device)
         self.total = torch.zeros(kept.numel() * self.unit_size, device=self.total.device)
         self.count.zero_()
@@ -177,7 +177,7 @@ class MaskGate(nn.Module):
 
     def feature_mask(self) -> Tensor:
         """The mask of each feature, ``[D]``."""
-        return self.mask.repeat_interleave(self.unit_size)
+        return self.values.repeat_interleave(self.unit_size)
 
     def valid_tokens(self, lead: torch.Size) -> Tensor | None:
         """1 where a token is real, in the leading shape of h: some layers flatten batch and sequence (OPT's FFN)."""

@@ -7,29 +7,29 @@ from torch import Tensor, nn
 
 import apt_kernels
 from apt.layers import APTAdapter
-from apt.layers.gates import MaskGate, ValidTokens
+from apt.layers.unit_mask import UnitMask, ValidTokens
 
 UNITS, SIZE, OUT, TOKENS = 6, 4, 20, 10
 
 
 def gated(rank: int, **kind: torch.dtype) -> APTAdapter:
-    adapter = APTAdapter(nn.Linear(UNITS * SIZE, OUT, **kind), rank, gate_in=MaskGate(UNITS, SIZE, ValidTokens()))
+    adapter = APTAdapter(nn.Linear(UNITS * SIZE, OUT, **kind), rank, unit_mask=UnitMask(UNITS, SIZE, ValidTokens()))
     if adapter.lora_B is not None:
         nn.init.normal_(adapter.lora_B)
-    assert adapter.gate_in is not None
-    adapter.gate_in.set_mask(torch.tensor([1.0, 0.0, 0.3, 1.0, 0.9, 0.0]))
+    assert adapter.unit_mask is not None
+    adapter.unit_mask.set_mask(torch.tensor([1.0, 0.0, 0.3, 1.0, 0.9, 0.0]))
     return adapter
 
 
 def outputs(adapter: APTAdapter, x: Tensor, upstream: Tensor, *, apart: bool) -> dict[str, Tensor]:
     """Output and gradients; `apart`: the gate before the linear, a pass of its own."""
     x = x.detach().requires_grad_()
-    gate = adapter.gate_in
+    gate = adapter.unit_mask
     assert gate is not None
     if apart:
-        adapter.gate_in = None
+        adapter.unit_mask = None
     y = adapter(gate(x) if apart else x)
-    adapter.gate_in = gate
+    adapter.unit_mask = gate
     learnt = {"x": x, **{name: p for name, p in adapter.named_parameters() if p.requires_grad}}
     grads = torch.autograd.grad(y, list(learnt.values()), upstream)
     return {"y": y.detach(), **dict(zip(learnt, grads, strict=True))}
@@ -39,7 +39,7 @@ def outputs(adapter: APTAdapter, x: Tensor, upstream: Tensor, *, apart: bool) ->
 @pytest.mark.parametrize("collecting", [False, True], ids=["masks alone", "collecting"])
 def test_equals_a_gate_before_the_linear(rank: int, collecting: bool) -> None:
     adapter = gated(rank, dtype=torch.float64)
-    gate = adapter.gate_in
+    gate = adapter.unit_mask
     assert gate is not None
     gate.collecting = collecting
     x = torch.randn(2, TOKENS, UNITS * SIZE, dtype=torch.float64)
@@ -61,8 +61,8 @@ def test_the_mask_alone_takes_no_pass_of_its_own(
 ) -> None:
     monkeypatch.setenv("APT_BACKEND", backend)
     adapter = gated(rank)
-    assert adapter.gate_in is not None
-    adapter.gate_in.collecting = collecting
+    assert adapter.unit_mask is not None
+    adapter.unit_mask.collecting = collecting
     apt_kernels.reset_calls()
     adapter(torch.randn(TOKENS, UNITS * SIZE, requires_grad=True))
     assert sum(apt_kernels.calls().get("gate", {}).values()) == passes
@@ -70,7 +70,7 @@ def test_the_mask_alone_takes_no_pass_of_its_own(
 
 def test_only_shut_gates_mask() -> None:
     adapter = gated(5)
-    gate = adapter.gate_in
+    gate = adapter.unit_mask
     assert gate is not None
     assert gate.only_masks
     gate.collecting = True
