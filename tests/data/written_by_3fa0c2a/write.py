@@ -22,6 +22,7 @@ import peft
 import torch
 import transformers
 import yaml
+from apt.times import LatencyTable
 from check import Unrounded, close
 from safetensors.torch import save_file
 from test_dynacsg import spread
@@ -32,7 +33,6 @@ from torch import Tensor
 import apt
 from apt.checkpoint import save_controller
 from apt.surgery import apply_prune_plan
-from apt.times import LatencyTable
 
 COMMIT = "3fa0c2a"
 HERE = Path(__file__).resolve().parent
