@@ -1,7 +1,31 @@
 """What a run leaves behind: plans and events, one JSON line each. Plans are decisions; they can be replayed."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class UnitName(NamedTuple):
+    """The name of a unit group inside layers, taken apart: ``"layers.3.heads"``, ``"decoder.3.cross_heads"``."""
+
+    stack: str
+    layer: int
+    units: str
+
+    @classmethod
+    def parse(cls, name: str) -> "UnitName":
+        """Take a name apart."""
+        stack, layer, units = name.split(".")
+        return cls(stack, int(layer), units)
+
+    @property
+    def part(self) -> str:
+        """What such groups are called in every layer of the stack: ``"layers.heads"``, ``"decoder.cross_heads"``."""
+        return f"{self.stack}.{self.units}"
+
+    @property
+    def title(self) -> str:
+        """The same for a reader, without the stack where there is one alone: ``"heads"``, ``"decoder cross_heads"``."""
+        return self.units if self.stack == "layers" else f"{self.stack} {self.units}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from apt.families.locate import resolve_model
+from apt.records import UnitName
 from apt.surgery import Summary
 from apt.version import versions_used
 
@@ -126,8 +127,7 @@ def _structure(counts: Summary) -> str:
     }
     found: dict[str, list[int]] = {}
     for name, count in counts.units.items():
-        stack, _, kind = name.split(".")
-        found.setdefault(kind if stack == "layers" else f"{stack} {kind}", []).append(count)
+        found.setdefault(UnitName.parse(name).title, []).append(count)
     rows |= {f"{kind} left, layer by layer": " ".join(map(str, left)) for kind, left in found.items()}
     if counts.hidden:
         rows["hidden dimensions"] = counts.hidden

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from apt.records import UnitName
+
 Counts = NDArray[np.int64]
 Times = NDArray[np.float64]
 ROUNDING = 1e-9  # of a sum of times, relative
@@ -61,10 +63,10 @@ class LatencyTable:
         Raises:
             ValueError: the part was not measured, or not at so many units.
         """
-        stack, _, kind = name.split(".")
-        points = self.parts.get(f"{stack}.{kind}")
+        part = UnitName.parse(name).part
+        points = self.parts.get(part)
         if points is None:
-            raise ValueError(f"latency: the table has no {stack}.{kind}; it is another model's, so measure anew")
+            raise ValueError(f"latency: the table has no {part}; it is another model's, so measure anew")
         widths, ms = np.asarray(points, dtype=np.float64).T
         if np.max(units, initial=0) > widths[-1]:
             raise ValueError(
@@ -87,43 +89,53 @@ class LatencyTable:
 
 @dataclass(frozen=True)
 class TimePrices:
-    """The milliseconds of a list of lanes: groups of units that keep the same count, one lane an entry."""
+    """The costs of a list of lanes in milliseconds, one lane an entry. `apt.pruning.prices` says what a lane is."""
 
-    hidden: NDArray[np.bool_]  # lanes of hidden dimensions: none, they are not priced by time
-    dimensions: int  # 0, likewise
-    curves: tuple[Times, ...]  # of each lane: ms of 0, 1, ... units in each of its groups, all groups together
-    widths: tuple[int, ...]  # groups of each lane
+    # Lanes of hidden dimensions: none, they are not priced by time.
+    hidden: NDArray[np.bool_]
+    # Likewise 0.
+    dimensions: int
+    # For each lane: ms of 0, 1, ... units in each of its groups, all groups together.
+    curves: tuple[Times, ...]
+    # Groups of each lane.
+    widths: tuple[int, ...]
 
     @classmethod
     def of(cls, lanes: Sequence[Sequence[Countable]], table: LatencyTable) -> "TimePrices":
         """The prices of the present units."""
-        curves = [sum(table.part_ms(g.name, np.arange(g.num_units + 1)) for g in lane) for lane in lanes]
-        none = np.zeros(len(lanes), dtype=np.bool_)
-        return cls(none, 0, tuple(np.asarray(curve) for curve in curves), tuple(map(len, lanes)))
+        curves = [sum(table.part_ms(group.name, np.arange(group.num_units + 1)) for group in lane) for lane in lanes]
+        return cls(
+            hidden=np.zeros(len(lanes), dtype=np.bool_),
+            dimensions=0,
+            curves=tuple(np.asarray(curve) for curve in curves),
+            widths=tuple(len(lane) for lane in lanes),
+        )
 
     @cached_property
-    def unit(self) -> Times:
+    def price_per_unit(self) -> Times:
         """Mean price of one unit of one group of each lane."""
-        means = [
-            (curve[-1] - curve[0]) / max(1, len(curve) - 1) / width
-            for curve, width in zip(self.curves, self.widths, strict=True)
-        ]
+        means = []
+        for curve, width in zip(self.curves, self.widths, strict=True):
+            num_units = max(1, len(curve) - 1)
+            means.append((curve[-1] - curve[0]) / num_units / width)
         return np.maximum(means, LEAST_MS)
 
-    def each(self, owners: Counts, counts: Counts, dimensions: int = 0) -> Times:
-        """What each bundle of `counts` units of lane `owners` adds to those of its lane that stand before it."""
-        added = np.zeros(len(owners))
+    def cost_of_each(self, lanes: Counts, sizes: Counts, dimensions: int = 0) -> Times:
+        """What each bundle adds to those of its lane that stand before it."""
+        added = np.zeros(len(lanes))
         for lane, curve in enumerate(self.curves):
-            mine = np.flatnonzero(owners == lane)
-            added[mine] = np.diff(curve[np.concatenate([[0], np.cumsum(counts[mine])])])
+            mine = np.flatnonzero(lanes == lane)
+            counts = np.concatenate([[0], np.cumsum(sizes[mine])])
+            added[mine] = np.diff(curve[counts])
         return added
 
-    def spent(self, owners: Counts, counts: Counts) -> Times:
-        """Running cost of taking these bundles one after the other, from none in any lane."""
-        return sum(float(curve[0]) for curve in self.curves) + np.cumsum(self.each(owners, counts))
+    def running_cost(self, lanes: Counts, sizes: Counts) -> Times:
+        """Cost of the first bundle, of the first two, and so on, beside what lanes without any unit take."""
+        without_units = sum(float(curve[0]) for curve in self.curves)
+        return without_units + np.cumsum(self.cost_of_each(lanes, sizes))
 
-    def within(self, owners: Counts, counts: Counts, budget: float) -> Counts:
-        """Positions of the bundles to take, of a ranking: the longest prefix that costs no more than the budget."""
-        spent = self.spent(owners, counts)
-        allowed = budget + ROUNDING * (spent[-1] if len(spent) else 0.0)
-        return np.arange(int(np.searchsorted(spent, allowed, side="right")))
+    def longest_affordable_prefix(self, lanes: Counts, sizes: Counts, budget: float) -> Counts:
+        """Positions of the bundles to take from a ranking: the longest prefix that costs no more than the budget."""
+        cost = self.running_cost(lanes, sizes)
+        rounding = ROUNDING * (cost[-1] if len(cost) else 0.0)
+        return np.arange(int(np.searchsorted(cost, budget + rounding, side="right")))

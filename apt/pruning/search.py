@@ -1,6 +1,6 @@
 """The search: scores and a budget -> which units stay."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,10 +11,29 @@ from apt.pruning.config import PruningConfig
 from apt.pruning.dimensions import Group
 from apt.pruning.kinds import UNIT_KINDS
 from apt.pruning.latency_table import LatencyTable, TimePrices
-from apt.pruning.prices import Prices
-from apt.records import PrunePlan
+from apt.pruning.prices import Counts, Prices
+from apt.records import PrunePlan, UnitName
 
 LARGEST = 1e200  # stands for an infinite score
+
+
+@dataclass(frozen=True)
+class OrderedUnits:
+    """The units of one group by falling score, equal ones by position."""
+
+    positions: NDArray[np.int64]
+    scores: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """A table of bundles, one an entry of each array. `apt.pruning.prices` says what a bundle and a lane are."""
+
+    lanes: Counts
+    # Units of each in every group of its lane.
+    sizes: Counts
+    # Score of each over its price.
+    densities: NDArray[np.float64]
 
 
 class UnitSearch:
@@ -45,28 +64,17 @@ class UnitSearch:
         self.config = config
         self.table = table
 
-    def _prices(self, lanes: list[list[Group]]) -> Prices | TimePrices:
-        return Prices.of(lanes) if self.table is None else TimePrices.of(lanes, self.table)
-
     def check(self, groups: list[Group], live: float) -> None:
         """Raise ValueError where there is nothing to prune, or target or layout cannot be had."""
         if not groups:
             raise ValueError("pruner: the model has no prunable units; every head and neuron is gone or none was found")
         lanes = self._lanes(groups)
-        layers = {tuple(group.name.split(".")[:2]) for group in groups if not UNIT_KINDS[group.kind].across_layers}
-        for lane in lanes:
-            uneven = len({(group.num_units, group.cost()) for group in lane}) > 1
-            in_layers = not UNIT_KINDS[lane[0].kind].across_layers
-            missing = self.config.layout == "uniform" and in_layers and len(lane) < _places(lane, layers)
-            if uneven or missing:
-                raise ValueError(
-                    f"pruner: layout 'uniform' needs layers of equal size, but the {lane[0].kind}s of the layers are "
-                    f"{[group.num_units for group in lane]}; set layout to 'free'"
-                )
-        present = np.array([lane[0].num_units for lane in lanes])
-        floors = np.array([self._floor(lane) for lane in lanes])
-        prices, every = self._prices(lanes), np.arange(len(lanes))
-        free = prices.spent(every, present)[-1] - prices.spent(every, floors)[-1]
+        if self.config.layout == "uniform":
+            _refuse_unequal_layers(lanes)
+        prices = self._prices(lanes)
+        present = [lane[0].num_units for lane in lanes]
+        floors = [self._floor(lane) for lane in lanes]
+        free = _total_cost(prices, present) - _total_cost(prices, floors)
         reachable = float(1.0 - (live - free) / self.total)
         if self.config.target_saving > reachable:
             raise ValueError(self._out_of_reach(reachable, prices.dimensions > 0))
@@ -89,12 +97,18 @@ class UnitSearch:
         )
 
     def _lanes(self, groups: list[Group]) -> list[list[Group]]:
-        """The groups whose counts are one number: each alone, or in a uniform layout all of a kind."""
+        """The groups that keep one common count: each alone, or in a uniform layout all of a kind."""
         if self.config.layout == "free":
             return [[group] for group in groups]
-        return [[group for group in groups if group.kind == kind] for kind in dict.fromkeys(g.kind for g in groups)]
+        lanes: dict[str, list[Group]] = {}
+        for group in groups:
+            lanes.setdefault(group.kind, []).append(group)
+        return list(lanes.values())
 
-    def _bundle(self, lane: list[Group]) -> int:
+    def _prices(self, lanes: list[list[Group]]) -> Prices | TimePrices:
+        return Prices.of(lanes) if self.table is None else TimePrices.of(lanes, self.table)
+
+    def _bundle_size(self, lane: list[Group]) -> int:
         return self.config.round_to if UNIT_KINDS[lane[0].kind].rounded else 1
 
     def _floor(self, lane: list[Group]) -> int:
@@ -102,10 +116,12 @@ class UnitSearch:
 
         In a uniform layout that is at least one bundle, as no stock configuration describes an empty layer.
         """
-        floor, bundle = max(group.floor for group in lane), self._bundle(lane)
+        floor = max(group.floor for group in lane)
         if self.config.layout == "uniform":
             floor = max(1, floor)
-        return min(lane[0].num_units, -(-floor // bundle) * bundle)
+        bundle_size = self._bundle_size(lane)
+        num_bundles = -(-floor // bundle_size)
+        return min(lane[0].num_units, num_bundles * bundle_size)
 
     def plan(
         self, groups: list[Group], scores: dict[str, Tensor], live: float, step: int, sparsity: float
@@ -122,52 +138,75 @@ class UnitSearch:
         Raises:
             ValueError: a score is NaN: no rank could be given to that unit.
         """
-        lanes, orders, sizes, density, owner = self._lanes(groups), {}, [], [], []
-        prices, present = self._prices(lanes), np.array([lane[0].num_units for lane in lanes])
-        fixed = live - prices.spent(np.arange(len(lanes)), present)[-1].item()
+        lanes = self._lanes(groups)
+        prices = self._prices(lanes)
+        ordered = {group.name: _order_units(group.name, scores[group.name]) for lane in lanes for group in lane}
+        ranked = self._rank(lanes, ordered, prices)
+        # What no unit takes is not the search's to spend.
+        fixed = live - _total_cost(prices, [lane[0].num_units for lane in lanes])
         budget = (1.0 - sparsity) * self.total - fixed
-        for index, lane in enumerate(lanes):
-            means = []
-            for group in lane:
-                orders[group.name], size, mean = _bundles(group.name, scores[group.name], self._bundle(lane))
-                means.append(mean)
-            sizes.append(size)
-            density.append(np.mean(means, axis=0) / prices.unit[index])
-            owner.append(np.full(len(size), index))
-        if self.config.balance == "type":
-            _divide_by_type_mean([lane[0].kind for lane in lanes], density, sizes)
-        for lane, mean, size in zip(lanes, density, sizes, strict=True):
-            mean[: np.searchsorted(np.cumsum(size), self._floor(lane), side="right")] = np.inf
-
-        owners, counts = np.concatenate(owner), np.concatenate(sizes)
-        ranked = np.argsort(-np.concatenate(density), kind="stable")
-        taken = ranked[prices.within(owners[ranked], counts[ranked], budget)]
+        taken = prices.longest_affordable_prefix(ranked.lanes, ranked.sizes, budget)
         if self.config.layout == "uniform":
-            rest = ranked[~np.isin(ranked, taken) & ~prices.hidden[owners[ranked]]]
-            dims = int(counts[taken][prices.hidden[owners[taken]]].sum())
-            left = budget - (prices.spent(owners[taken], counts[taken])[-1] if len(taken) else 0)
-            taken = np.append(taken, _fill(rest, owners, prices.each(owners, counts, dims), left))
-        kept = np.bincount(owners[taken], weights=counts[taken], minlength=len(lanes)).astype(int)
+            taken = _fill_up(ranked, taken, prices, budget)
+        counts = np.bincount(ranked.lanes[taken], weights=ranked.sizes[taken], minlength=len(lanes)).astype(int)
+        kept = {}
+        for lane, count in zip(lanes, counts, strict=True):
+            for group in lane:
+                kept[group.name] = np.sort(ordered[group.name].positions[:count]).tolist()
         return PrunePlan(
             step=step,
             target_sparsity=sparsity if self.table is None else None,
             round_to=self.config.round_to,
-            kept={
-                g.name: np.sort(orders[g.name][:n]).tolist() for lane, n in zip(lanes, kept, strict=True) for g in lane
-            },
+            kept=kept,
         )
 
+    def _rank(self, lanes: list[list[Group]], ordered: dict[str, OrderedUnits], prices: Prices | TimePrices) -> Bundles:
+        """All bundles of all lanes by falling density, those below a floor first."""
+        sizes, densities = [], []
+        for lane, price in zip(lanes, prices.price_per_unit, strict=True):
+            bundles = [_bundle_up(ordered[group.name], self._bundle_size(lane)) for group in lane]
+            sizes.append(bundles[0][0])
+            densities.append(np.mean([score for _, score in bundles], axis=0) / price)
+        if self.config.balance == "type":
+            _divide_by_kind_mean([lane[0].kind for lane in lanes], densities, sizes)
+        for lane, density, size in zip(lanes, densities, sizes, strict=True):
+            num_required = np.searchsorted(np.cumsum(size), self._floor(lane), side="right")
+            density[:num_required] = np.inf
+        lane_of_each = np.repeat(np.arange(len(lanes)), [len(size) for size in sizes])
+        order = np.argsort(-np.concatenate(densities), kind="stable")
+        return Bundles(lane_of_each[order], np.concatenate(sizes)[order], np.concatenate(densities)[order])
 
-def _places(lane: list[Group], layers: set[tuple[str, ...]]) -> int:
-    """Groups that such a lane would have if no layer had lost all its units of that kind."""
-    parts = {(group.name.split(".")[0], group.name.split(".")[-1]) for group in lane}
-    return sum(stack == other for stack, _ in parts for other, _ in layers)
+
+def _refuse_unequal_layers(lanes: list[list[Group]]) -> None:
+    """Raise ValueError where the groups of a kind differ in size, or a layer has lost all its units of that kind."""
+    names = {group.name: UnitName.parse(group.name) for lane in lanes for group in lane if _in_layers(lane)}
+    layers = {(name.stack, name.layer) for name in names.values()}
+    for lane in lanes:
+        if not _in_layers(lane):
+            continue
+        parts = {(names[group.name].stack, names[group.name].units) for group in lane}
+        # Groups that the lane would have if every layer still had its units of that kind.
+        num_wanted = sum(stack == other for stack, _ in parts for other, _ in layers)
+        num_shapes = len({(group.num_units, group.cost()) for group in lane})
+        if num_shapes > 1 or len(lane) < num_wanted:
+            raise ValueError(
+                f"pruner: layout 'uniform' needs layers of equal size, but the {lane[0].kind}s of the layers are "
+                f"{[group.num_units for group in lane]}; set layout to 'free'"
+            )
 
 
-def _bundles(
-    name: str, scores: Tensor, bundle: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Positions by falling score, the size of each bundle of neighbours in that order, and its mean score."""
+def _in_layers(lane: list[Group]) -> bool:
+    return not UNIT_KINDS[lane[0].kind].across_layers
+
+
+def _total_cost(prices: Prices | TimePrices, counts: list[int]) -> float:
+    """What so many units of each lane cost together."""
+    total: float = prices.running_cost(np.arange(len(counts)), np.array(counts))[-1].item()
+    return total
+
+
+def _order_units(name: str, scores: Tensor) -> OrderedUnits:
+    """The units of a group by falling score. Raises ValueError for one that is NaN."""
     # An infinite score is worth most, and still leaves room to add and divide.
     values = scores.detach().to("cpu", torch.float64).numpy().clip(-LARGEST, LARGEST)
     if np.isnan(values).any():
@@ -176,30 +215,49 @@ def _bundles(
             f"ranked; look at what made them"
         )
     order = np.argsort(-values, kind="stable")
-    starts = np.arange(0, len(values), bundle)
-    sizes = np.diff(np.append(starts, len(values)))
-    mean = np.add.reduceat(values[order], starts) / sizes
-    return order, sizes, np.minimum.accumulate(mean)  # rounding must not put a later bundle before an earlier one
+    return OrderedUnits(order, values[order])
 
 
-def _fill(rest: NDArray[np.int64], owners: NDArray[np.int64], costs: NDArray[Any], left: float) -> NDArray[np.int64]:
-    """Of the entries after the prefix those that still fit, each lane's in order: then no lane's next one does."""
-    taken: list[int] = []
+def _bundle_up(units: OrderedUnits, bundle_size: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Size and mean score of each bundle of neighbours."""
+    starts = np.arange(0, len(units.scores), bundle_size)
+    sizes = np.diff(np.append(starts, len(units.scores)))
+    means = np.add.reduceat(units.scores, starts) / sizes
+    # Rounding must not put a later bundle before an earlier one.
+    return sizes, np.minimum.accumulate(means)
+
+
+def _fill_up(
+    ranked: Bundles, taken: NDArray[np.int64], prices: Prices | TimePrices, budget: float
+) -> NDArray[np.int64]:
+    """Add to a prefix the later bundles that still fit, each lane's in order: then no lane's next one does."""
+    left = budget
+    if len(taken):
+        left -= prices.running_cost(ranked.lanes[taken], ranked.sizes[taken])[-1]
+    of_hidden = prices.hidden[ranked.lanes]
+    num_dimensions = int(ranked.sizes[taken][of_hidden[taken]].sum())
+    costs = prices.cost_of_each(ranked.lanes, ranked.sizes, num_dimensions)
+    rest = np.setdiff1d(np.flatnonzero(~of_hidden), taken)
+    added: list[int] = []
     closed: set[int] = set()
-    for entry in rest.tolist():
-        if owners[entry] not in closed and costs[entry] <= left:
-            taken.append(entry)
-            left -= costs[entry]
+    for bundle in rest.tolist():
+        lane = ranked.lanes[bundle]
+        if lane not in closed and costs[bundle] <= left:
+            added.append(bundle)
+            left -= costs[bundle]
         else:
-            closed.add(owners[entry])
-    return np.array(taken, dtype=np.int64)
+            closed.add(lane)
+    return np.append(taken, np.array(added, dtype=np.int64))
 
 
-def _divide_by_type_mean(kinds: list[str], density: list[NDArray[np.float64]], sizes: list[NDArray[np.int64]]) -> None:
+def _divide_by_kind_mean(
+    kinds: list[str], densities: list[NDArray[np.float64]], sizes: list[NDArray[np.int64]]
+) -> None:
     """Divide densities by their mean over all units of the same kind, so that kinds compete on equal terms."""
     for kind in set(kinds):
         mine = [index for index, other in enumerate(kinds) if other == kind]
-        mean = np.average(np.concatenate([density[i] for i in mine]), weights=np.concatenate([sizes[i] for i in mine]))
+        of_kind = np.concatenate([densities[index] for index in mine])
+        mean = np.average(of_kind, weights=np.concatenate([sizes[index] for index in mine]))
         if mean > 0.0:
             for index in mine:
-                density[index] /= mean
+                densities[index] /= mean

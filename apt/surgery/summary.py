@@ -9,6 +9,7 @@ from apt.layers.unit_mask import UnitMask
 from apt.methods.prompts import PROMPT, placed_prompt
 from apt.pruning.dimensions import hidden_group
 from apt.pruning.units import block_params, unit_masks
+from apt.records import UnitName
 from apt.surgery.state import patch_state, uncompiled
 from apt.surgery.tails import live_views
 
@@ -43,8 +44,7 @@ class Summary:
     def __str__(self) -> str:
         rows: dict[str, list[int]] = {}
         for name, count in self.units.items():
-            stack, _, kind = name.split(".")
-            rows.setdefault(kind if stack == "layers" else f"{stack} {kind}", []).append(count)
+            rows.setdefault(UnitName.parse(name).title, []).append(count)
         ranks, active = sorted(self.ranks.values()), self.active.values()
         spread = f"{ranks[0]}-{ranks[-1]} over {len(ranks)} adapters" if ranks else "no adapters"
         return "\n".join(

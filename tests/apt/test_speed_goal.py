@@ -141,7 +141,7 @@ def test_prices_add_up_along_any_order() -> None:
     counts = np.where(owners % 2 == 0, 1, 5)
     counts = np.where((owners % 2 == 0) & (np.arange(60) > 40), 0, counts)
     taken = dict.fromkeys([group.name for group in groups], 0)
-    for owner, count, spent in zip(owners, counts, prices.spent(owners, counts), strict=True):
+    for owner, count, spent in zip(owners, counts, prices.running_cost(owners, counts), strict=True):
         taken[groups[owner].name] += int(count)
         assert spent == pytest.approx(table.total_ms(taken) - table.rest_ms)
 
