@@ -13,19 +13,17 @@ from apt.layers import TRANSFORM, APTAdapter, adapted
 from apt.methods import mark_prompt
 from apt.pruning.dimensions import HiddenGroup, hidden_group
 
-
-def outer_dims(group: HiddenGroup) -> dict[str, tuple[int, ...]]:
-    """Which dimensions of the parameters outside the layers run over the stream: full name -> dimensions."""
-    dims: dict[str, tuple[int, ...]] = {}
-    for part in group.parts:
-        if part.layer is None and part.kind in ("linear", "norm"):
-            out = part.kind == "norm" or "out" in part.axes
-            dims[f"{part.name}.weight"] = (0,) * out + (1,) * ("in" in part.axes)
-            dims[f"{part.name}.bias"] = (0,) * out
-    return dims
-
-
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
+
+
+def outer_axes(group: HiddenGroup) -> dict[str, list[int]]:
+    """Which axes of the parameters outside the layers run over the stream: full name -> axes."""
+    axes: dict[str, list[int]] = {}
+    for part in group.parts:
+        if part.layer is None:
+            for attribute, axis in part.held:
+                axes.setdefault(f"{part.name}.{attribute}", []).append(axis)
+    return axes
 
 
 class Teacher:
@@ -71,7 +69,9 @@ class Teacher:
         """Forget the snapshot; the tails stay until `free_tails`."""
         for _, linear in self._linears():
             linear.teacher_A = linear.teacher_B = None
-        self.head, self.counts, self.shapes = {}, {}, {}
+        self.head = {}
+        self.counts = {}
+        self.shapes = {}
 
     def _linears(self) -> Iterator[tuple[str, APTAdapter]]:
         """Every adapted linear under the name it had in the dense model, those of emptied attentions too."""
@@ -82,7 +82,8 @@ class Teacher:
 
     def _put_attentions_back(self, stack: ExitStack) -> None:
         for part in self.anatomy.attentions:
-            table, empty = part.attention, part.module
+            table = part.attention
+            empty = part.module
             if isinstance(empty, EmptyAttention) and empty.dense:
                 parent, _, child = table.module.rpartition(".")
                 _swap(stack, part.layer.module.get_submodule(parent), child, empty.dense[0])
@@ -113,12 +114,12 @@ class Teacher:
             group = hidden_group(self.anatomy)
             if group is not None:
                 _swap(stack, group.mask, "dense", True)
-            dims = {} if group is None else outer_dims(group)
+            axes = {} if group is None else outer_axes(group)
             for name, value in self.head.items():
                 owner, _, leaf = name.rpartition(".")
                 if group is not None:  # in the order of the weights before it
-                    for dim in dims.get(name, ()):
-                        value = value.index_select(dim, group.mask.order)
+                    for axis in axes.get(name, ()):
+                        value = value.index_select(axis, group.mask.order)
                 _swap(stack, self.model.get_submodule(owner), leaf, _frozen(value))
             for module in self.model.modules():
                 if module.training:

@@ -30,8 +30,13 @@ class EmptyAttention(nn.Module):
             module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    def set_width(self, width: int) -> None:
+        """Follow the hidden dimensions; an answer without features has none to lose."""
+        if self.width:
+            self.width = width
+
     def output(self, hidden_states: Tensor) -> Tensor:
-        """Of the shape that the next module expects, without memory of its own."""
+        """The answer in the shape that the next module expects, without memory of its own."""
         shape = (*hidden_states.shape[:-1], self.width)
         if self.bias is not None:
             return self.bias.to(hidden_states.dtype).expand(shape)

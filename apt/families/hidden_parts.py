@@ -10,6 +10,14 @@ from apt.families.base import Attention, Layer, find_module, in_base
 from apt.families.empty import EmptyAttention
 from apt.families.hidden_tables import HiddenTable, hidden_table
 
+# Kind of a part, or side of a linear -> its tensors that run over hidden dimensions, each with the axis that does.
+HELD = {
+    "norm": (("weight", 0), ("bias", 0)),
+    "embedding": (("weight", 1),),
+    "empty": (("bias", 0),),
+    "in": (("weight", 1),),
+    "out": (("weight", 0), ("bias", 0)),
+}
 READERS = ("apt_gates.read",)  # linears that methods put beside the model; they mask the stream themselves
 
 
@@ -25,6 +33,17 @@ class HiddenPart:
     site: bool = False  # that mask collects statistics
     layer: Layer | None = None  # None outside the layers
     aside: bool = False  # in an attention that only a teacher still runs
+
+    @property
+    def held(self) -> list[tuple[str, int]]:
+        """Attribute and axis of what runs over hidden dimensions, whether the module has it or not."""
+        sides = self.axes if self.kind == "linear" else (self.kind,)
+        return [place for side in sides for place in HELD.get(side, ())]
+
+    def tensors(self) -> list[tuple[nn.Parameter, int]]:
+        """The parameters that run over hidden dimensions, each with the axis that does."""
+        found = [(getattr(self.module, attribute, None), axis) for attribute, axis in self.held]
+        return [(tensor, axis) for tensor, axis in found if tensor is not None]
 
 
 class HiddenPlaces:
@@ -110,14 +129,17 @@ def _outside(model: nn.Module, table: HiddenTable) -> Iterator[HiddenPart]:
     for entries, masked, site in norms:
         for name in named(entries):
             yield HiddenPart(name, model.get_submodule(name), "norm", masked=masked, site=site)
-    reads, through_mask, writes = named(table.inputs), named(table.masked_inputs), named(table.outputs)
-    for name in dict.fromkeys((*reads, *through_mask, *writes)):
+    masked_readers = named(table.masked_inputs)
+    readers = [*named(table.inputs), *masked_readers]
+    writers = named(table.outputs)
+    for name in dict.fromkeys((*readers, *writers)):
         module = model.get_submodule(name)
-        if not hasattr(module, "weight"):  # a head of several layers under the name of one
+        # A head of several layers may go under the name of one.
+        if not hasattr(module, "weight"):
             continue
-        axes = [axis for axis, names in (("in", reads + through_mask), ("out", writes)) if name in names]
-        masked = name in through_mask
-        yield HiddenPart(name, module, "linear", tuple(axes), masked, masked)
+        axes = [axis for axis, names in (("in", readers), ("out", writers)) if name in names]
+        masked = name in masked_readers
+        yield HiddenPart(name, module, "linear", tuple(axes), masked=masked, site=masked)
 
 
 def _inside(layer: Layer, table: HiddenTable) -> Iterator[HiddenPart]:
@@ -128,13 +150,16 @@ def _inside(layer: Layer, table: HiddenTable) -> Iterator[HiddenPart]:
         for role, name in part.linears.items():
             if name in there:
                 yield HiddenPart(f"{layer.path}.{name}", there[name], "linear", axes[role], layer=layer)
-        empty = there[part.module] if isinstance(part, Attention) else None
-        if not isinstance(part, Attention) or not isinstance(empty, EmptyAttention):
+        if not isinstance(part, Attention):
+            continue
+        empty = there[part.module]
+        if not isinstance(empty, EmptyAttention):
             continue
         yield HiddenPart(f"{layer.path}.{part.module}", empty, "empty", layer=layer)
-        for role, name in part.linears.items() if empty.dense else ():
-            if name.startswith(f"{part.module}."):
-                inner = empty.dense[0].get_submodule(name.removeprefix(f"{part.module}."))
+        inside = {role: name for role, name in part.linears.items() if name.startswith(f"{part.module}.")}
+        for attention in empty.dense:
+            for role, name in inside.items():
+                inner = attention.get_submodule(name.removeprefix(f"{part.module}."))
                 yield HiddenPart(f"{layer.path}.{name}", inner, "linear", axes[role], layer=layer, aside=True)
     for entries, masked in ((table.norms, False), (table.read_norms, True)):
         for name in entries:

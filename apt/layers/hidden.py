@@ -57,7 +57,8 @@ class HiddenMask(UnitMask):
             kept: ascending.
             order: positions of all dimensions that the weights store, in their new order, where a tail stays.
         """
-        num_sites, device = self.count.numel(), self.sums.device
+        num_sites = self.count.numel()
+        device = self.sums.device
         super().keep(kept)
         self.order = torch.arange(kept.numel(), device=device) if order is None else self.order[order]
         self.sums = torch.zeros(num_sites, 2, kept.numel(), device=device)
@@ -109,7 +110,10 @@ class HiddenNorm(nn.Module):
         self.weight, self.bias = norm.weight, getattr(norm, "bias", None)
         self.kind: Any = "layer" if isinstance(stock, nn.LayerNorm) else "rms"
         self.eps = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
-        self.n, self.offset, self.masks_output, self.site = norm.weight.numel(), offset, masks_output, site
+        self.n = norm.weight.numel()
+        self.offset = offset
+        self.masks_output = masks_output
+        self.site = site
         self.hidden = hidden
         # Not registered, or its parameters would have two names.
         object.__setattr__(self, "stock", stock)
@@ -117,6 +121,12 @@ class HiddenNorm(nn.Module):
     def view(self) -> tuple[Tensor, Tensor | None]:
         """The live part of weight and bias, ``[n]``."""
         return self.weight[: self.n], None if self.bias is None else self.bias[: self.n]
+
+    def set_width(self, width: int) -> None:
+        """Say how many dimensions are live, and tell the stock norm how wide its parameters are."""
+        self.n = width
+        if isinstance(self.stock, nn.LayerNorm):
+            self.stock.normalized_shape = (self.weight.numel(),)
 
     def live_params(self) -> int:
         """Numbers in the live part of weight and bias."""
@@ -173,7 +183,8 @@ class ReadMask:
     """Forward pre-hook of a module that reads an unmasked stream: masks its first argument."""
 
     def __init__(self, hidden: HiddenMask, site: Site | None) -> None:
-        self.hidden, self.site = hidden, site
+        self.hidden = hidden
+        self.site = site
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -190,10 +201,12 @@ class WriteSite:
     """Forward hook of a module that writes into the stream: collects what it writes, and changes nothing."""
 
     def __init__(self, hidden: HiddenMask, site: Site) -> None:
-        self.hidden, self.site = hidden, site
+        self.hidden = hidden
+        self.site = site
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        hidden, index = self.hidden, self.site.index
+        hidden = self.hidden
+        index = self.site.index
         if not hidden.collects_at("write"):
             return None
         return hidden.collect(output, None, hidden.sums[index], hidden.count[index], self.site.valid)

@@ -40,9 +40,14 @@ class HiddenGroup:
     @property
     def vectors(self) -> list[Tensor]:
         """What the layers hold of the dimensions beside linears, ``[num_units]`` each: norms, biases that stayed."""
-        norms = [part.module.view() for part in self.parts if isinstance(part.module, HiddenNorm) and part.layer]
-        stayed = [(part.module.bias, None) for part in self.parts if isinstance(part.module, EmptyAttention)]
-        return [vector for pair in [*norms, *stayed] for vector in pair if vector is not None]
+        vectors: list[Tensor | None] = []
+        for part in self.parts:
+            if isinstance(part.module, HiddenNorm) and part.layer is not None:
+                vectors += part.module.view()
+        for part in self.parts:
+            if isinstance(part.module, EmptyAttention):
+                vectors.append(part.module.bias)
+        return [vector for vector in vectors if vector is not None]
 
     @property
     def writers(self) -> list[APTAdapter]:

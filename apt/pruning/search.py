@@ -32,8 +32,6 @@ class Bundles:
     lanes: Counts
     # Units of each in every group of its lane.
     sizes: Counts
-    # Score of each over its price.
-    densities: NDArray[np.float64]
 
 
 class UnitSearch:
@@ -162,7 +160,8 @@ class UnitSearch:
 
     def _rank(self, lanes: list[list[Group]], ordered: dict[str, OrderedUnits], prices: Prices | TimePrices) -> Bundles:
         """All bundles of all lanes by falling density, those below a floor first."""
-        sizes, densities = [], []
+        sizes = []
+        densities = []
         for lane, price in zip(lanes, prices.price_per_unit, strict=True):
             bundles = [_bundle_up(ordered[group.name], self._bundle_size(lane)) for group in lane]
             sizes.append(bundles[0][0])
@@ -174,16 +173,15 @@ class UnitSearch:
             density[:num_required] = np.inf
         lane_of_each = np.repeat(np.arange(len(lanes)), [len(size) for size in sizes])
         order = np.argsort(-np.concatenate(densities), kind="stable")
-        return Bundles(lane_of_each[order], np.concatenate(sizes)[order], np.concatenate(densities)[order])
+        return Bundles(lane_of_each[order], np.concatenate(sizes)[order])
 
 
 def _refuse_unequal_layers(lanes: list[list[Group]]) -> None:
     """Raise ValueError where the groups of a kind differ in size, or a layer has lost all its units of that kind."""
-    names = {group.name: UnitName.parse(group.name) for lane in lanes for group in lane if _in_layers(lane)}
+    in_layers = [lane for lane in lanes if not UNIT_KINDS[lane[0].kind].across_layers]
+    names = {group.name: UnitName.parse(group.name) for lane in in_layers for group in lane}
     layers = {(name.stack, name.layer) for name in names.values()}
-    for lane in lanes:
-        if not _in_layers(lane):
-            continue
+    for lane in in_layers:
         parts = {(names[group.name].stack, names[group.name].units) for group in lane}
         # Groups that the lane would have if every layer still had its units of that kind.
         num_wanted = sum(stack == other for stack, _ in parts for other, _ in layers)
@@ -193,10 +191,6 @@ def _refuse_unequal_layers(lanes: list[list[Group]]) -> None:
                 f"pruner: layout 'uniform' needs layers of equal size, but the {lane[0].kind}s of the layers are "
                 f"{[group.num_units for group in lane]}; set layout to 'free'"
             )
-
-
-def _in_layers(lane: list[Group]) -> bool:
-    return not UNIT_KINDS[lane[0].kind].across_layers
 
 
 def _total_cost(prices: Prices | TimePrices, counts: list[int]) -> float:

@@ -1,6 +1,10 @@
 """Puts the mask of the hidden dimensions into a model, and takes it out again."""
 
-from apt.families import Anatomy
+from typing import Any
+
+from torch import nn
+
+from apt.families import Anatomy, EmptyAttention
 from apt.families.hidden_parts import HiddenPart, hidden_size
 from apt.families.linears import replace_module
 from apt.layers.hidden import HiddenMask, HiddenNorm, Narrow, ReadMask, Site, WriteSite
@@ -40,6 +44,21 @@ def place_dimensions(anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:
             part.module.register_forward_hook(Narrow(mask))
     for part in writers:
         part.module.register_forward_hook(WriteSite(mask, site(part)))
+
+
+def tell_width(part: HiddenPart, width: int) -> None:
+    """Tell a part, whose tensors are cut, how many hidden dimensions are live. An `APTAdapter` is told by its cut."""
+    module: Any = part.module
+    if isinstance(module, HiddenNorm | EmptyAttention):
+        module.set_width(width)
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (width,)
+    elif part.kind == "embedding":
+        # What it stores, with the tail.
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.Linear):
+        for axis in part.axes:
+            setattr(module, "out_features" if axis == "out" else "in_features", width)
 
 
 def remove_dimensions(anatomy: Anatomy) -> None:

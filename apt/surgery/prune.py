@@ -4,8 +4,6 @@ Parameters keep their identity (`param.data` is exchanged), so optimizer groups 
 the moments of every surviving row and column stay with it.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +12,11 @@ from apt.layers import TRANSFORM, APTAdapter, LayerTransform, exchange
 from apt.pruning.dimensions import NAME, Group, HiddenGroup, find_dimensions
 from apt.pruning.units import UnitGroup, find_units
 from apt.records import PrunePlan
+from apt.surgery.hidden import tell_width
 from apt.surgery.moments import check_optimizer, follow, moments
 from apt.surgery.ranks import drop_adapter
-from apt.surgery.tails import fit_norm
+
+AXES = {"out": 0, "in": 1}  # of a weight, for each of its sides
 
 
 @torch.no_grad()
@@ -70,7 +70,8 @@ def _prune_group(
     for member in group.members:
         features = (kept[:, None] * member.width + torch.arange(member.width, device=kept.device)).flatten()
         _cut(member.linear, member.axis, features, optimizer, keep_tail)
-    table, layer = group.part.table, group.part.layer.module
+    table = group.part.table
+    layer = group.part.layer.module
     if isinstance(table, Attention):
         table.set_heads(layer, group.num_units, len(positions), order)
     group.mask.keep(kept)
@@ -95,78 +96,76 @@ def _prune_hidden(
     keep_tail: bool,
 ) -> None:
     """Keep the dimensions `positions` in every part of the model, a tied weight once."""
-    kept, live = torch.tensor(positions, dtype=torch.long, device=group.mask.values.device), group.num_units
+    kept = torch.tensor(positions, dtype=torch.long, device=group.mask.values.device)
+    order = _retained_first(kept, group.num_units, group.mask.order.numel()) if keep_tail else kept
     done: set[tuple[int, int]] = set()
-
-    def cut(tensor: Tensor | None, dim: int, keep_tail: bool = keep_tail) -> None:
-        if tensor is None or (id(tensor), dim) in done:
-            return
-        done.add((id(tensor), dim))
-        tail = keep_tail and not tensor.requires_grad  # what trains has moments, and a teacher its own copy of it
-        index = _retained_first(kept, live, tensor.shape[dim]) if tail else kept
-        follow(tensor, lambda t: t.index_select(dim, index), optimizer)
-
     for part in group.parts:
-        module: Any = part.module
-        if part.kind == "norm":
-            cut(module.weight, 0)
-            cut(module.bias, 0)
-            module.n = len(positions)
-            fit_norm(module)
-        elif part.kind == "embedding":
-            cut(module.weight, 1)
-            module.embedding_dim = module.weight.shape[1]
-        elif part.kind == "empty":
-            cut(module.bias, 0, keep_tail=False)
-            module.width = len(positions) if module.width else 0
-        for axis in part.axes if part.kind == "linear" else ():
-            dim = 0 if axis == "out" else 1
-            stored = module.weight.shape[dim]
-            cut(module.weight, dim)
-            if axis == "out":
-                cut(module.bias, 0)
-            if isinstance(module, APTAdapter):
-                if keep_tail:
-                    _permute_teacher(module, axis, _retained_first(kept, live, stored))
-                for tensor in module.side(axis):
-                    cut(tensor, dim, keep_tail=False)
-                setattr(module, "n_out" if axis == "out" else "n_in", len(positions))
-            else:
-                setattr(module, "out_features" if axis == "out" else "in_features", len(positions))
-    stored = group.mask.order.numel()
-    order = _retained_first(kept, live, stored) if keep_tail else None
-    if transform is not None:  # from the student's dimensions to those of its teacher
-        follow(transform.lora_A, lambda t: t.index_select(1, kept), optimizer)
-        follow(transform.lora_B, lambda t: t.index_select(0, kept if order is None else order), optimizer)
-    group.mask.keep(kept, order)
+        for tensor, axis in part.tensors():
+            if (id(tensor), axis) in done:
+                continue
+            done.add((id(tensor), axis))
+            # What trains has moments, and a teacher has its own copy of it; it runs no empty attention.
+            has_tail = keep_tail and part.kind != "empty" and not tensor.requires_grad
+            _select(tensor, axis, order if has_tail else kept, optimizer)
+        if isinstance(part.module, APTAdapter):
+            for side in part.axes:
+                _cut_adapter(part.module, side, kept, order if keep_tail else None, optimizer)
+        tell_width(part, len(positions))
+    # Tr leads from the student's dimensions to those of its teacher.
+    if transform is not None:
+        _select(transform.lora_A, 1, kept, optimizer)
+        _select(transform.lora_B, 0, order, optimizer)
+    group.mask.keep(kept, order if keep_tail else None)
 
 
 def _cut(
-    linear: APTAdapter, axis: str, features: Tensor, optimizer: torch.optim.Optimizer | None, keep_tail: bool
+    linear: APTAdapter, side: str, features: Tensor, optimizer: torch.optim.Optimizer | None, keep_tail: bool
 ) -> None:
     """Keep the given rows ("out") or columns ("in") of a linear and of its adapter."""
-    dim = 0 if axis == "out" else 1
-    live = linear.n_out if axis == "out" else linear.n_in
-    tensors: list[tuple[Tensor, int]] = [(linear.weight, dim)]
-    if axis == "out" and linear.bias is not None:
-        tensors.append((linear.bias, 0))
-    for tensor, along in tensors:
-        index = _retained_first(features, live, tensor.shape[along]) if keep_tail else features
-        exchange(tensor, tensor.data.index_select(along, index))
-    if keep_tail:
-        _permute_teacher(linear, axis, _retained_first(features, live, linear.weight.shape[dim]))
-    if axis == "out":
+    axis = AXES[side]
+    live = linear.n_out if side == "out" else linear.n_in
+    order = _retained_first(features, live, linear.weight.shape[axis]) if keep_tail else features
+    exchange(linear.weight, linear.weight.data.index_select(axis, order))
+    if side == "out" and linear.bias is not None:
+        exchange(linear.bias, linear.bias.data.index_select(0, order))
+    _cut_adapter(linear, side, features, order if keep_tail else None, optimizer)
+
+
+def _cut_adapter(
+    linear: APTAdapter,
+    side: str,
+    features: Tensor,
+    order: Tensor | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Let the adapter, that of a teacher and the live width follow a cut of the weight.
+
+    Args:
+        linear: whose weight is cut.
+        side: "out" or "in".
+        features: that stay.
+        order: of all that the weight stores, where a tail stays.
+        optimizer: its moments follow.
+    """
+    if order is not None:
+        _permute_teacher(linear, side, order)
+    if side == "out":
         linear.n_out = features.numel()
     else:
         linear.n_in = features.numel()
-    for tensor in linear.side(axis):
-        follow(tensor, lambda t: t.index_select(dim, features), optimizer)
+    for tensor in linear.side(side):
+        _select(tensor, AXES[side], features, optimizer)
 
 
-def _permute_teacher(linear: APTAdapter, axis: str, order: Tensor) -> None:
+def _select(tensor: Tensor, axis: int, index: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    """Keep these entries along an axis of a parameter, of its gradient and of its moments."""
+    follow(tensor, lambda t: t.index_select(axis, index), optimizer)
+
+
+def _permute_teacher(linear: APTAdapter, side: str, order: Tensor) -> None:
     """A teacher's adapter stays in the order of the weight that it is added to."""
     if linear.teacher_A is not None and linear.teacher_B is not None:
-        if axis == "in":
+        if side == "in":
             linear.teacher_A = linear.teacher_A.index_select(1, order)
         else:
             linear.teacher_B = linear.teacher_B.index_select(0, order)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from apt.families import EmptyAttention
+from apt.families.hidden_parts import HiddenPart
 from apt.layers import TRANSFORM, APTAdapter, adapted, exchange
-from apt.layers.hidden import HiddenNorm
 from apt.pruning.dimensions import HiddenGroup, hidden_group
+from apt.surgery.hidden import tell_width
 from apt.surgery.moments import follow
 from apt.surgery.state import patch_state
 
@@ -19,12 +20,9 @@ def live_views(model: nn.Module, group: HiddenGroup | None) -> Iterator[tuple[nn
     owned: list[Any] = [module for _, module in adapted(model)]
     pairs = [(module.weight, module.view()[0]) for module in owned]
     pairs += [(module.bias, module.view()[1]) for module in owned]
-    for part in group.parts if group is not None else ():
-        module: Any = part.module
-        if part.kind == "norm":
-            pairs += zip((module.weight, module.bias), module.view(), strict=True)
-        elif part.kind == "embedding" and group is not None:
-            pairs.append((module.weight, module.weight[:, : group.num_units]))
+    if group is not None:
+        for part in _beside_linears(group):
+            pairs += [(tensor, tensor.narrow(axis, 0, group.num_units)) for tensor, axis in part.tensors()]
     seen: set[int] = set()
     for stored, live in pairs:
         if stored is not None and id(stored) not in seen:
@@ -34,23 +32,16 @@ def live_views(model: nn.Module, group: HiddenGroup | None) -> Iterator[tuple[nn
 
 def free_dimension_tails(group: HiddenGroup) -> None:
     """Give back what lies behind the live part of norms and embeddings; linears have a method for it."""
-    for part in group.parts:
-        module: Any = part.module
-        if part.kind == "norm" and module.n < module.weight.numel():
-            for parameter, live in zip((module.weight, module.bias), module.view(), strict=True):
-                if parameter is not None:
-                    exchange(parameter, live.detach().clone())
-            fit_norm(module)
-        elif part.kind == "embedding" and module.weight.shape[1] > group.num_units:
-            exchange(module.weight, module.weight.detach()[:, : group.num_units].clone())
-            module.embedding_dim = group.num_units
+    for part in _beside_linears(group):
+        for tensor, axis in part.tensors():
+            if tensor.shape[axis] > group.num_units:
+                exchange(tensor, tensor.detach().narrow(axis, 0, group.num_units).clone())
+        tell_width(part, group.num_units)
     group.mask.order = torch.arange(group.num_units, device=group.mask.order.device)
 
 
-def fit_norm(norm: HiddenNorm) -> None:
-    """Tell the plain norm inside how wide its parameters are now."""
-    if isinstance(norm.stock, nn.LayerNorm):
-        norm.stock.normalized_shape = (norm.weight.numel(),)
+def _beside_linears(group: HiddenGroup) -> list[HiddenPart]:
+    return [part for part in group.parts if part.kind != "linear"]
 
 
 @torch.no_grad()
