@@ -9,9 +9,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Of apt_export.json: 2 has hidden dimensions, 3 gates, 4 a prompt; a reader refuses what is newer than itself.
-FORMAT = 4
-CARD, WEIGHTS = "apt_export.json", "model.safetensors"
+CARD = "apt_export.json"
+WEIGHTS = "model.safetensors"
+# Formats of the card, by what it says beyond the one before; a reader refuses what is newer than itself.
+PLAIN = 1
+WITH_HIDDEN = 2
+WITH_ROW_GATES = 3
+WITH_PROMPT = 4
+FORMAT = WITH_PROMPT
 
 
 def read_card(folder: Path) -> dict[str, Any]:

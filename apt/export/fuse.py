@@ -54,7 +54,8 @@ def fuse_adapters(models: Sequence[nn.Module], weights: Sequence[float] | None =
 
 def _check_base(first: nn.Module, other: nn.Module) -> None:
     """That both stand on the same frozen weights."""
-    theirs, known = dict(other.named_parameters()), dict(first.named_parameters())
+    theirs = dict(other.named_parameters())
+    known = dict(first.named_parameters())
     adapters = {id(p) for model in (first, other) for _, m in adapted(model) for p in m.adapter_parameters()}
     for name, parameter in known.items():
         if parameter.requires_grad or id(parameter) in adapters:

@@ -15,7 +15,9 @@ from apt.surgery.tails import live_views
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned, a tied tensor once."""
-    ours, done, dtypes = dict(replaced(model)), set(), patch_state(model).dtypes
+    ours = dict(replaced(model))
+    done = set()
+    dtypes = patch_state(model).dtypes
     merge = not has_row_gates(model)
     group = hidden_group(patch_state(model).anatomy)
     live = {id(stored): view for stored, view in live_views(model, group)}

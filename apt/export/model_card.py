@@ -70,7 +70,8 @@ def model_card(
         task: of that run, as `model.task` names it.
         command: that began it.
     """
-    metrics, base = metrics or {}, public_name(facts.base)
+    metrics = metrics or {}
+    base = public_name(facts.base)
     data = ModelCardData(
         license=licence_of(facts.base),
         base_model=None if base == "unknown" else base,

@@ -14,10 +14,13 @@ from apt.families.linears import is_linear
 from apt.files import find_whole, write_folder_aside
 from apt.layers import APTAdapter, adapted, exchange
 from apt.layers.fused import FusedLinears, replaced, scaled_factors
+from apt.methods.prompts import placed_prompt
 from apt.surgery import patch_state, summary
 from apt.surgery.task_head import task_head
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # servers take an adapter of one of these ranks
 TASKS = {
     "SequenceClassification": "SEQ_CLS",
@@ -49,7 +52,34 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         ValueError: units were pruned or are masked, the update depends on the example, there is no adapter, or the
             folder exists.
     """
-    folder, counts = Path(folder), summary(model)
+    folder = Path(folder)
+    _refuse_more_than_lora(model)
+    if not overwrite and (found := find_whole(folder)).exists():
+        raise ValueError(f"save_adapter: {found} exists; give another folder or overwrite=True")
+    adapters = _adapters_of(model)
+    widest = max(len(a) for a, _ in adapters.values())
+    rank = widest if compact else next((rank for rank in RANKS if rank >= widest), widest)
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in adapters.items():
+        padding = 0 if compact else rank - len(a)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, padding))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, padding))
+    own_ranks = {name: len(a) for name, (a, _) in adapters.items() if compact and len(a) != rank}
+    names = {id(module): name for name, module in model.named_modules()}
+    heads = [names[id(part)] for part in task_head(model) if any(True for _ in part.parameters())]
+    for head in heads:
+        parts = model.get_submodule(head).state_dict()
+        tensors |= {f"{PREFIX}{head}.{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
+    config = _config_of(model, set(adapters), rank, own_ranks, heads)
+    with write_folder_aside(folder) as partial:
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return folder
+
+
+def _refuse_more_than_lora(model: nn.Module) -> None:
+    """Raise ValueError for a model that a LoRA file beside its base cannot describe."""
+    counts = summary(model)
     if has_row_gates(model):
         raise ValueError(
             f"save_adapter: the update of method {patch_state(model).config.method!r} depends on the example, which a "
@@ -60,45 +90,53 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
             "save_adapter: a LoRA file cannot say that parts of the base are gone; use apt.export_model, which saves "
             "the small model whole"
         )
-    if not overwrite and (found := find_whole(folder)).exists():
-        raise ValueError(f"save_adapter: {found} exists; give another folder or overwrite=True")
-    adapters = {name: factors for name, module in replaced(model) if len((factors := scaled_factors(module))[0])}
+
+
+def _adapters_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and scaled B of every adapter in float32, by the full name of its linear.
+
+    Raises:
+        ValueError: there is none.
+    """
+    adapters = {}
+    for name, module in replaced(model):
+        a, b = scaled_factors(module)
+        if len(a):
+            adapters[name] = (a.detach().cpu().float(), b.detach().cpu().float())
     if not adapters:
-        more = "; a prompt is no LoRA, apt.export_model keeps it" if counts.virtual_tokens else ""
+        more = "; a prompt is no LoRA, apt.export_model keeps it" if placed_prompt(model) is not None else ""
         raise ValueError(f"save_adapter: the model has no adapter{more}")
-    top = max(len(a) for a, _ in adapters.values())
-    rank = top if compact else next((r for r in RANKS if r >= top), top)
-    tensors = {}
-    for name, factors in adapters.items():
-        a, b = (factor.detach().cpu().float() for factor in factors)
-        pad = 0 if compact else rank - len(a)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, pad))
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, pad))
-    names = {id(module): name for name, module in model.named_modules()}
-    heads = [names[id(part)] for part in task_head(model) if any(True for _ in part.parameters())]
-    for head in heads:
-        parts = model.get_submodule(head).state_dict()
-        tensors |= {f"{PREFIX}{head}.{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
-    own = {name: len(a) for name, (a, _) in adapters.items() if compact and len(a) != rank}
-    config = {
+    return adapters
+
+
+def _config_of(
+    model: nn.Module, names: set[str], rank: int, own_ranks: dict[str, int], heads: list[str]
+) -> dict[str, Any]:
+    """What PEFT must know beside the tensors.
+
+    Args:
+        model: whose adapters they are.
+        names: linears with an adapter, in full.
+        rank: of every adapter that `own_ranks` does not name; its alpha too, as the scale is folded into B.
+        own_ranks: ranks of the others.
+        heads: modules that are saved in full.
+    """
+    class_name = type(model).__name__
+    return {
         "peft_type": "LORA",
-        "task_type": next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None),
+        "task_type": next((task for ending, task in TASKS.items() if class_name.endswith(ending)), None),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": own,
-        "alpha_pattern": own,
-        "target_modules": _targets(model, set(adapters)),
+        "rank_pattern": own_ranks,
+        "alpha_pattern": own_ranks,
+        "target_modules": _targets(model, names),
         "modules_to_save": sorted({head.rpartition(".")[2] for head in heads}) or None,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": all(module.conv1d for name, module in replaced(model) if name in adapters),
+        "fan_in_fan_out": all(module.conv1d for name, module in replaced(model) if name in names),
         "inference_mode": True,
     }
-    with write_folder_aside(folder) as partial:
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return folder
 
 
 @torch.no_grad()
@@ -160,9 +198,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"load_adapter: {folder} holds no {CONFIG} and {WEIGHTS}")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     more = [name for name in ("use_dora", "lora_bias", "use_qalora") if config.get(name)]
-    if config.get("peft_type") != "LORA" or more or config.get("bias", "none") != "none":
-        what = more[0] if more else config.get("peft_type") if config.get("peft_type") != "LORA" else "bias"
-        raise ValueError(f"load_adapter: {folder} is more than a plain LoRA ({what}); merge it with PEFT first")
+    if config.get("peft_type") != "LORA":
+        more.append(config.get("peft_type"))
+    if config.get("bias", "none") != "none":
+        more.append("bias")
+    if more:
+        raise ValueError(f"load_adapter: {folder} is more than a plain LoRA ({more[0]}); merge it with PEFT first")
     return config, load_file(folder / WEIGHTS)
 
 
@@ -171,7 +212,8 @@ def _scale(config: dict[str, Any], name: str, a: Tensor) -> float:
     patterns = config.get("alpha_pattern") or {}
     matching = (value for key, value in patterns.items() if re.match(rf"^(.*\.)?({key})$", name))
     alpha = float(next(matching, config["lora_alpha"]))
-    return float(alpha / (a.shape[0] ** 0.5 if config.get("use_rslora") else a.shape[0]))
+    rank = a.shape[0]
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
 def _split(model: nn.Module, found: dict[str, dict[str, Tensor]]) -> None:
@@ -204,9 +246,12 @@ def _targets(model: nn.Module, names: set[str]) -> list[str]:
     """The shortest endings that name these modules and no other linear layer."""
     linears = {name for name, _ in replaced(model)}
     linears |= {name for name, module in model.named_modules() if is_linear(module)}
+    others = linears - names
     targets = set()
     for name in names:
         parts = name.split(".")
-        endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-        targets.add(next(e for e in endings if all(n in names for n in linears if n == e or n.endswith("." + e))))
+        endings = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        targets.add(
+            next(ending for ending in endings if not any(f".{other}".endswith(f".{ending}") for other in others))
+        )
     return sorted(targets)

@@ -65,11 +65,13 @@ def load_model(folder: str | Path) -> nn.Module:
 
 
 def _prompt_of(entry: Any) -> tuple[str, int]:
-    """Method and virtual tokens of what `_describe` wrote."""
-    method, count = (entry.get(name) for name in ("method", "virtual_tokens")) if isinstance(entry, dict) else (None, 0)
-    if method not in METHODS or not METHODS[method].prompt or not isinstance(count, int) or count < 1:
-        raise ValueError(f"load_model: {CARD} is corrupt (prompt is off); export the model again")
-    return method, count
+    """Method and virtual tokens of what `_describe` wrote. Raises ValueError where it is corrupt."""
+    if isinstance(entry, dict):
+        method = entry.get("method")
+        count = entry.get("virtual_tokens")
+        if method in METHODS and METHODS[method].prompt and isinstance(count, int) and count >= 1:
+            return str(method), count
+    raise ValueError(f"load_model: {CARD} is corrupt (prompt is off); export the model again")
 
 
 def _model_class(name: str) -> Any:
@@ -83,7 +85,9 @@ def _model_class(name: str) -> Any:
 
 def _resize(anatomy: Anatomy, card: dict[str, Any]) -> None:
     """Give the linears of an empty model the sizes of an export; the weights follow."""
-    units, orders, hidden = card["units"], card.get("head_order", {}), card.get("hidden")
+    units = card["units"]
+    orders = card.get("head_order", {})
+    hidden = card.get("hidden")
     parts = {part.name: part for part in anatomy.parts}
     if units.keys() != parts.keys():
         raise ValueError(f"load_model: {CARD} is corrupt (it lists {len(units)} unit groups); export the model again")
@@ -91,8 +95,10 @@ def _resize(anatomy: Anatomy, card: dict[str, Any]) -> None:
     if hidden is not None:
         resize_dimensions(anatomy, hidden)
     for name, part in parts.items():
-        linears, before = part.linears, part.num_units
-        table, layer = part.table, part.layer.module
+        linears = part.linears
+        before = part.num_units
+        table = part.table
+        layer = part.layer.module
         for role in table.producers:
             if role in linears:
                 _set_size(layer, table.linears[role], out=features(linears[role])[0] // before * units[name])
@@ -112,7 +118,9 @@ def _resize(anatomy: Anatomy, card: dict[str, Any]) -> None:
 def _set_size(layer: nn.Module, name: str, *, out: int | None = None, into: int | None = None) -> None:
     """Put a linear of that kind, with another number of outputs or inputs and no numbers yet, in the place of one."""
     linear = layer.get_submodule(name)
-    (weight, bias), conv1d = weight_and_bias(linear), is_conv1d(linear)
-    out, into = weight.shape[0] if out is None else out, weight.shape[1] if into is None else into
+    weight, bias = weight_and_bias(linear)
+    out = weight.shape[0] if out is None else out
+    into = weight.shape[1] if into is None else into
+    empty_weight = weight.new_empty(out, into, device="meta")
     empty_bias = None if bias is None else bias.new_empty(out, device="meta")
-    replace_module(layer, name, make_linear(weight.new_empty(out, into, device="meta"), empty_bias, conv1d=conv1d))
+    replace_module(layer, name, make_linear(empty_weight, empty_bias, conv1d=is_conv1d(linear)))

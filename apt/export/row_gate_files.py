@@ -30,7 +30,8 @@ def save_row_gates(model: nn.Module, folder: Path) -> dict[str, Any]:
         model: patched, `has_row_gates`.
         folder: of the export.
     """
-    hyper, config = model.get_submodule(ROW_GATES), patch_state(model).config
+    hyper = model.get_submodule(ROW_GATES)
+    config = patch_state(model).config
     tensors = {f"{ROW_GATES}.{name}": tensor for name, tensor in hyper.state_dict().items()}
     for name, linear in adapted(model):
         if isinstance(linear.delta, DynamicSpectral):

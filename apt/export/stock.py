@@ -50,7 +50,8 @@ def _set_counts(config: Any, anatomy: Anatomy, units: dict[str, int]) -> str | N
         counts = {units[part.name] for part in parts}
         if len(counts) > 1:
             return f"{name} has one number of {title} for all layers, but they have {min(counts)} to {max(counts)}"
-        table, count = parts[0].table, counts.pop()
+        table = parts[0].table
+        count = counts.pop()
         if isinstance(table, Attention):
             before = getattr(config, (table.settings or ("num_attention_heads",))[-1])
         else:
@@ -74,7 +75,8 @@ def _set_counts(config: Any, anatomy: Anatomy, units: dict[str, int]) -> str | N
 
 def _set_width(config: Any, anatomy: Anatomy, hidden: int) -> str | None:
     """Write the hidden dimensions into a config; what it cannot say is returned."""
-    name, constant = type(config).__name__, anatomy.hidden_table.constant
+    name = type(config).__name__
+    constant = anatomy.hidden_table.constant
     if constant:
         return f"{name} derives {constant} from the hidden size, so it cannot say {hidden} of {config.hidden_size}"
     for part in anatomy.attentions:

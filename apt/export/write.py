@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apt.export.files import CARD, WEIGHTS, sha256_of
+from apt.export.files import CARD, PLAIN, WEIGHTS, WITH_HIDDEN, WITH_PROMPT, WITH_ROW_GATES, sha256_of
 from apt.export.merged import merged_state
 from apt.export.model_card import README, CardFacts, model_card
 from apt.export.row_gate_files import has_row_gates, save_row_gates
@@ -43,8 +43,9 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     Raises:
         ValueError: the model is not patched or still masks units between two events, or the folder exists.
     """
-    folder, model = Path(folder), uncompiled(model)
-    state, counts = patch_state(model), summary(model)
+    folder = Path(folder)
+    model = uncompiled(model)
+    counts = summary(model)
     if counts.masked:
         raise ValueError(f"export: {counts.masked} units are masked but not removed yet; train past the next event")
     if not overwrite and (found := find_whole(folder)).exists():
@@ -52,45 +53,67 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     tensors = merged_state(model)
     counts = _with_sizes(model, counts, tensors)
     config, reason = _config(model, counts, tensors)
-    if reason is not None and state.config.pruning.layout == "uniform":
+    if reason is not None and patch_state(model).config.pruning.layout == "uniform":
         warnings.warn(
             f"export: no stock configuration describes this model, so AutoModel cannot load it: {reason}; "
             "apt.load_model can",
             stacklevel=2,
         )
-    if state.use_cache is not None:
-        config.use_cache = state.use_cache
-    config.architectures = [type(model).__name__]
     with write_folder_aside(folder) as partial:
         config.save_pretrained(partial)
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(partial)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        gates, prompt = save_row_gates(model, partial) if has_row_gates(model) else None, placed_prompt(model)
-        narrower = 0 < counts.hidden < int(getattr(config, "hidden_size", 0))  # than the saved config says
-        card = {
-            "format": 4 if prompt is not None else 3 if gates is not None else 2 if narrower else 1,
-            "apt_version": __version__,
-            "class": type(model).__name__,
-            "stock": reason is None,
-            "why_not_stock": reason,
-            "units": counts.units,
-            "head_order": _head_order(model, counts.units),
-            **({"hidden": counts.hidden} if narrower else {}),
-            **({} if gates is None else {"gates": gates}),
-            **({} if prompt is None else {"prompt": _describe(prompt)}),
-            "sparsity": counts.sparsity,
-            "params_before": counts.params_before,
-            "params_after": counts.params_after,
-            "bytes": (partial / WEIGHTS).stat().st_size,
-            "sha256": sha256_of(partial / WEIGHTS),
-        }
+        card = _card(model, counts, partial, config_width=int(getattr(config, "hidden_size", 0)), why_not_stock=reason)
         (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        base: Any = getattr(model.config, "_name_or_path", "")
-        facts = CardFacts(str(base or ""), type(model).__name__, state.config.method, reason is None, counts)
-        (partial / README).write_text(model_card(facts), encoding="utf-8")
+        (partial / README).write_text(_readme(model, counts, is_stock=reason is None), encoding="utf-8")
     return folder
+
+
+def _card(
+    model: nn.Module, counts: Summary, folder: Path, *, config_width: int, why_not_stock: str | None
+) -> dict[str, Any]:
+    """What `load_model` must know beside the config.
+
+    Args:
+        model: that is exported.
+        counts: of it.
+        folder: holds its weights; gates that cannot be merged are saved beside them.
+        config_width: hidden dimensions of the saved config, 0 where it names none.
+        why_not_stock: what a stock configuration cannot say; None where one describes the model.
+    """
+    card: dict[str, Any] = {
+        "format": PLAIN,
+        "apt_version": __version__,
+        "class": type(model).__name__,
+        "stock": why_not_stock is None,
+        "why_not_stock": why_not_stock,
+        "units": counts.units,
+        "head_order": _head_order(model, counts.units),
+    }
+    if 0 < counts.hidden < config_width:
+        card |= {"format": WITH_HIDDEN, "hidden": counts.hidden}
+    if has_row_gates(model):
+        card |= {"format": WITH_ROW_GATES, "gates": save_row_gates(model, folder)}
+    prompt = placed_prompt(model)
+    if prompt is not None:
+        card |= {"format": WITH_PROMPT, "prompt": _describe(prompt)}
+    weights = folder / WEIGHTS
+    return card | {
+        "sparsity": counts.sparsity,
+        "params_before": counts.params_before,
+        "params_after": counts.params_after,
+        "bytes": weights.stat().st_size,
+        "sha256": sha256_of(weights),
+    }
+
+
+def _readme(model: nn.Module, counts: Summary, *, is_stock: bool) -> str:
+    """The model card."""
+    config: Any = model.config
+    base = str(getattr(config, "_name_or_path", "") or "")
+    return model_card(CardFacts(base, type(model).__name__, patch_state(model).config.method, is_stock, counts))
 
 
 def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> Summary:
@@ -104,6 +127,16 @@ def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -
 
 
 def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tuple[Any, str | None]:
+    """The config to save, a copy, and what no stock configuration can say of the model, if anything."""
+    state = patch_state(model)
+    config, reason = _describing_config(model, counts, tensors)
+    if state.use_cache is not None:
+        config.use_cache = state.use_cache
+    config.architectures = [type(model).__name__]
+    return config, reason
+
+
+def _describing_config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tuple[Any, str | None]:
     """A copy of the config that describes the model, or of its own and what that cannot say."""
     state = patch_state(model)
     if has_row_gates(model):
@@ -125,8 +158,10 @@ def _describe(prompt: nn.Module) -> dict[str, Any]:
 def _head_order(model: nn.Module, units: dict[str, int]) -> dict[str, list[int]]:
     """Which heads of the model as it came are left, by unit group, where the family's attentions must know."""
     anatomy = patch_state(model).anatomy
+    if anatomy is None:
+        return {}
     orders = {}
-    for part in [] if anatomy is None else anatomy.attentions:
+    for part in anatomy.attentions:
         order = part.attention.head_order(part.layer.module)
         if order is not None:
             orders[part.name] = order[: units[part.name]].tolist()

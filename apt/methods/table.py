@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -30,13 +31,19 @@ class Method:
     prunes: bool = False  # unless the setting `prune` says otherwise
     grows: bool = False  # whether ranks grow
     per_example: bool = False  # gates depend on the example: the layers above one have them, and nothing merges
-    prompt: bool = False  # whether it adapts no linear but gives the model a prompt
-    full: bool = False  # whether every parameter trains, and nothing is put in: what the others are measured against
+    # Beside the task head: "adapters" of linears; a "prompt", and no linear is adapted; or "everything", where nothing
+    # is put in: what the others are measured against.
+    trains: Literal["adapters", "prompt", "everything"] = "adapters"
 
     @property
     def adapts(self) -> bool:
         """Whether linears get adapters."""
-        return not (self.prompt or self.full)
+        return self.trains == "adapters"
+
+    @property
+    def prompt(self) -> bool:
+        """Whether the model gets a prompt."""
+        return self.trains == "prompt"
 
 
 METHODS: dict[str, Method] = {
@@ -48,9 +55,9 @@ METHODS: dict[str, Method] = {
     "spectral_a": Method(SpectralA.of, own_scale=1.0),
     "spectral_r": Method(SpectralR.of, own_scale=1.0),
     "dynacsg": Method(DynamicSpectral.of, own_scale=1.0, penalty=expected_gates, per_example=True),
-    "p_tuning": Method(prompt=True),
-    "prefix_tuning": Method(prompt=True),
-    "full": Method(full=True),
+    "p_tuning": Method(trains="prompt"),
+    "prefix_tuning": Method(trains="prompt"),
+    "full": Method(trains="everything"),
 }
 
 

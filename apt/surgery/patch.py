@@ -1,4 +1,4 @@
-"""Puts adapters and gates into a plain model, and takes them out again."""
+"""Puts adapters, unit masks and prompts into a plain model, and takes them out again."""
 
 from typing import Any
 
@@ -25,11 +25,11 @@ from apt.surgery.task_head import narrow, widen
 def patch_model(
     model: nn.Module, config: APTConfig | None = None, *, method: str = "apt", **overrides: Any
 ) -> nn.Module:
-    """Freeze a model and put adapters and gates into it, in place.
+    """Freeze a model and put adapters and unit masks into it, in place.
 
     Adapters and the task head train, both in at least float32; everything else is frozen. Where units are to go, as
     with ``method="apt"`` or ``prune=True``, every linear of attention and FFN becomes an `APTAdapter` (rank 0 where
-    nothing trains) and the output and down projections get a gate that costs nothing until a `Controller` opens it.
+    nothing trains) and the output and down projections get a mask that costs nothing until a `Controller` opens it.
     Otherwise only the targets are replaced; this works for any ``nn.Module``.
 
     A model of PEFT with LoRA layers stays PEFT's, in parameters, names and methods; its LoRA linears get the fused op
@@ -50,10 +50,12 @@ def patch_model(
         ValueError: the model is patched already, its family is unknown though units are to go, a target matches
             nothing, or a setting is unknown or out of range.
     """
-    given, model = model, uncompiled(model)
+    given = model
+    model = uncompiled(model)
     if isinstance(getattr(model, "_apt", None), PatchState):
         raise ValueError("patch_model: this model is patched already; call apt.unpatch_model(model) first")
-    if given is not model:  # what was compiled before knows nothing of the parts put in now
+    if given is not model:
+        # What was compiled before knows nothing of the parts put in now.
         forget_graphs()
     keep_few_kernels(model)
     if _of_peft(model):
@@ -64,16 +66,7 @@ def patch_model(
     config = (config or APTConfig()).with_overrides(**overrides)
     anatomy = _anatomy_for(model, config)
     places = find_places(model, config, anatomy)
-    hf_config = getattr(model, "config", None)
-    state = PatchState(
-        config=config,
-        anatomy=anatomy,
-        valid={} if anatomy is None else {stack.name: ValidTokens() for stack in anatomy.stacks},
-        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
-        use_cache=getattr(hf_config, "use_cache", None),
-        block_params=0 if anatomy is None else block_params(anatomy),
-        params_before=sum(p.numel() for p in model.parameters()),
-    )
+    state = _state_before(model, config, anatomy)
     model.requires_grad_(False)
     if anatomy is None:
         state.init_seconds = put_adapters(model, config, places.targets)
@@ -88,7 +81,7 @@ def patch_model(
 
 
 def _anatomy_for(model: nn.Module, config: APTConfig) -> Anatomy | None:
-    """Where things are in the model: needed where units are to go, and for gates of the example and prompts.
+    """Find where things are in the model, where units are to go, or gates of the example or a prompt come in.
 
     Raises:
         ValueError: it is not known, or the model has nothing that the config could change.
@@ -102,9 +95,24 @@ def _anatomy_for(model: nn.Module, config: APTConfig) -> Anatomy | None:
     return anatomy
 
 
+def _state_before(model: nn.Module, config: APTConfig, anatomy: Anatomy | None) -> PatchState:
+    """The state of a patch, with what must be known of the model as it was before."""
+    hf_config = getattr(model, "config", None)
+    return PatchState(
+        config=config,
+        anatomy=anatomy,
+        valid={} if anatomy is None else {stack.name: ValidTokens() for stack in anatomy.stacks},
+        requires_grad={name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        use_cache=getattr(hf_config, "use_cache", None),
+        block_params=0 if anatomy is None else block_params(anatomy),
+        params_before=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
 def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:
-    """Adapters, gates and the prompt of a model of a known family, and the hooks they need."""
-    model, config = anatomy.model, state.config
+    """Put adapters, masks, gates and the prompt into a model of a known family, with the hooks they need."""
+    model = anatomy.model
+    config = state.config
     split_fused(anatomy, places.split)
     state.hidden = config.prunes and anatomy.has_hidden
     if config.prompts:
@@ -145,7 +153,8 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     Raises:
         ValueError: it is not patched, or what is to be merged depends on the example or is a prompt.
     """
-    given, model = model, uncompiled(model)
+    given = model
+    model = uncompiled(model)
     if given is not model:
         forget_graphs()
     if _of_peft(model):

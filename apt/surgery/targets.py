@@ -28,14 +28,15 @@ class Places:
 
 
 def find_places(model: nn.Module, config: APTConfig, anatomy: Anatomy | None) -> Places:
-    """Where the parts go. Changes nothing.
+    """Decide where the parts go; change nothing.
 
     Raises:
         ValueError: a target matches nothing, or lies where it cannot go, or nothing is left to prune.
     """
+    method = METHODS[config.method]
     split = _to_split(config, anatomy)
-    targets = find_targets(model, config, anatomy, split) if METHODS[config.method].adapts else []
-    if METHODS[config.method].per_example and anatomy is not None:
+    targets = find_targets(model, config, anatomy, split) if method.adapts else []
+    if method.per_example and anatomy is not None:
         targets = _with_gates(config, anatomy, targets)
     prunable = []
     if config.prunes and anatomy is not None:
@@ -44,7 +45,8 @@ def find_places(model: nn.Module, config: APTConfig, anatomy: Anatomy | None) ->
         prunable = [name for _, name in _places(anatomy, split)]
         if not prunable:
             raise ValueError("patch_model: every layer of this model is empty, so it has no prunable units")
-    return Places(split, targets, prunable, [model] if METHODS[config.method].full else task_head(model))
+    head = [model] if method.trains == "everything" else task_head(model)
+    return Places(split, targets, prunable, head)
 
 
 def _to_split(config: APTConfig, anatomy: Anatomy | None) -> Split:
