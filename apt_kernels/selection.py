@@ -127,7 +127,7 @@ def choose(op: str, x: Tensor, backend: str | None, sizes: tuple[int, ...]) -> s
 
 
 def _linear_heuristic(sizes: tuple[int, ...]) -> str:
-    """Among the kernels of the linear op; sizes are tokens, inputs, outputs, rank (kernels.md 2 and 3.1)."""
+    """Choose among the kernels of the linear op; sizes are tokens, inputs, outputs, rank (kernels.md 2 and 3.1)."""
     _, _, outputs, rank = sizes
     return "one_kernel" if outputs < ONE_KERNEL_OUTPUTS and rank <= ONE_KERNEL_RANK else "split_cublas"
 

@@ -13,6 +13,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").rglob("*.md")])
 MACHINE_PATHS = [b"/" + name + b"/" for name in (b"work", b"farm")]
+CODE = sorted(path for top in ("apt", "apt_kernels") for path in (ROOT / top).rglob("*.py"))
+LONGEST = 60  # lines of a function
+NOT_YET = {
+    "apt/runs/data/cache.py",
+    "apt/runs/estimate/estimate.py",
+    "apt/runs/evaluation/harness.py",
+    "apt/runs/report/curves.py",
+    "apt/runs/report/heatmaps.py",
+    "apt/training/controller/distillation.py",
+    "apt/training/controller/finite.py",
+    "apt/training/controller/goal.py",
+    "apt/training/controller/verify.py",
+}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -76,3 +89,20 @@ def test_the_index_of_the_pages_names_each() -> None:
     index = ROOT / "docs/README.md"
     links = LINK.findall(index.read_text(encoding="utf-8"))
     assert not {path.name for path in index.parent.glob("*.md")} - {*links, index.name}
+
+
+@pytest.mark.parametrize("path", [path for path in CODE if page_id(path) not in NOT_YET], ids=page_id)
+def test_one_idea_a_line(path: Path) -> None:
+    """What CONTRIBUTING.md says of long functions, of docstrings and of nested conditional expressions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < LONGEST, f"{node.name} has more than {LONGEST} lines"
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            assert not (ast.get_docstring(node) or "").startswith("Of "), ast.get_docstring(node)
+        if isinstance(node, ast.IfExp):
+            nested = [inner for inner in ast.walk(node) if inner is not node and isinstance(inner, ast.IfExp)]
+            assert not nested, f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def test_the_limit_of_a_function_is_told_once() -> None:
+    assert f"a function at most {LONGEST} lines" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

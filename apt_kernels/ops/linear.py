@@ -55,31 +55,35 @@ def masked_lora_linear(
     Raises:
         ValueError: shapes or dtypes disagree, weight requires a gradient, or the backend does not exist.
     """
-    op = OP
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     (O, I), R, lead = weight.shape, a.shape[0], x.shape[:-1]
-    require(op, {"x": (x, (*lead, I)), "a": (a, (R, I)), "b": (b, (O, R)), "bias": (bias, (O,))})
-    require(op, {"mask_in": (mask_in, (I,)), "mask_out": (mask_out, (O,))})
+    require(OP, {"x": (x, (*lead, I)), "a": (a, (R, I)), "b": (b, (O, R)), "bias": (bias, (O,))})
+    require(OP, {"mask_in": (mask_in, (I,)), "mask_out": (mask_out, (O,))})
     if gate is not None and gate.dim() != 1:
-        require(op, {"gate": (gate, (*lead, R))})
+        require(OP, {"gate": (gate, (*lead, R))})
         gate = gate.reshape(math.prod(lead), R)
     elif gate is not None:
-        require(op, {"gate": (gate, (R,))})
-    if weight.dtype != x.dtype:
-        raise ValueError(f"{op}: x is {x.dtype} but weight is {weight.dtype}; cast one, or run under torch.autocast")
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        raise ValueError(f"{op}: weight and bias are frozen and get no gradient; call requires_grad_(False) on them")
+        require(OP, {"gate": (gate, (R,))})
+    _refuse_unfrozen(x, weight, bias)
     if not 0.0 <= dropout < 1.0 or (dropout > 0.0 and seed is None):
-        raise ValueError(f"{op}: dropout must be in [0, 1) and needs a seed, got dropout={dropout}, seed={seed}")
+        raise ValueError(f"{OP}: dropout must be in [0, 1) and needs a seed, got dropout={dropout}, seed={seed}")
     x_TI = x.reshape(math.prod(lead), I)  # not -1, which nothing determines where I is 0
     rest = (bias, gate, mask_in, mask_out, float(scale), float(dropout), seed or 0)
-    if by_kernels(op, x, backend):
+    if by_kernels(OP, x, backend):
         y, _ = _linear(x_TI, weight, a, b, *rest, backend)
     else:
         y = _eager(x_TI, weight, a, b, *rest)
     return y.view(*lead, O)
+
+
+def _refuse_unfrozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError where weight is of another dtype than x, or would get a gradient, or bias would."""
+    if weight.dtype != x.dtype:
+        raise ValueError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or run under torch.autocast")
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError(f"{OP}: weight and bias are frozen and get no gradient; call requires_grad_(False) on them")
 
 
 @torch.library.custom_op("apt_kernels::masked_lora_linear", mutates_args=())
