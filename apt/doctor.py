@@ -198,8 +198,8 @@ def print_findings(findings: Sequence[Finding]) -> None:
         console = Console(width=WIDTH)
     table = Table(show_header=False)
     for finding in findings:
-        color = "red" if finding.broken else "yellow" if finding.advice else None
-        table.add_row(finding.subject, finding.found, style=color)
+        color = "yellow" if finding.advice else None
+        table.add_row(finding.subject, finding.found, style="red" if finding.broken else color)
     console.print(table)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

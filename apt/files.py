@@ -72,7 +72,8 @@ def _is_there(error: OSError, folder: Path) -> bool:
     """Whether the file of an error lies in the folder or around it. A disk that is full names no file."""
     if error.filename is None:
         return error.errno in FULL
-    path, folder = Path(os.fsdecode(error.filename)).absolute(), folder.absolute()
+    path = Path(os.fsdecode(error.filename)).absolute()
+    folder = folder.absolute()
     return path == folder or folder in path.parents or path in folder.parents
 
 

@@ -33,9 +33,9 @@ def train(
         if step <= scheduler.end:
             salience = pruner.compute_salience()
         if step in scheduler.events:
-            pruner.apply_mask(
-                pruner.generate_mask(salience, scheduler.get_current_sparsity(step))
-            )  # cuts, gradients too
+            mask = pruner.generate_mask(salience, scheduler.get_current_sparsity(step))
+            # Cuts the weights, and their gradients too.
+            pruner.apply_mask(mask)
             importance = tuner.compute_adapter_salience(model.named_parameters())
             tuner.adjust_ranks(importance, tuner.current_params * 3 // 2)
         if step == scheduler.end:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from apt.pruning.schedule import Point
+from apt.pruning.schedule import Point, check_point
 
 MAPPINGS = ("nearest", "cofi")
 RAMPS = ("window", "distill")
@@ -50,9 +50,6 @@ class DistillationConfig:
                 f"distillation: w_pred and w_layer must be at least 0 and tau above 0, got {self.w_pred}, "
                 f"{self.w_layer} and {self.tau}"
             )
-        if self.distill_end < 0 or (isinstance(self.distill_end, float) and self.distill_end > 1.0):
-            raise ValueError(
-                f"distillation: distill_end must be a fraction in [0, 1] or a number of steps, got {self.distill_end}"
-            )
+        check_point("distillation", "distill_end", self.distill_end)
         if not 0.0 < self.held_out_share <= 0.5:
             raise ValueError(f"distillation: held_out_share must be in (0, 0.5], got {self.held_out_share}")

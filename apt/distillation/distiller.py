@@ -78,7 +78,8 @@ class SelfDistiller:
         config = config or DistillationConfig()
         if layer_mapping_strategy is not None:
             config = replace(config, teacher_layer_mapping=layer_mapping_strategy)
-        self.model, self.config = model, config
+        self.model = model
+        self.config = config
         self.anatomy = anatomy_of(model)
         self.generator = torch.Generator().manual_seed(seed)
         self.transform = place_transform(model, config, seed)
@@ -99,8 +100,9 @@ class SelfDistiller:
         self.listen(True)
 
     def draw(self) -> None:
-        """Sample the teacher's layers for the next batch: of every stack one of each of `num_teacher_layers` blocks."""
-        blocks, generator = self.config.num_teacher_layers, self.generator
+        """Sample the teacher's layers for the next batch, one from each of `num_teacher_layers` blocks of a stack."""
+        blocks = self.config.num_teacher_layers
+        generator = self.generator
         with unset_fake_temporarily():  # of a model of fake tensors too the layers are real numbers
             self.sampled = [
                 places[layer] for _, places in self._stacks for layer in sample_layers(len(places), blocks, generator)
@@ -108,7 +110,7 @@ class SelfDistiller:
         self._choose_taps()
 
     def follow(self) -> None:
-        """Look again at which layers still have a head and a neuron: to be called after each pruning event."""
+        """Find the layers that still have a head and a neuron. Call it after each pruning event."""
         parts: dict[int, set[type]] = {}
         for group in find_units(self.anatomy):
             layer = group.part.layer
@@ -118,7 +120,7 @@ class SelfDistiller:
         self._choose_taps()
 
     def listen(self, on: bool) -> None:
-        """Whether the student's next passes are to be distilled; otherwise none of their hidden states is kept."""
+        """Keep the hidden states of the student's next passes, or, where they are not distilled, none."""
         self._taps.listening = on
         self._taps.seen = {}
 
@@ -161,7 +163,8 @@ class SelfDistiller:
         device = next(self.model.parameters()).device.type
         enabled, dtype = self._taps.autocast or (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         if self.config.teacher_dtype is not None:
-            enabled, dtype = True, DTYPES[self.config.teacher_dtype]
+            enabled = True
+            dtype = DTYPES[self.config.teacher_dtype]
         with torch.autocast(device, dtype=dtype, enabled=enabled):
             yield
 
@@ -208,7 +211,8 @@ class SelfDistiller:
             normalize = any(stack.decoder for stack, _ in self._stacks)
         sums = []
         for stack, places in self._stacks:
-            valid, errors = self._valid_tokens(stack), []
+            valid = self._valid_tokens(stack)
+            errors = []
             for place in (place for place in teacher if place in places):
                 found = [
                     layer_loss(self.transform(self._taps.seen[match]), teacher[place], valid, normalize)
@@ -261,7 +265,8 @@ def place_transform(model: nn.Module, config: DistillationConfig, seed: int = 0)
     if isinstance(found, LayerTransform):
         return found
     width, stored = _widths(model)
-    generator, like = torch.Generator().manual_seed(seed), next(base_model(model).parameters())
+    generator = torch.Generator().manual_seed(seed)
+    like = next(base_model(model).parameters())
     transform = LayerTransform(width, stored, config.transform_rank, TRANSFORM_SCALE, generator, like)
     setattr(model, TRANSFORM, transform)
     return transform

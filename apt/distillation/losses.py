@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the label of a token that no loss counts
+from apt.families import IGNORED
+
 SPANS = ("start_logits", "end_logits")
 EPSILON = 1e-6  # of the mean square of a hidden state, as in the norms of decoders
 

@@ -77,7 +77,10 @@ class Taps:
     def of_teacher(self, wanted: Collection[int]) -> Iterator[dict[int, Tensor]]:
         """Catch other layers for a while, without disturbing what is caught of the student."""
         before = self.listening, self.wanted, self.seen, self.autocast
-        self.listening, self.wanted, self.seen, self._of_teacher = True, frozenset(wanted), {}, True
+        self.listening = True
+        self.wanted = frozenset(wanted)
+        self.seen = {}
+        self._of_teacher = True
         try:
             yield self.seen
         finally:
@@ -87,8 +90,13 @@ class Taps:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Taps":
         """A copied model has its own taps, which catch nothing: its layers belong to no distiller."""
         twin = object.__new__(Taps)
-        twin.layers, twin.listening, twin.wanted, twin.seen = [], False, frozenset(), {}
-        twin.autocast, twin._of_teacher, twin._catch = None, False, twin._note
+        twin.layers = []
+        twin.listening = False
+        twin.wanted = frozenset()
+        twin.seen = {}
+        twin.autocast = None
+        twin._of_teacher = False
+        twin._catch = twin._note
         return twin
 
 

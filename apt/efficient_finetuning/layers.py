@@ -20,7 +20,8 @@ class _Layer:
 
     def _settle(self, dimensions: tuple[int, int], rank: int, alpha: float, dropout: float, bias: bool) -> None:
         self.input_dimension, self.output_dimension = dimensions
-        self.scale, self.dropout_probability = alpha / rank, dropout
+        self.scale = alpha / rank
+        self.dropout_probability = dropout
         self.bias = nn.Parameter(torch.zeros(dimensions[1])) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +134,8 @@ class LoRALinear(nn.Module):
         self.lora_layer = layer.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, original = self.lora_layer, self.original_layer
+        layer = self.lora_layer
+        original = self.original_layer
         a, b, gate = layer.factors()
         drops = self.training and layer.dropout_probability > 0.0
         y = apt_kernels.masked_lora_linear(

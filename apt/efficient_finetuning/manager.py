@@ -148,7 +148,8 @@ class EfficientFineTuningManager:
         heads = _same_in_all_layers([count for count, _ in layers])
         features = _same_in_all_layers([size for _, size in layers])
         found = (len(layers), heads, features)
-        _must_agree("apply_prefix_tuning", {n: (sizes[n], there) for n, there in zip(sizes, found, strict=True)})
+        pairs = zip(sizes.values(), found, strict=True)
+        _must_agree("apply_prefix_tuning", dict(zip(sizes, pairs, strict=True)))
         settings = {"num_virtual_tokens": prefix_length, "dropout_probability": dropout_probability}
         add_prompt(self.model, "prefix_tuning", **settings)
 
@@ -194,11 +195,9 @@ class EfficientFineTuningManager:
 
     def memory_efficiency(self) -> float:
         """The share of the bytes of all parameters that belongs to those that train."""
-        trained, everything = (
-            sum(p.numel() * p.element_size() for p in parameters)
-            for parameters in (self.get_trainable_parameters(), self.model.parameters())
-        )
-        return trained / everything
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.model.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        return trained / sum(size for size, _ in sizes)
 
     def efficiency_score(self, training_speed: float, model_performance: float) -> float:
         """``0.4 parameter_efficiency + 0.3 memory_efficiency + 0.2 training_speed + 0.1 model_performance``.
@@ -241,7 +240,7 @@ def _same_in_all_layers(values: list[int]) -> int | None:
 
 
 def _embedding_dimension(model: Any) -> int | None:
-    """Of the model's token embeddings, or of the first embedding it has."""
+    """The width of the model's token embeddings, or of the first embedding it has; None where it has none."""
     base = base_model(model)
     embeddings = getattr(base, "get_input_embeddings", lambda: None)()
     if not isinstance(embeddings, nn.Embedding):

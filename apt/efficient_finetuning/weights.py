@@ -23,7 +23,8 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
     Raises:
         ValueError: nothing trains.
     """
-    path, trained = Path(path), {name: p for name, p in model.named_parameters() if p.requires_grad}
+    path = Path(path)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("save_efficient_weights: nothing in this model trains; apply a method first")
     tensors = {name: p.detach().cpu().contiguous() for name, p in trained.items()} | _samples(model)
@@ -43,7 +44,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     try:
         with safe_open(path, "pt") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
+            metadata = file.metadata() or {}
+            names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(
@@ -93,7 +95,8 @@ def _spread(parameter: Tensor) -> Tensor:
 def _other_numbers(name: str, parameter: Tensor, tensors: dict[str, Tensor]) -> str | None:
     if not parameter.numel():
         return None
-    there, here = tensors[BASE + name], _spread(parameter)
+    there = tensors[BASE + name]
+    here = _spread(parameter)
     same = torch.equal(there, here)
     if there.dtype != here.dtype:  # a model in another precision is the same model
         same = torch.allclose(there.double(), here.double(), rtol=NARROW, atol=1e-6)

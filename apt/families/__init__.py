@@ -3,7 +3,7 @@
 from torch import nn
 
 from apt.families.anatomy import Anatomy, PlacedPart
-from apt.families.base import FFN, ROLES, Attention, Family, Layer, Stack, base_model
+from apt.families.base import FFN, IGNORED, ROLES, Attention, Family, Layer, Stack, base_model
 from apt.families.bert import BERT
 from apt.families.deberta import DEBERTA
 from apt.families.distilbert import DISTILBERT
@@ -18,6 +18,7 @@ from apt.families.t5 import T5, T5_GATED
 __all__ = [
     "FAMILIES",
     "FFN",
+    "IGNORED",
     "ROLES",
     "Anatomy",
     "Attention",
@@ -73,7 +74,7 @@ def known_family(model: nn.Module) -> Family | None:
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
-    """Where things are in a model: what `patch_model` left on it, or of a plain model found now.
+    """Find where things are in a model: what `patch_model` left on it, or, for a plain one, a new `Anatomy`.
 
     Raises:
         ValueError: as `find_family`.

@@ -63,7 +63,8 @@ class PlacedPart:
     @property
     def num_units(self) -> int:
         """Heads (KV groups) or neurons, of a model patched or not, from what its last linear reads."""
-        reader, module = self.reader, self.module
+        reader = self.reader
+        module = self.module
         if reader is None or isinstance(module, EmptyAttention):
             return 0
         _, columns = features(reader)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from apt.families.empty import EmptyAttention
 from apt.families.layer_config import own_config
 
+IGNORED = -100  # the label of a token that no loss counts, as Hugging Face has it
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
 
 
@@ -105,7 +106,8 @@ class Attention:
 
     def remove(self, layer: nn.Module) -> EmptyAttention:
         """Put an `EmptyAttention` in the place of the module, which has no heads left."""
-        attention, out = layer.get_submodule(self.module), layer.get_submodule(self.linears["o"])
+        attention = layer.get_submodule(self.module)
+        out = layer.get_submodule(self.linears["o"])
         parent, _, name = self.module.rpartition(".")
         inner = out if self.o.startswith(".") else None
         empty = self.empty(attention, inner)

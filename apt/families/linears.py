@@ -46,7 +46,8 @@ def make_linear(weight_OI: Tensor, bias_O: Tensor | None = None, *, conv1d: bool
     A layer without inputs is an `nn.Linear` in any case: the forward of `Conv1D` cannot reshape an empty tensor.
     """
     outputs, inputs = weight_OI.shape
-    weight, layer = weight_OI.detach(), _empty_linear(outputs, inputs, bias_O is not None, conv1d and inputs > 0)
+    weight = weight_OI.detach()
+    layer = _empty_linear(outputs, inputs, bias_O is not None, conv1d and inputs > 0)
     layer.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(layer) else weight, requires_grad=False)
     if bias_O is not None:
         layer.bias = nn.Parameter(bias_O.detach(), requires_grad=False)

@@ -44,7 +44,8 @@ class WholeBias:
         return self.own(self.whole)
 
     def hand_on(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
-        whole, self.whole = self.whole, None
+        whole = self.whole
+        self.whole = None
         return output[0], whole, *output[2:]
 
 

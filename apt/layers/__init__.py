@@ -2,7 +2,7 @@
 
 from apt.layers.adapter import APTAdapter, adapted, exchange
 from apt.layers.delta import Delta, RowGate
-from apt.layers.shared_input import SharedInput
+from apt.layers.shared_input import SharedInput, share_input
 from apt.layers.transform import TRANSFORM, LayerTransform
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "SharedInput",
     "adapted",
     "exchange",
+    "share_input",
 ]

@@ -55,7 +55,9 @@ class APTAdapter(nn.Module):
         super().__init__()
         if rank < 0:
             raise ValueError(f"APTAdapter: rank must be at least 0, got {rank}")
-        self.scale, self.init_std, self.dropout = scale, init_std, dropout
+        self.scale = scale
+        self.init_std = init_std
+        self.dropout = dropout
         self.conv1d = is_conv1d(base)  # so that it comes back as one
         self.weight, self.bias = weight_and_bias(base)
         self.n_out, self.n_in = self.weight.shape
@@ -185,7 +187,8 @@ class APTAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is not None and self.shared.together:
             return self.shared.output(self, x)
-        mask_in, past_mask = None, self.past_mask
+        mask_in = None
+        past_mask = self.past_mask
         self.past_mask = None
         if past_mask is not None and x is not past_mask:
             raise RuntimeError("APTAdapter: the mask was applied to another tensor than the one that arrived here")

@@ -39,7 +39,8 @@ class GatedActivation(nn.Module):
 
     def __init__(self, act: nn.Module, kind: Kind, down: APTAdapter) -> None:
         super().__init__()
-        self.act, self.kind = act, kind
+        self.act = act
+        self.kind = kind
         object.__setattr__(self, "down", down)  # no child of this module: it has its place in the block
         self.down: APTAdapter
 
@@ -75,7 +76,8 @@ class _Waiting:
     """``act(g)`` on its way to u."""
 
     def __init__(self, activation: GatedActivation, g: Tensor) -> None:
-        self.activation, self.g = activation, g
+        self.activation = activation
+        self.g = g
 
     def __mul__(self, u: Tensor) -> Tensor:
         return self.activation.product(self.g, u)

@@ -16,14 +16,12 @@ class SharedInput:
     here. It is kept for that one input only, and handed out once.
 
     Args:
-        members: the linears, none with a gate on its input.
+        members: the linears, none with a gate on its input. `share_input` lets them know of it.
     """
 
     def __init__(self, members: list[APTAdapter]) -> None:
         self.members = members
         self._forget()
-        for member in members:
-            member.shared = self
 
     def _forget(self) -> None:
         self._x: Tensor | None = None
@@ -51,7 +49,8 @@ class SharedInput:
         found = self._outputs[index]
         if found is None or self._x is not x or self._with_grad != torch.is_grad_enabled():
             self._outputs = list(self._compute(x))  # may raise, so it comes first
-            self._x, self._with_grad = x, torch.is_grad_enabled()
+            self._x = x
+            self._with_grad = torch.is_grad_enabled()
             found = self._outputs[index]
             assert found is not None
         self._outputs[index] = None
@@ -60,7 +59,8 @@ class SharedInput:
         return found
 
     def _compute(self, x: Tensor) -> list[Tensor]:
-        views, factors = [m.view() for m in self.members], [m.factors() for m in self.members]
+        views = [member.view() for member in self.members]
+        factors = [member.factors() for member in self.members]
         return apt_kernels.masked_lora_linears(
             x,
             [weight for weight, _ in views],
@@ -69,3 +69,11 @@ class SharedInput:
             scale=next(member.scale for member in self.members if member.rank),
             biases=[bias for _, bias in views],
         )
+
+
+def share_input(members: list[APTAdapter]) -> SharedInput:
+    """Tie linears that read the same tensor, so that the first one called computes all of them."""
+    shared = SharedInput(members)
+    for member in members:
+        member.shared = shared
+    return shared

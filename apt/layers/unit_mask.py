@@ -30,7 +30,8 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, sums_2D: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
         ctx.save_for_backward(h, valid)
-        ctx.sums_2D, ctx.count = sums_2D, count
+        ctx.sums_2D = sums_2D
+        ctx.count = count
         return y.view_as(y)
 
     @staticmethod
@@ -51,7 +52,8 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, vector_D: Tensor, total_D: Tensor) -> Tensor:
-        ctx.vector_D, ctx.total_D = vector_D, total_D
+        ctx.vector_D = vector_D
+        ctx.total_D = total_D
         return y.view_as(y)
 
     @staticmethod
@@ -79,7 +81,8 @@ _start: Callable[..., Tensor] = _Start.apply
 
 def _token_sum(h: Tensor, valid: Tensor | None) -> Tensor:
     """Sum over the valid tokens of h, ``[D]`` in at least float32."""
-    h_TD, wide = h.reshape(-1, h.shape[-1]), torch.promote_types(h.dtype, torch.float32)
+    h_TD = h.reshape(-1, h.shape[-1])
+    wide = torch.promote_types(h.dtype, torch.float32)
     return h_TD.sum(0, dtype=wide) if valid is None else valid.reshape(-1).to(wide) @ h_TD.to(wide)
 
 

@@ -121,11 +121,13 @@ class RankBudget:
     """
 
     def __init__(self, model: nn.Module, rank: int, settings: MethodConfig, total_steps: int) -> None:
-        self.model, self.settings = model, settings
+        self.model = model
+        self.settings = settings
         self.last = total_steps - settings.tfinal
         deltas = self._deltas()
         target = max(1, 2 * rank // 3) if settings.target_r is None else settings.target_r
-        self.start, self.target = sum(delta.rank for delta in deltas.values()), target * len(deltas)
+        self.start = sum(delta.rank for delta in deltas.values())
+        self.target = target * len(deltas)
         self._grads: dict[str, list[Tensor]] = {}
         if settings.tinit >= self.last:
             raise ValueError(
@@ -158,7 +160,8 @@ class RankBudget:
         """Score and mask ranks after an optimizer step, the first being 1. At the last one, what is to be removed."""
         if step > self.last:
             return None
-        deltas, settings = self._deltas(), self.settings
+        deltas = self._deltas()
+        settings = self.settings
         for name, grads in self._grads.items():
             if name in deltas and len(grads) == 3:
                 deltas[name].update_scores(grads, settings)

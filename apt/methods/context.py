@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
+from apt.families import IGNORED
 from apt.layers.hidden import HiddenMask
 from apt.methods.config import MethodConfig
 from apt.methods.hypernetwork import HyperNetwork, logistic_noise, open_gates
 
-IGNORED = -100  # the label of a token that is not to be predicted
 EPS = 1e-5  # of the norm of a context
 
 
 @dataclass
 class _Examples:
-    """Of one pass."""
+    """What one forward pass leaves for its gates."""
 
     context: Tensor  # [B, D], without a graph: nothing below it trains
     noise: Tensor | None  # [B, R], in training
@@ -39,7 +39,7 @@ class GateContext:
         settings: context, gate_temperature.
         layers: of the model.
         prompts: whether contexts are of prompts alone.
-        hidden: the gate of the hidden dimensions, where they may be pruned.
+        hidden: the mask of the hidden dimensions, where they may be pruned.
     """
 
     def __init__(
@@ -51,7 +51,11 @@ class GateContext:
         prompts: bool,
         hidden: HiddenMask | None = None,
     ) -> None:
-        self.hyper, self.settings, self.layers, self.prompts, self.hidden = hyper, settings, layers, prompts, hidden
+        self.hyper = hyper
+        self.settings = settings
+        self.layers = layers
+        self.prompts = prompts
+        self.hidden = hidden
         self._forget()
 
     def _forget(self) -> None:
@@ -75,7 +79,8 @@ class GateContext:
 
     def capture(self, stream_BSD: Tensor) -> None:
         """Read the contexts from the output of layer l."""
-        labels, self.labels = self.labels, None
+        labels = self.labels
+        self.labels = None
         if self.continues or _in_backward():
             return
         learns = torch.is_grad_enabled()
@@ -86,7 +91,8 @@ class GateContext:
             noise = None
             if self.hyper.training:
                 noise = logistic_noise(context_BD.new_empty(len(context_BD), self.hyper.open.out_features))
-                self._opened, self._count = None, 0
+                self._opened = None
+                self._count = 0
             else:
                 opened = (self.hyper(context_BD) > 0).sum(0)
                 self._opened = opened if self._opened is None else self._opened + opened
@@ -96,8 +102,9 @@ class GateContext:
             self._to_learn = self._latest
 
     def _weights(self, stream: Tensor, labels: Tensor | None) -> Tensor:
-        """Of the tokens in the context of their example, ``[B, S]``, at least one of which is 1."""
-        shape, dtype = stream.shape[:2], self.hyper.read.weight.dtype
+        """Weights ``[B, S]``: 1 for the tokens in the context of their example, of which it has at least one."""
+        shape = stream.shape[:2]
+        dtype = self.hyper.read.weight.dtype
         valid = torch.ones(shape, dtype=torch.bool, device=stream.device)
         if self.valid is not None and self.valid.shape == shape:
             valid = self.valid.bool()
@@ -112,16 +119,15 @@ class GateContext:
         return torch.where(chosen.any(1, keepdim=True), chosen, first).to(dtype)
 
     def _norm(self, context_BD: Tensor) -> Tensor:
-        """To mean 0 and variance 1, so that the scale of a model does not matter; a pruned dimension is 0 or gone."""
-        hidden = self.hidden
-        mask = hidden.values.to(context_BD) if hidden is not None and hidden.masked and not hidden.dense else None
-        ones = context_BD.new_ones(context_BD.shape[-1])
-        return apt_kernels.masked_norm(
-            context_BD, ones if mask is None else mask, None, mask=mask, eps=EPS, kind="layer"
-        )
+        """The context at mean 0 and variance 1, so that a model's scale does not matter; the pruned is 0 or gone."""
+        mask = None
+        if self.hidden is not None and self.hidden.masked and not self.hidden.dense:
+            mask = self.hidden.values.to(context_BD)
+        weight = context_BD.new_ones(context_BD.shape[-1]) if mask is None else mask
+        return apt_kernels.masked_norm(context_BD, weight, None, mask=mask, eps=EPS, kind="layer")
 
     def logits(self) -> Tensor | None:
-        """Of the gates of the latest pass with gradients, ``[B, R]``; None before any."""
+        """Logits ``[B, R]`` of the gates of the latest pass with gradients; None before any."""
         return None if self._to_learn is None else self.hyper(self._to_learn.context)
 
     def gates(self) -> Tensor:
@@ -144,7 +150,8 @@ class GateContext:
             return examples.gate
         gate = open_gates(self.hyper(examples.context), examples.noise, self.settings.gate_temperature)
         if not (graph and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)):
-            examples.gate, examples.graph = gate, graph
+            examples.gate = gate
+            examples.graph = graph
         return gate
 
     def num_active(self, count: int) -> float:
@@ -170,9 +177,12 @@ class ContextGate:
         positions = self.context.positions
         if positions is not None and x.data_ptr() == positions.data_ptr():
             return x.new_zeros(rank)
-        gates_BR, lead = self.context.gates()[:, :rank], x.shape[:-1]
-        examples, tokens = len(gates_BR), lead.numel()
-        if not examples or (lead[0] if len(lead) > 1 else tokens) % examples:
+        gates_BR = self.context.gates()[:, :rank]
+        examples = len(gates_BR)
+        lead = x.shape[:-1]
+        tokens = lead.numel()
+        rows = lead[0] if len(lead) > 1 else tokens
+        if not examples or rows % examples:
             raise ValueError(
                 f"dynacsg: the gates are of {examples} examples, but a layer got an input of {list(x.shape)}; begin a "
                 f"batch with a pass through the whole model"
@@ -188,14 +198,15 @@ class _Hook:
     """A forward pre-hook that reads arguments by name, however they were given."""
 
     def __init__(self, module: nn.Module, context: GateContext) -> None:
-        self.names, self.context = list(inspect.signature(module.forward).parameters), context
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.context = context
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
 class LabelHook(_Hook):
-    """Of the whole model: the labels, which say where a prompt ends."""
+    """Forward pre-hook of the whole model: hands the labels, which say where a prompt ends, to the context."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         labels = self.given(args, kwargs).get("labels")
@@ -204,17 +215,18 @@ class LabelHook(_Hook):
 
 
 class InputHook(_Hook):
-    """Of the base model or its encoder: padding, and whether a cache is continued."""
+    """Forward pre-hook of the base model or its encoder: tells padding, and whether a cache is continued."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self.given(args, kwargs)
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        mask = given.get("attention_mask")
+        cache = given.get("past_key_values")
         self.context.valid = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.context.continues = cache is not None and int(cache.get_seq_length()) > 0
 
 
 class PositionHook:
-    """Of the dropout by which an attention hands relative positions to its own query and key."""
+    """Forward hook of the dropout by which an attention hands relative positions to its own query and key."""
 
     module = "pos_dropout"
 
@@ -226,7 +238,7 @@ class PositionHook:
 
 
 class CaptureHook:
-    """Of layer l: its output."""
+    """Forward hook of the context layer l: hands its output to the context."""
 
     def __init__(self, context: GateContext) -> None:
         self.context = context
@@ -239,7 +251,8 @@ class Generate:
     """A model's own `generate`, which marks what it is given as the prompt."""
 
     def __init__(self, model: nn.Module, context: GateContext) -> None:
-        self.model, self.context = model, context
+        self.model = model
+        self.context = context
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]

@@ -37,7 +37,7 @@ class DynamicSpectral(Delta):
 
     @classmethod
     def of(cls, weight: Tensor, rank: int, settings: MethodConfig) -> "DynamicSpectral":
-        """For a weight ``[O, I]``: the largest directions, as many as there are where there are fewer."""
+        """Take the largest directions of a weight ``[O, I]``, all where it has fewer."""
         count = min(settings.num_directions or rank, *weight.shape)
         return cls(*singular_triplets(weight, count, settings.svd_cache), settings.gate_alpha)
 
@@ -47,7 +47,7 @@ class DynamicSpectral(Delta):
 
     @property
     def num_active(self) -> float:
-        """Of an example, the mean over those seen in evaluation since the last step of training."""
+        """Gates that an example opens, the mean over those seen in evaluation since the last step of training."""
         return 0.0 if self.context is None else self.context.num_active(self.rank)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,9 +77,10 @@ def layers_above(anatomy: Anatomy, settings: MethodConfig) -> list[Layer]:
     last = settings.context_layer
     first = [layer for layer in layers if layer.stack == layers[0].stack]
     if last >= len(first) or len(layers) == last + 1:
+        highest = len(first) - 2 if len(first) == len(layers) else len(first) - 1
         raise ValueError(
             f"methods: context_layer {last} leaves no layer above it for gates; the model has {len(first)} layers, so "
-            f"use at most {len(first) - (2 if len(first) == len(layers) else 1)}"
+            f"use at most {highest}"
         )
     return layers[last + 1 :]
 

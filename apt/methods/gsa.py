@@ -30,7 +30,7 @@ class GatedSpectral(Delta):
 
     @classmethod
     def of(cls, weight: Tensor, rank: int, settings: MethodConfig) -> "GatedSpectral":
-        """For a weight ``[O, I]``: the largest k directions, as many as there are where there are fewer."""
+        """Take the largest k directions of a weight ``[O, I]``, all where it has fewer."""
         count = min(settings.num_directions or 2 * rank, *weight.shape)
         return cls(*singular_triplets(weight, count, settings.svd_cache))
 

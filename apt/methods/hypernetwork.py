@@ -8,7 +8,7 @@ START = -3.0  # of every logit: shut in evaluation, open once in 21 times in tra
 
 
 class HyperNetwork(nn.Module):
-    """From the context of an example ``[B, D]`` to the logits of its gates ``[B, R]``: two layers, a ReLU between.
+    """Maps the context of an example ``[B, D]`` to the logits of its gates ``[B, R]``: two layers, a ReLU between.
 
     The last layer starts at weight 0 and bias -3, so that every gate is shut in evaluation.
 

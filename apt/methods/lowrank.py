@@ -57,7 +57,8 @@ class RankImportance(LowRank):
 
     def __init__(self, lora_A: nn.Parameter, lora_B: nn.Parameter, settings: MethodConfig) -> None:
         super().__init__(lora_A, lora_B)
-        self.adaptive_rank, self.rank_allocation = settings.adaptive_rank, settings.rank_allocation
+        self.adaptive_rank = settings.adaptive_rank
+        self.rank_allocation = settings.rank_allocation
         self.importance_threshold = settings.importance_threshold
         ones = torch.ones_like(lora_A.detach()[:, 0])
         self.rank_importance = nn.Parameter(ones, requires_grad=settings.adaptive_rank)  # [R]
@@ -109,7 +110,8 @@ class Joined(Delta):
 
     def __init__(self, parts: Sequence[Delta], scales: Sequence[float]) -> None:
         super().__init__()
-        self.parts, self.scales = nn.ModuleList(parts), tuple(scales)
+        self.parts = nn.ModuleList(parts)
+        self.scales = tuple(scales)
 
     def deltas(self) -> list[Delta]:
         return [part for part in self.parts if isinstance(part, Delta)]
@@ -152,12 +154,17 @@ def join(adapter: APTAdapter, other: APTAdapter) -> None:
     scales: list[float] = []
     for module in (adapter, other):
         if isinstance(module.delta, Joined):
-            parts, scales = [*parts, *module.delta.deltas()], [*scales, *module.delta.scales]
+            parts = [*parts, *module.delta.deltas()]
+            scales = [*scales, *module.delta.scales]
         elif isinstance(module.delta, LowRank):
-            parts, scales = [*parts, module.delta], [*scales, module.scale]
+            parts = [*parts, module.delta]
+            scales = [*scales, module.scale]
         elif module.delta is None and module.lora_A is not None and module.lora_B is not None:
-            parts, scales = [*parts, LowRank(module.lora_A, module.lora_B)], [*scales, module.scale]
+            parts = [*parts, LowRank(module.lora_A, module.lora_B)]
+            scales = [*scales, module.scale]
         elif module.rank:
             raise ValueError(f"methods: {type(module.delta).__name__} and another adapter do not go together")
     adapter.lora_A = adapter.lora_B = None
-    adapter.dropout, adapter.scale, adapter.delta = other.dropout, 1.0, Joined(parts, scales).train(adapter.training)
+    adapter.dropout = other.dropout
+    adapter.scale = 1.0
+    adapter.delta = Joined(parts, scales).train(adapter.training)

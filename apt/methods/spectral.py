@@ -26,7 +26,7 @@ class _Spectral(Delta):
 
     @property
     def rank(self) -> int:
-        """Of the update: twice the directions."""
+        """The rank of the update: twice the directions."""
         return 2 * self.S.numel()
 
     def extra_repr(self) -> str:

@@ -27,11 +27,9 @@ def singular_triplets(weight: Tensor, count: int, cache: str | None = None) -> t
         cache: folder for the result; "auto" is ``apt-lm/svd`` in the user's cache folder; None keeps nothing.
     """
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    path = (
-        None
-        if cache is None or weight.numel() < CACHED_FROM
-        else _folder(cache) / f"{_digest(weight, count)}.safetensors"
-    )
+    path = None
+    if cache is not None and weight.numel() >= CACHED_FROM:
+        path = _folder(cache) / f"{_digest(weight, count)}.safetensors"
     found = None if path is None else _read(path)
     if found is None:
         found = _decompose(wide, count)
@@ -59,14 +57,14 @@ def _folder(cache: str) -> Path:
 
 
 def _digest(weight: Tensor, count: int) -> str:
-    """Of the numbers, their type, the shape, k and how it is computed."""
+    """The hash of the numbers, their type, the shape, k and how it is computed."""
     digest = hashlib.sha256(f"{VERSION} {count} {weight.dtype} {list(weight.shape)} ".encode())
     digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A broken file is as good as none: it is written anew."""
+    """The triplets in a file; None where there is none or it is broken, and so is written anew."""
     try:
         stored = load_file(path)
     except (OSError, SafetensorError):
@@ -75,7 +73,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _write(path: Path, found: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Where it cannot be written, a warning says so, and the next run computes it again."""
+    """Keep the triplets; where that fails a warning says so, and the next run computes them again."""
     try:
         with write_file_aside(path, shared=True) as partial:
             save_file({name: t.cpu().contiguous() for name, t in zip(("U", "S", "Vh"), found, strict=True)}, partial)

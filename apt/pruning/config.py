@@ -6,7 +6,7 @@ from typing import Any
 from apt.layers.hidden import SITES
 from apt.pruning.kinds import UNIT_KINDS, UnitKind
 from apt.pruning.salience import KURTOSES, SALIENCES
-from apt.pruning.schedule import SCHEDULES, Point, SparsityScheduler, to_steps
+from apt.pruning.schedule import SCHEDULES, Point, SparsityScheduler, check_point, to_steps
 
 BALANCES = ("type", "none")
 LAYOUTS = ("free", "uniform")
@@ -61,9 +61,7 @@ class PruningConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"pruning: {name} must be one of {list(known)}, got {getattr(self, name)!r}")
         for name in ("prune_start", "sparsity_warmup", "prune_end", "decay", "settle"):
-            point = getattr(self, name)
-            if point < 0 or (isinstance(point, float) and point > 1.0):
-                raise ValueError(f"pruning: {name} must be a fraction in [0, 1] or a number of steps, got {point}")
+            check_point("pruning", name, getattr(self, name))
         if self.num_events < 0 or self.min_heads < 0 or self.min_neurons < 0:
             raise ValueError("pruning: num_events, min_heads and min_neurons must be at least 0")
         if self.round_to < 1 or self.min_hidden < 1:

@@ -6,7 +6,7 @@ from torch import nn
 
 from apt.layers import adapted
 from apt.pruning.salience import IMPORTANCES
-from apt.pruning.schedule import Point, TuningSchedule
+from apt.pruning.schedule import Point, TuningSchedule, check_point
 from apt.records import RankPlan
 
 STRATEGIES = ("top_half", "uniform")
@@ -22,9 +22,8 @@ class TuningConfig:
     max_rank: int = 64  # of one adapter
     max_tuning_params_ratio: float | None = None  # adapter parameters over all of the original model, at most; (0, 1]
     rank_increase_strategy: str = "top_half"  # which adapters grow: the more important half, or "uniform": all alike
-    rule: str = (
-        "top_half"  # how far: the whole budget goes to them; "paper": to floor(rank * budget / now), which is less
-    )
+    # how far: the whole budget goes to them; "paper": to floor(rank * budget / now), which is less
+    rule: str = "top_half"
     importance: str = "signed"  # sum over ranks of |sum of B dB|; "elementwise": sum of |B dB| (paper)
     init_std: float | None = None  # of new rows of A; None is 1 / sqrt(3 * inputs)
     tune_start: Point | None = None  # float: fraction of the run; int: optimizer step; null: prune_start
@@ -47,8 +46,8 @@ class TuningConfig:
             )
         for name in ("tune_start", "tune_end"):
             point = getattr(self, name)
-            if point is not None and (point < 0 or (isinstance(point, float) and point > 1.0)):
-                raise ValueError(f"tuning: {name} must be a fraction in [0, 1] or a number of steps, got {point}")
+            if point is not None:
+                check_point("tuning", name, point)
         if self.num_tuning_events is not None and self.num_tuning_events < 0:
             raise ValueError(f"tuning: num_tuning_events must be at least 0, got {self.num_tuning_events}")
         if self.growth_frequency is not None and self.growth_frequency < 1:

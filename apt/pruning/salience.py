@@ -37,8 +37,10 @@ def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_
     first_D, second_D = group.mask.sums.unbind(-2)  # of hidden dimensions one row a site: [sites, D]
     if salience == "product_of_sums":
         features_D = first_D * second_D / (group.mask.count.clamp(min=1.0)[..., None] * grad_scale)
+    elif salience == "sum_of_products":
+        features_D = first_D / grad_scale
     else:
-        features_D = (first_D if salience == "sum_of_products" else second_D) / grad_scale
+        features_D = second_D / grad_scale
     features_D = features_D if features_D.dim() == 1 else features_D.sum(0)
     units: Tensor = features_D.view(-1, group.mask.unit_size).sum(1)
     return units.abs() if salience == "gate_taylor" else units
@@ -104,7 +106,8 @@ class OutlierTerm:
         """Masks that must collect their signed input for the hidden dimensions among the groups."""
         if self.mode == "off":
             return []
-        return [writer.unit_mask for group in groups for writer in group.writers if writer.unit_mask is not None]
+        masks = [writer.unit_mask for group in groups for writer in group.writers]
+        return [mask for mask in masks if mask is not None]
 
     def add(self, groups: list[Group], scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The scores of one step with the term added; the masks hold that step's sums."""
@@ -114,9 +117,11 @@ class OutlierTerm:
         if self.mode == "normalized":
             for kind in {group.kind for group in groups}:
                 names = [group.name for group in groups if group.kind == kind]
-                mean, salience = (torch.cat([table[name] for name in names]).mean() for table in (terms, scores))
-                for name in names if mean > 0 else ():
-                    terms[name] = terms[name] * (salience / mean)
+                mean = torch.cat([terms[name] for name in names]).mean()
+                salience = torch.cat([scores[name] for name in names]).mean()
+                if mean > 0:
+                    for name in names:
+                        terms[name] = terms[name] * (salience / mean)
         return {name: scores[name] + term for name, term in terms.items()}
 
     @torch.no_grad()
@@ -135,14 +140,18 @@ class OutlierTerm:
         return term if self.mode == "normalized" else term / mask.count.clamp(min=1.0)
 
     def _kurtosis(self, linear: APTAdapter, mask: UnitMask) -> Tensor:
-        """Of the columns of each unit in the projection that reads them."""
+        """The kurtosis of the columns of each unit in the projection that reads them."""
         weight_OI, _ = linear.view()
         a_RI, b_OR = linear.factors() if linear.rank else (None, None)
         size = mask.unit_size
         mean_I = _mean(mask) if size > 1 else None
         if self.mode == "original" and mean_I is not None:
             mixed = (linear.merged_weight() * mean_I).T.reshape(-1, mask.num_units)
-            weight_OI, a_RI, b_OR, mean_I, size = mixed, None, None, None, 1
+            weight_OI = mixed
+            a_RI = None
+            b_OR = None
+            mean_I = None
+            size = 1
         kurtosis, _ = apt_kernels.weight_kurtosis(
             weight_OI, a_RI, b_OR, scale=linear.scale, group=size, column_scale=mean_I
         )
@@ -158,8 +167,10 @@ class OutlierTerm:
         return self._over_tokens(self._of_sample(kurtosis, writer.n_in).clamp(min=0.0).sqrt(), writer.unit_mask)
 
     def _of_sample(self, kurtosis: Tensor, n: int) -> Tensor:
-        """In mode "original": as with the unbiased variance of n entries."""
-        return (kurtosis + 3.0) * ((n - 1) / n) ** 2 - 3.0 if self.mode == "original" else kurtosis
+        """The kurtosis as it is; in mode "original" as with the unbiased variance of n entries."""
+        if self.mode != "original":
+            return kurtosis
+        return (kurtosis + 3.0) * ((n - 1) / n) ** 2 - 3.0
 
 
 def _mean(mask: UnitMask) -> Tensor:
@@ -178,7 +189,8 @@ def adapter_importance(adapter: APTAdapter, grad_scale: float = 1.0, kind: str =
     if adapter.lora_B.grad is None:
         return adapter.lora_B.new_zeros(())
     products_OR = adapter.lora_B * adapter.lora_B.grad
-    return (products_OR.sum(0) if kind == "signed" else products_OR).abs().sum() / grad_scale
+    terms = products_OR.sum(0) if kind == "signed" else products_OR
+    return terms.abs().sum() / grad_scale
 
 
 class MovingAverage:

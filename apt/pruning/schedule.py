@@ -1,4 +1,4 @@
-"""When what happens, as pure functions of numbers: steps of the events, sparsity, rank budget, decay of the masks."""
+"""Schedules as pure functions of numbers: the steps of the events, sparsity, rank budget, decay of the masks."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,12 @@ import numpy as np
 
 SCHEDULES = ("cubic",)
 Point = float | int  # a float is a fraction of the run (or of an interval), an int is an absolute number of steps
+
+
+def check_point(room: str, name: str, point: Point) -> None:
+    """Raise ValueError for a setting that is no point of a run."""
+    if point < 0 or (isinstance(point, float) and point > 1.0):
+        raise ValueError(f"{room}: {name} must be a fraction in [0, 1] or a number of steps, got {point}")
 
 
 def to_steps(point: Point, length: int) -> int:
@@ -57,7 +63,8 @@ class SparsityScheduler:
     def __post_init__(self) -> None:
         if self.schedule_type not in SCHEDULES:
             raise ValueError(f"schedule: schedule_type must be 'cubic', got {self.schedule_type!r}")
-        start, steps = to_steps(self.prune_start, self.total_steps), self.events
+        start = to_steps(self.prune_start, self.total_steps)
+        steps = self.events
         if not 0.0 <= self.target_sparsity < 1.0:
             raise ValueError(f"schedule: target_sparsity must be in [0, 1), got {self.target_sparsity}")
         if sorted(set(steps)) != steps or (steps and steps[0] <= start) or (steps and steps[-1] > self.total_steps):
@@ -106,7 +113,7 @@ class SparsityScheduler:
 
 @dataclass(frozen=True)
 class TuningSchedule:
-    """When ranks grow, and up to which budget: linear over a window of its own (method.md 5.2).
+    """Says when ranks grow, and up to which budget: linear over a window of its own (method.md 5.2).
 
     Args:
         total_steps: optimizer steps of the run.

@@ -20,7 +20,8 @@ class UnitScores:
     """
 
     def __init__(self, anatomy: Anatomy, config: PruningConfig) -> None:
-        self.anatomy, self.config = anatomy, config
+        self.anatomy = anatomy
+        self.config = config
         default = "paper" if anatomy.family.decoder and self.from_data else "off"
         self.outliers = OutlierTerm(config.kurtosis or default)
         self.masks: dict[UnitMask, bool] = {}  # that collect, and whether their signed inputs too

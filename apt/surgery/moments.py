@@ -83,7 +83,8 @@ def grown(key: str, value: Tensor, dim: int, num: int) -> Tensor:
 def follow(parameter: Tensor, transform: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None) -> None:
     """Change a parameter (or a buffer), its gradient and every moment of it in the same way."""
     kept = moments(parameter, optimizer)
-    grad, parameter.grad = parameter.grad, None
+    grad = parameter.grad
+    parameter.grad = None
     exchange(parameter, transform(parameter.data))
     if grad is not None:
         parameter.grad = transform(grad)

@@ -27,7 +27,8 @@ class FusedLoraLinear(Linear):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if len(names) != 1 or _obstacle(self, names[0]) is not None:
             return super().forward(x)
-        name, base = names[0], cast(nn.Linear, self.get_base_layer())
+        name = names[0]
+        base = cast(nn.Linear, self.get_base_layer())
         lora_a, lora_b = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
         if not torch.is_autocast_enabled(x.device.type) and x.dtype != base.weight.dtype:
             return super().forward(x)
@@ -79,7 +80,8 @@ class _Reason:
     """Why a layer is not fused; `permanent` where no adapter of it ever is."""
 
     def __init__(self, text: str = "", permanent: bool = False) -> None:
-        self.text, self.permanent = text, permanent
+        self.text = text
+        self.permanent = permanent
 
 
 def _reason(layer: Any) -> _Reason:
@@ -92,7 +94,8 @@ def _reason(layer: Any) -> _Reason:
 
 def _obstacle(layer: Any, name: str, training: bool | None = None) -> str | None:
     """What of one adapter the op does not express: None where it does."""
-    base, dropout = layer.get_base_layer(), layer.lora_dropout[name]
+    base = layer.get_base_layer()
+    dropout = layer.lora_dropout[name]
     if name in layer.lora_variant:
         return f"{type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')} adapters"
     if layer.lora_B[name].bias is not None:

@@ -11,9 +11,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from apt.apt_config import APTConfig
-from apt.families import Anatomy
+from apt.families import IGNORED, Anatomy
 from apt.families.linears import features, replace_module
-from apt.layers import APTAdapter, SharedInput
+from apt.layers import APTAdapter, share_input
 from apt.layers.fused import FusedLinears
 from apt.layers.unit_mask import UnitMask, ValidTokens
 from apt.methods import adapt, rank_and_scale
@@ -39,9 +39,6 @@ def keep_few_kernels(model: nn.Module) -> None:
         os.environ[CAPACITY[0]] = "64"
 
 
-IGNORED = -100  # the label of a token that no loss counts
-
-
 def put_adapters(model: nn.Module, config: APTConfig, targets: list[str], without_rank: Collection[str] = ()) -> float:
     """Put an adapted linear in the place of each named one, with rank where it is a target. Returns the seconds."""
     started = time.perf_counter()
@@ -49,10 +46,13 @@ def put_adapters(model: nn.Module, config: APTConfig, targets: list[str], withou
     for name in tqdm(
         sorted({*targets, *without_rank}), desc=f"{config.method} adapters", unit="layer", delay=2.0, leave=False
     ):
-        linear, whole = model.get_submodule(name), name.rpartition(".")[0]
-        called = [name, *([whole] if isinstance(model.get_submodule(whole), FusedLinears) else [])]
+        linear = model.get_submodule(name)
+        whole = name.rpartition(".")[0]
+        called = [name, whole] if isinstance(model.get_submodule(whole), FusedLinears) else [name]
         rank, scale = rank_and_scale(called, config.rank, config.scale, config.adapter)
-        rank = rank if name in with_rank and all(features(linear)) else 0  # of a layer that lost all, nothing is left
+        # In a layer that lost all its units there is nothing left to adapt.
+        if name not in with_rank or not all(features(linear)):
+            rank = 0
         adapter = adapt(linear, config.method, rank, scale, config.adapter, init_std=config.tuning.init_std)
         replace_module(model, name, adapter)
     return time.perf_counter() - started
@@ -65,7 +65,8 @@ def put_unit_masks(anatomy: Anatomy, valid: dict[str, ValidTokens], unit_types: 
         kind = kind_in(part, unit_types)
         units = 0 if kind is None else kind.units_in(part)
         if isinstance(reader, APTAdapter) and kind is not None and units:
-            tokens, device = valid[part.layer.stack.name], reader.weight.device
+            tokens = valid[part.layer.stack.name]
+            device = reader.weight.device
             reader.unit_mask = UnitMask(units, reader.n_in // units, tokens, device, kind=kind.name)
 
 
@@ -73,9 +74,10 @@ def share_inputs(anatomy: Anatomy) -> None:
     """Let the adapted linears of a layer that read the same tensor be computed together."""
     for part in anatomy.parts:
         found = part.linears
-        members = [m for role in part.table.same_input if isinstance(m := found.get(role), APTAdapter)]
+        there = [found[role] for role in part.table.same_input if role in found]
+        members = [linear for linear in there if isinstance(linear, APTAdapter)]
         if len(members) > 1:
-            SharedInput(members)
+            share_input(members)
 
 
 class ValidTokenHook:

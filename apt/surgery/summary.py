@@ -1,4 +1,4 @@
-"""What is trainable, gone and left of a patched model."""
+"""Counts of a patched model: what trains, what is gone, what is left."""
 
 from dataclasses import dataclass
 
@@ -45,7 +45,8 @@ class Summary:
         rows: dict[str, list[int]] = {}
         for name, count in self.units.items():
             rows.setdefault(UnitName.parse(name).title, []).append(count)
-        ranks, active = sorted(self.ranks.values()), self.active.values()
+        ranks = sorted(self.ranks.values())
+        active = self.active.values()
         spread = f"{ranks[0]}-{ranks[-1]} over {len(ranks)} adapters" if ranks else "no adapters"
         return "\n".join(
             [
@@ -76,7 +77,8 @@ def summary(model: nn.Module) -> Summary:
     state = patch_state(model)
     modules = dict(adapted(model))
     group = hidden_group(state.anatomy)
-    ours, prompt = (f"{TRANSFORM}.", f"{PROMPT}."), placed_prompt(model)
+    ours = (f"{TRANSFORM}.", f"{PROMPT}.")
+    prompt = placed_prompt(model)
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(ours))
     kept = 0 if prompt is None else sum(p.numel() for p in prompt.plain().parameters())  # in an export
     tails = sum(stored.numel() - live.numel() for stored, live in live_views(model, group))
@@ -85,7 +87,8 @@ def summary(model: nn.Module) -> Summary:
     units: dict[str, int] = {}
     sparsity = 0.0
     if state.config.prunes and state.anatomy is not None:
-        of_parts, units = unit_masks(state.anatomy), state.anatomy.num_units()
+        of_parts = unit_masks(state.anatomy)
+        units = state.anatomy.num_units()
         sparsity = 1.0 - block_params(state.anatomy) / state.block_params
     masks = [*of_parts.values(), None if group is None else group.mask]
     return Summary(

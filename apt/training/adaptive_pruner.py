@@ -53,7 +53,9 @@ class AdaptivePruner:
             raise ValueError("pruner: the model is not patched; call apt.patch_model(model) first")
         if config is not None and config.target_speedup is not None:
             raise ValueError("pruner: target_speedup is a goal of the Controller; leave it out here")
-        self.model, self.scheduler, self.optimizer = model, scheduler, optimizer
+        self.model = model
+        self.scheduler = scheduler
+        self.optimizer = optimizer
         self.config = replace(config or PruningConfig(), target_sparsity=scheduler.target_sparsity)
         self.anatomy = anatomy_of(model)
         self._units = UnitScores(self.anatomy, self.config)
@@ -144,7 +146,8 @@ class AdaptivePruner:
         if alpha is not None:
             move_masks(self.groups, kept, alpha)
             return None
-        target, rounded = self.config.target_sparsity, self.config.round_to
+        target = self.config.target_sparsity
+        rounded = self.config.round_to
         plan = PrunePlan(step=0, target_sparsity=target, kept=kept, round_to=rounded)
         apply_prune_plan(self.model, plan, self.optimizer)
         for name, positions in kept.items():

@@ -35,7 +35,9 @@ class AdaptiveTuner:
             raise ValueError(f"tuner: max_params must be at least 1, got {max_params}")
         if not any(module.rank for _, module in adapted(model)):
             raise ValueError("tuner: the model has no adapters; call apt.patch_model(model) first")
-        self.model, self.max_params, self.optimizer = model, max_params, optimizer
+        self.model = model
+        self.max_params = max_params
+        self.optimizer = optimizer
         self.config = config or TuningConfig(importance="elementwise")
 
     @property
@@ -73,7 +75,8 @@ class AdaptiveTuner:
         Raises:
             ValueError: a name is none of an adapter.
         """
-        sizes, config = adapter_sizes(self.model, salience_dict), self.config
+        sizes = adapter_sizes(self.model, salience_dict)
+        config = self.config
         unknown = sorted(set(salience_dict) - set(sizes))
         if unknown:
             raise ValueError(f"tuner: salience_dict names {unknown[0]!r}, which is no adapter of this model")

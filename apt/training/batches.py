@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler, Subset
 
-IGNORED = -100  # a label that counts for nothing
+from apt.families import IGNORED
 
 
 class EpochOrder(Sampler[int]):
@@ -21,7 +21,9 @@ class EpochOrder(Sampler[int]):
     """
 
     def __init__(self, sampler: Sampler[int], seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
+        self.sampler = sampler
+        self.seed = seed
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """The Trainer calls it before each epoch."""
@@ -71,8 +73,7 @@ def _labels(batch: Mapping[str, Any], shifted: bool) -> Any:
     if "shift_labels" in batch:
         return batch["shift_labels"]
     labels = batch.get("labels")
-    if (
-        isinstance(labels, torch.Tensor) and labels.is_floating_point()
-    ):  # numbers to be learnt, of which every one counts
+    if isinstance(labels, torch.Tensor) and labels.is_floating_point():
+        # Numbers to be learnt, of which every one counts.
         return torch.zeros_like(labels, dtype=torch.long)
     return labels[..., 1:] if shifted and isinstance(labels, torch.Tensor) else labels

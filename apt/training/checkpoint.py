@@ -20,7 +20,8 @@ from apt.surgery.event import apply_event
 from apt.surgery.moments import bare_optimizer
 from apt.training.controller import Controller
 
-STATE, TENSORS = "apt_state.json", "apt_state.safetensors"
+STATE = "apt_state.json"
+TENSORS = "apt_state.safetensors"
 RUN, MODEL, OPTIMIZER = "apt_run.json", "model.safetensors", "optimizer.safetensors"  # of a loop of one's own
 TENSOR = "tensor"  # stands in JSON for a tensor, beside its name in a safetensors file
 TABLES = ("salience", "importance", "masks", "teacher")  # of the controller's state: name -> tensor
@@ -85,7 +86,8 @@ def resume_checkpoint(
     Raises:
         ValueError: the folder holds no such checkpoint, or one of a model that was patched in another way.
     """
-    folder, plain = find_whole(Path(folder)), uncompiled(model)
+    folder = find_whole(Path(folder))
+    plain = uncompiled(model)
     if not (folder / RUN).exists():
         raise ValueError(f"checkpoint: {folder} holds no {RUN}; it was not written by apt.save_checkpoint")
     run = json.loads((folder / RUN).read_text(encoding="utf-8"))

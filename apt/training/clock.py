@@ -24,7 +24,7 @@ def medians_ms(runs: Mapping[str, Callable[[], object]], repeats: int, device: t
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all that was asked of it."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -40,7 +40,8 @@ class StepClock:
         self._logged = 0  # the latest step that a log has told of
 
     def begin(self) -> None:
-        self.tokens, self._started = 0, time.perf_counter()
+        self.tokens = 0
+        self._started = time.perf_counter()
 
     def end(self, step: int) -> None:
         if torch.cuda.is_available():
@@ -57,4 +58,6 @@ class StepClock:
     def rate(self, first: int, last: int) -> float | None:
         """Tokens per second over the steps after `first` up to `last`; None where this process did none of them."""
         rows = [row for step, row in self._rows.items() if first < step <= last]
-        return sum(tokens for tokens, _ in rows) / sum(seconds for _, seconds in rows) if rows else None
+        if not rows:
+            return None
+        return sum(tokens for tokens, _ in rows) / sum(seconds for _, seconds in rows)

@@ -61,7 +61,8 @@ def measure_latency(anatomy: Anatomy, batch_size: int, length: int, repeats: int
         repeats: timed passes of each copy, of which the median counts.
     """
     model = anatomy.model
-    batch, device = sample_batch(model, batch_size, length), next(model.parameters()).device
+    batch = sample_batch(model, batch_size, length)
+    device = next(model.parameters()).device
     groups = find_units(anatomy)
     by_part: dict[str, list[UnitGroup]] = {}
     for group in groups:
@@ -70,7 +71,8 @@ def measure_latency(anatomy: Anatomy, batch_size: int, length: int, repeats: int
     with evaluating(model), torch.no_grad():
         whole = medians_ms({"": lambda: model(**batch)}, repeats, device)[""]
         calls = _calls(model, batch, [group.part.layer for group in widest.values()])
-        parts, adapters = {}, {}
+        parts = {}
+        adapters = {}
         for part, group in widest.items():
             layer = group.part.layer
             points, with_adapters = _points(group, calls[layer.name], repeats, device)
@@ -119,7 +121,8 @@ def _points(group: UnitGroup, call: Call, repeats: int, device: torch.device) ->
 def _narrow_copy(group: UnitGroup, units: int) -> nn.Module:
     """A copy of a group's layer without adapters and with so many units; it stands in the model while it is cut."""
     layer = group.part.layer
-    model, whole = layer.model, layer.module
+    model = layer.model
+    whole = layer.module
     twin = copy.deepcopy(whole)
     for module in twin.modules():
         if isinstance(module, APTAdapter):

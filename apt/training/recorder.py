@@ -20,7 +20,8 @@ from apt.surgery import patch_state
 from apt.training.controller import Controller
 from apt.training.memory import memory_mb
 
-STEPS, SHAPES = "steps.jsonl", "shapes.jsonl"
+STEPS = "steps.jsonl"
+SHAPES = "shapes.jsonl"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the salience of a kind of units
 
 
@@ -49,12 +50,12 @@ class Recorder:
             write_jsonl(self.folder / name, rows)
 
     def before_step(self, controller: Controller) -> None:
-        """Before the controller takes a step: an event shortens the scores it was decided by."""
+        """Keep the scores before the controller takes a step: an event shortens those it was decided by."""
         pruning = controller.pruning
         self._salience = {} if pruning is None else dict(pruning.salience.values)
 
     def after_step(self, controller: Controller) -> list[Event]:
-        """After it; the events that came with it."""
+        """Record the events that came with the step, and return them."""
         new = controller.events[self._seen :]
         for event in new:
             row = _shape(controller) | {"step": event.step, "event": True, "salience": _spread(self._salience, event)}
@@ -106,8 +107,10 @@ def event_scalars(event: Event, adapter_params: int) -> dict[str, float]:
 def _places(model: nn.Module) -> dict[str, list[Any]]:
     """Where the adapters of prunable layers stand: name -> stack, number of the layer, role; none without a family."""
     anatomy = patch_state(model).anatomy
+    if anatomy is None:
+        return {}
     found: dict[str, list[Any]] = {}
-    for part in [] if anatomy is None else anatomy.parts:
+    for part in anatomy.parts:
         layer = part.layer
         cross = "cross " if part.table.units == "cross_heads" else ""
         for role, module in part.linears.items():
@@ -141,8 +144,10 @@ def _quantiles(parts: list[Tensor]) -> list[float]:
 
 def _whole_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file up to the first that is cut off: a process may be killed while it writes."""
+    if not path.exists():
+        return []
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

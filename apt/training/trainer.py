@@ -69,7 +69,8 @@ class APTrainer(WholeCheckpoints):
         self._clock = StepClock()
         self._held_out: Any = None
         if self.apt_config.distillation.teacher_refresh:
-            share, seed = self.apt_config.distillation.held_out_share, getattr(args, "seed", 0)
+            share = self.apt_config.distillation.held_out_share
+            seed = getattr(args, "seed", 0)
             kwargs["train_dataset"], self._held_out = hold_out(kwargs.get("train_dataset"), share, seed)
         super().__init__(model=model, args=args, **kwargs)
         if self.apt_config.distillation.use_self_distillation:  # before the optimizer, which is to have it
@@ -104,7 +105,7 @@ class APTrainer(WholeCheckpoints):
             self._log_events(0)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As ever; Tr, where there is one, stands where the controller puts it, before a saved state is loaded."""
+        """Make the optimizer, and add Tr's parameters where there is a Tr, before a saved optimizer state is loaded."""
         optimizer: Any = super().create_optimizer(*args, **kwargs)
         transform = getattr(self._module(), TRANSFORM, None)
         if isinstance(transform, LayerTransform):
@@ -121,7 +122,8 @@ class APTrainer(WholeCheckpoints):
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Batches of the training data, drawn with the run's seed; its own loader and random state stay as they are."""
-        dataset, size = self.train_dataset, self.args.per_device_train_batch_size
+        dataset = self.train_dataset
+        size = self.args.per_device_train_batch_size
         if isinstance(dataset, Sized):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -173,14 +175,17 @@ class APTrainer(WholeCheckpoints):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As ever; beside the loss, sparsity, adapter parameters and tokens/s, with a teacher also task_loss,
-        distill_loss and mu. What is logged at an event begins with ``event_``."""
+        """Log beside the loss sparsity, adapter parameters and tokens/s, with a teacher task_loss, distill_loss and mu.
+
+        What is logged at an event begins with ``event_``.
+        """
         if not hasattr(self, "controller") or "loss" not in logs:
             super().log(logs, *args, **kwargs)
             if self._recorder is not None and any(name.startswith("eval_") for name in logs):
                 self._recorder.score(self.state.global_step, logs)
             return
-        events, distillation = self.controller.events, self.controller.distillation
+        events = self.controller.events
+        distillation = self.controller.distillation
         tokens, seconds, steps = self._clock.since_log()
         logs = {
             **logs,
@@ -199,7 +204,8 @@ class APTrainer(WholeCheckpoints):
 
     def _planned_sparsity(self) -> float | None:
         """The sparsity that the schedule asks for now; None where nothing is pruned, or time is the goal."""
-        config, pruning = self.controller.config, self.controller.config.pruning
+        config = self.controller.config
+        pruning = self.controller.config.pruning
         if not config.prunes or pruning.target_speedup is not None:
             return None
         if pruning.prune_before_tuning:
@@ -220,9 +226,8 @@ class APTrainer(WholeCheckpoints):
         self.control.should_log = due
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed behind the last step: the Trainer would do one more
+        # Resumed behind the last step: the Trainer would do one more.
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -238,7 +243,7 @@ class APTrainer(WholeCheckpoints):
         return EpochOrder(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's; a run that is evaluated on its way is the run that is not."""
+        """Evaluate as the Trainer does; a run that is evaluated on its way is the run that is not."""
         with random_state_kept():
             scores: dict[str, float] = super().evaluate(*args, **kwargs)
         return scores

@@ -22,12 +22,14 @@ class WholeCheckpoints(Trainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
         self._staging = folder / PARTIAL
         shutil.rmtree(self._staging, ignore_errors=True)
         try:
             super()._save_checkpoint(model, trial)
-            written, best = self._staging / name, self.state.best_model_checkpoint
+            written = self._staging / name
+            best = self.state.best_model_checkpoint
             if best is not None and Path(best) == written:  # also in the state that is saved
                 self.state.best_model_checkpoint = str(folder / name)
                 self.state.save_to_json(str(written / "trainer_state.json"))

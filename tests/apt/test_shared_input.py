@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import apt
 import apt_kernels
-from apt.layers import APTAdapter, SharedInput, adapted
+from apt.layers import APTAdapter, SharedInput, adapted, share_input
 
 
 def trained_start(model: nn.Module) -> None:
@@ -54,7 +54,7 @@ def make_pair(ranks: tuple[int, int] = (2, 2)) -> tuple[list[APTAdapter], Shared
     for member in members:
         if member.lora_B is not None:
             nn.init.normal_(member.lora_B)
-    return members, SharedInput(members)
+    return members, share_input(members)
 
 
 def plain(member: APTAdapter, x: Tensor) -> Tensor:

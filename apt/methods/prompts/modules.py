@@ -143,7 +143,9 @@ class PrefixTuning(nn.Module):
         """``[P, 2 * heads * head_dimension]``: keys, then values."""
         if hidden is None:
             return self.prefix_embeddings[layer]
-        start, width, last = sum(self.widths[:layer]), self.widths[layer], self.projection[2]
+        start = sum(self.widths[:layer])
+        width = self.widths[layer]
+        last = self.projection[2]
         rows = slice(start, start + width)
         return F.linear(hidden, last.get_parameter("weight")[rows], last.get_parameter("bias")[rows])
 

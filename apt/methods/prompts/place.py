@@ -85,12 +85,14 @@ def _new_prompt(anatomy: Anatomy, method: str, settings: PromptConfig) -> Prompt
 
 
 def _hook(anatomy: Anatomy, prompt: Prompt) -> list[Any]:
-    model, stacks = anatomy.model, anatomy.stacks
+    model = anatomy.model
+    stacks = anatomy.stacks
     if isinstance(prompt, PrefixTuning):
         stack = stacks[-1]
         reader = _reader(model, stack)
         return FillCache(prompt, reader, decoder=stack.decoder).register(reader)
-    stack, reader = stacks[0], _reader(model, stacks[0])
+    stack = stacks[0]
+    reader = _reader(model, stacks[0])
     read_first = not stack.decoder and type(model).__name__.endswith(READ_FIRST)
     trims = len(stacks) == 1 and not read_first
     handles = InsertTokens(prompt, reader, decoder=stack.decoder, trims=trims).register(reader)
@@ -102,7 +104,8 @@ def _hook(anatomy: Anatomy, prompt: Prompt) -> list[Any]:
 
 def _reader(model: nn.Module, stack: Stack) -> nn.Module:
     """The innermost module around the layers of a stack that embeds tokens."""
-    base, places = base_model(model), stack.layers.split(".")
+    base = base_model(model)
+    places = stack.layers.split(".")
     around = [base.get_submodule(".".join(places[:depth])) for depth in range(len(places))]
     return next(module for module in reversed(around) if hasattr(module, "get_input_embeddings"))
 

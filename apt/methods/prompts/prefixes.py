@@ -30,7 +30,8 @@ class FillCache(PromptHooks):
         given = self._named(args, kwargs)
         text = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         assert isinstance(text, Tensor)
-        cache, count = given.get("past_key_values"), self.prompt.num_virtual_tokens
+        cache = given.get("past_key_values")
+        count = self.prompt.num_virtual_tokens
         config: Any = module.config
         wanted = config.use_cache if given.get("use_cache") is None else given["use_cache"]
         self.returns = cache is not None or (self.decoder and bool(wanted))
@@ -70,7 +71,8 @@ class FillCache(PromptHooks):
                 own.update(key, value, layer)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        cache, self.cache = self.cache, None
+        cache = self.cache
+        self.cache = None
         found = int(cache.get_seq_length(self.layer))
         if found != self.expected:
             raise ValueError(
