@@ -61,11 +61,7 @@ def masked_lora_linear(
     (O, I), R, lead = weight.shape, a.shape[0], x.shape[:-1]
     require(OP, {"x": (x, (*lead, I)), "a": (a, (R, I)), "b": (b, (O, R)), "bias": (bias, (O,))})
     require(OP, {"mask_in": (mask_in, (I,)), "mask_out": (mask_out, (O,))})
-    if gate is not None and gate.dim() != 1:
-        require(OP, {"gate": (gate, (*lead, R))})
-        gate = gate.reshape(math.prod(lead), R)
-    elif gate is not None:
-        require(OP, {"gate": (gate, (R,))})
+    gate = _flat_gate(gate, lead, R)
     _refuse_unfrozen(x, weight, bias)
     if not 0.0 <= dropout < 1.0 or (dropout > 0.0 and seed is None):
         raise ValueError(f"{OP}: dropout must be in [0, 1) and needs a seed, got dropout={dropout}, seed={seed}")
@@ -76,6 +72,17 @@ def masked_lora_linear(
     else:
         y = _eager(x_TI, weight, a, b, *rest)
     return y.view(*lead, O)
+
+
+def _flat_gate(gate: Tensor | None, lead: torch.Size, R: int) -> Tensor | None:
+    """The gate as ``[R]`` or ``[T, R]``. Raises ValueError for any other shape than the op takes."""
+    if gate is None:
+        return None
+    if gate.dim() == 1:
+        require(OP, {"gate": (gate, (R,))})
+        return gate
+    require(OP, {"gate": (gate, (*lead, R))})
+    return gate.reshape(math.prod(lead), R)
 
 
 def _refuse_unfrozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
