@@ -7,15 +7,15 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
-
-from apt.runs.config.presets import find_preset
 
 if TYPE_CHECKING:
     from apt.runs.config import RunConfig
 
-FLAGS = {  # of train and config, in the words of the documents -> the setting
+# Flags in the words of the documents -> the setting.
+FLAGS = {
     "model_type": "model.architectures",
     "dataset": "dataset",
     "sparsity_level": "pruning.target_sparsity",
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     That of ``doctor`` is 1 where no run can work.
     """
     try:
-        return _run(argv)
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        return COMMANDS[arguments.command](arguments)
     except USER_ERRORS as error:
         if os.environ.get("APT_TRACEBACK") == "1":
             raise
@@ -48,77 +49,125 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _run(argv: list[str] | None) -> int:
-    parser = _parser()
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command and its arguments.
+
+    Raises:
+        ValueError: there is no such command, or it takes no such argument.
+    """
+    parser = make_parser()
     # argparse takes no more positionals after an option; what it leaves over are overrides, or unknown.
     arguments, rest = parser.parse_known_args(argv)
-    unknown = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
+    takes_overrides = hasattr(arguments, "overrides")
+    unknown = [text for text in rest if text.startswith("-") or not takes_overrides]
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
-    if arguments.command == "doctor":
-        from apt.doctor import diagnose, print_findings
-
-        findings = diagnose()
-        print_findings(findings)
-        return int(any(finding.broken for finding in findings))
-    if arguments.command == "report":
-        from apt.runs.report import report
-
-        report(arguments.run)
-        return 0
-    if arguments.command == "experiment":
-        from apt.runs.experiment import run_experiment
-
-        return int(bool(run_experiment(arguments.grid)))
-    if arguments.command == "harness":
-        from apt.runs.evaluation.harness import HarnessConfig, harness
-
-        names = tuple(arguments.tasks.split(","))
-        settings = {name: getattr(arguments, name) for name in ("num_fewshot", "include", "limit", "batch_size")}
-        harness(arguments.folder, HarnessConfig(tasks=names, **settings), arguments.out)
-        return 0
-    config = _config(arguments, rest)
-    if arguments.command == "config":
-        print(config.to_yaml(), end="")
-        return 0
-    if getattr(arguments, "dry_run", False):
-        from apt.runs.estimate.dry_run import dry_run
-
-        print(dry_run(config))
-        return 0
-    if arguments.command == "estimate":
-        from apt.runs.estimate.estimate import estimate
-
-        print(estimate(config))
-        return 0
-    from apt.runs import run  # loads transformers, which the commands above need not wait for
-
-    if arguments.command == "eval":
-        print(json.dumps(run.evaluate(arguments.folder, config)))
-    else:
-        from apt.export.model_card import command_of
-
-        command = command_of(sys.argv[1:] if argv is None else argv)
-        run.train(config, overwrite=arguments.overwrite, resume=arguments.resume, command=command)
-    return 0
+    if takes_overrides:
+        arguments.overrides += rest
+    arguments.command_line = argv
+    return arguments
 
 
-def _config(arguments: argparse.Namespace, rest: list[str]) -> "RunConfig":
+def read_config(arguments: argparse.Namespace) -> "RunConfig":
     """The config that the arguments name: a file, or a preset by its model and data set, and what goes on top."""
     from apt.runs.config import load_config
+    from apt.runs.config.presets import find_preset
 
-    path, overrides = arguments.config, [*arguments.overrides, *rest]
+    path = arguments.config
+    overrides = list(arguments.overrides)
     flags = {name: value for name in FLAGS if (value := getattr(arguments, name, None)) is not None}
-    if path is not None and "=" in str(path) and not path.exists():  # no file is named
-        path, overrides = None, [str(path), *overrides]
+    no_file_is_named = path is not None and "=" in str(path) and not path.exists()
+    if no_file_is_named:
+        overrides.insert(0, str(path))
+        path = None
     if path is None:
         if not {"model_type", "dataset"} <= set(flags):
             raise ValueError("config: give a config file, or --model_type and --dataset for one of the presets")
         path = find_preset(flags.pop("model_type"), flags.pop("dataset"))
-    return load_config(path, [*overrides, *(f"{FLAGS[name]}={value}" for name, value in flags.items())])
+    overrides += [f"{FLAGS[name]}={value}" for name, value in flags.items()]
+    return load_config(path, overrides)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _train(arguments: argparse.Namespace) -> int:
+    config = read_config(arguments)
+    if arguments.dry_run:
+        from apt.runs.estimate.dry_run import dry_run
+
+        print(dry_run(config))
+        return 0
+    from apt.export.model_card import command_of
+    from apt.runs.run import train
+
+    command = command_of(arguments.command_line)
+    train(config, overwrite=arguments.overwrite, resume=arguments.resume, command=command)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    config = read_config(arguments)
+    from apt.runs.run import evaluate
+
+    print(json.dumps(evaluate(arguments.folder, config)))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from apt.runs.report import report
+
+    report(arguments.run)
+    return 0
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    from apt.runs.experiment import run_experiment
+
+    return int(bool(run_experiment(arguments.grid)))
+
+
+def _harness(arguments: argparse.Namespace) -> int:
+    from apt.runs.evaluation.harness import HarnessConfig, harness
+
+    names = tuple(arguments.tasks.split(","))
+    settings = {name: getattr(arguments, name) for name in ("num_fewshot", "include", "limit", "batch_size")}
+    harness(arguments.folder, HarnessConfig(tasks=names, **settings), arguments.out)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    print(read_config(arguments).to_yaml(), end="")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from apt.doctor import diagnose, print_findings
+
+    findings = diagnose()
+    print_findings(findings)
+    return int(any(finding.broken for finding in findings))
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    config = read_config(arguments)
+    from apt.runs.estimate.estimate import estimate
+
+    print(estimate(config))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "report": _report,
+    "experiment": _experiment,
+    "harness": _harness,
+    "config": _config,
+    "doctor": _doctor,
+    "estimate": _estimate,
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = _Parser(prog="apt", description="Fine-tune a language model and make it smaller while it trains.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     training = commands.add_parser("train", help="fine-tune, prune, export and measure")

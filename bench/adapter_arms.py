@@ -138,7 +138,7 @@ def run(config_path: Path, name: str, seed: int, overrides: list[str]) -> dict[s
     assert not isinstance(targets, str)
     total = block_parameters(model)
     model = prepared(arm, model, steps, targets)
-    evaluator = Evaluator(tokenizer, config.evaluation.inference_batch_size)
+    evaluator = Evaluator(tokenizer, config.evaluation)
     kind = Allocating if (arm.method, arm.peft) == ("adalora", True) else Course
     trainer, row = train(model, config, data, tokenizer, kind(evaluator, data.test, 0, total), ours=not arm.peft)
     logits, labels = evaluator.predict(trainer.model, data.test)

@@ -83,7 +83,7 @@ def run(
     data = DatasetLoader(config.data, tokenizer, config.training.seed)
     torch.manual_seed(seed)  # of the adapters; the new head has the same seed in every arm
     dense = build_model(config, data.num_labels, tokenizer).eval()
-    evaluator = Evaluator(tokenizer, config.evaluation.inference_batch_size)
+    evaluator = Evaluator(tokenizer, config.evaluation)
     course = Course(evaluator, data.test, points, block_parameters(dense))
     if kind in KINDS:
         small, row = _retrained(kind, config_path, overrides, config, data, tokenizer, course)

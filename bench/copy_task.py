@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt.families import IGNORED
 from bench.rows import append_row, environment, read_rows
 
 PAD, END, SYMBOLS = 0, 1, 30  # ids of padding (and of the decoder's start) and of the end; different symbols
 SHORTEST, LONGEST = 4, 8  # symbols of a sequence
 BATCH, HELD_OUT = 64, 500
-IGNORED = -100
 CONFIG = {
     "vocab_size": 2 + SYMBOLS,
     "d_model": 64,

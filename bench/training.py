@@ -18,6 +18,7 @@ from apt.runs.arguments import training_arguments
 from apt.runs.config import RunConfig
 from apt.runs.data import Examples
 from apt.runs.evaluation.evaluate import Evaluator
+from apt.runs.evaluation.metrics import classification_metrics
 from bench.memory import PeakMemory
 
 SENTENCES = 1000  # of the test set, scored at each point of a course
@@ -63,7 +64,7 @@ class Course(TrainerCallback):
 
     def _measure(self, model: Any) -> None:
         wall, cpu = self.training_seconds()
-        accuracy = self.evaluator.evaluate(model, self.test)["accuracy"]
+        accuracy = classification_metrics(self.evaluator.predict(model, self.test))["accuracy"]
         self.found.append((wall, accuracy, 1.0 - block_parameters(model) / self.total))
         after = self.training_seconds()
         self.seconds += after[0] - wall

@@ -16,14 +16,6 @@ from apt.version import versions_used
 
 README = "README.md"
 NOT_FIGURES = ("method", "ablation", "model", "data", "metric", "unit", "device", "versions", "self_distillation")
-TASK_TAGS = {  # of the hub
-    "classification": "text-classification",
-    "regression": "text-classification",
-    "language_modeling": "text-generation",
-    "instruction_following": "text-generation",
-    "summarization": "summarization",
-    "question_answering": "question-answering",
-}
 
 
 @dataclass(frozen=True)
@@ -60,14 +52,14 @@ def licence_of(base: str) -> str:
 
 
 def model_card(
-    facts: CardFacts, metrics: Mapping[str, Any] | None = None, task: str | None = None, command: str | None = None
+    facts: CardFacts, metrics: Mapping[str, Any] | None = None, hub_tag: str | None = None, command: str | None = None
 ) -> str:
     """The card's text, YAML first.
 
     Args:
         facts: of the export.
         metrics: of the run that made it; None where a loop of the user's own did.
-        task: of that run, as `model.task` names it.
+        hub_tag: what the hub calls the task of that run.
         command: that began it.
     """
     metrics = metrics or {}
@@ -76,7 +68,7 @@ def model_card(
         license=licence_of(facts.base),
         base_model=None if base == "unknown" else base,
         library_name="transformers",
-        pipeline_tag=None if task is None else TASK_TAGS[task],
+        pipeline_tag=hub_tag,
         datasets=[public_name(str(metrics["data"]))] if "data" in metrics else None,
         metrics=[metrics["metric"]] if "metric" in metrics else None,
         tags=["apt-lm", facts.method, *(["pruned"] if facts.counts.sparsity > 0.0 else [])],

@@ -12,6 +12,8 @@ from apt.families.layer_config import own_config
 
 IGNORED = -100  # the label of a token that no loss counts, as Hugging Face has it
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
+# The label of a token that no loss of transformers counts.
+IGNORED = -100
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from apt.runs.config import HardwareConfig, RunConfig, TrainingSettings
+from apt.runs.tasks import TASKS
 from apt.surgery.moments import OPTIMIZERS
 
 
@@ -26,8 +27,8 @@ def optimizer_class(training: TrainingSettings) -> tuple[type[torch.optim.Optimi
     return OPTIMIZERS[training.optimizer], {"lr": training.learning_rate}
 
 
-def _reporters(names: list[str]) -> list[str]:
-    """They are installed, or a ValueError says what is missing."""
+def _installed_reporters(names: list[str]) -> list[str]:
+    """The names as the Trainer wants them. Raises ValueError for one that is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -38,9 +39,11 @@ def _reporters(names: list[str]) -> list[str]:
 
 def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
     """The Trainer's arguments; `folder` gets its checkpoints."""
-    training, hardware = config.training, config.hardware
+    training = config.training
+    hardware = config.hardware
     on_cpu = choose_device(hardware).type == "cpu"
-    by_length = config.data.group_by_length and config.model.task != "language_modeling"  # blocks are of one length
+    # Blocks are of one length already.
+    by_length = config.data.group_by_length and not TASKS[config.model.task].packed
     return TrainingArguments(
         output_dir=str(folder),
         learning_rate=training.learning_rate,
@@ -60,7 +63,7 @@ def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         save_steps=training.save_steps or 1,
         save_total_limit=1,
         eval_strategy="no",
-        report_to=_reporters(training.report_to or []),
+        report_to=_installed_reporters(training.report_to or []),
         remove_unused_columns=False,
         disable_tqdm=False,
         use_cpu=on_cpu,

@@ -8,6 +8,7 @@ from torch import nn
 
 from apt.export import export_model, load_model
 from apt.files import write_json
+from apt.layers.modes import evaluating
 from apt.methods import METHODS
 from apt.runs.arguments import choose_device
 from apt.runs.config import RunConfig
@@ -15,36 +16,40 @@ from apt.runs.data import Loader
 from apt.runs.evaluation.evaluate import Evaluator, latency_ms, time_events
 from apt.runs.evaluation.language import generation_metrics
 from apt.runs.models import build_model
-from apt.runs.tasks import GENERATING, chosen_scores, metric_names
+from apt.runs.run_folder import MODEL, TIMINGS
+from apt.runs.tasks import TASKS
 from apt.surgery import patch_model, summary
 from apt.training.trainer import APTrainer
 from apt.version import versions_used
 
-TIMINGS, MODEL = "event_timing.json", "model"
+# What GLUE's page shows, where it is not accuracy.
+GLUE_METRICS = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}
 
 
-def measure(
+def measure_run(
     config: RunConfig, tokenizer: Any, data: Loader, partial: Path, trainer: APTrainer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Export the model, load it again, and measure what was loaded; writes the model and the timings of the events.
 
     Returns what config, data, seed and versions decide, and what a clock says.
     """
-    settings, device = config.evaluation, choose_device(config.hardware)
+    settings = config.evaluation
+    device = choose_device(config.hardware)
     metric = metric_names(config)[0]
-    evaluator = build_evaluator(config, tokenizer)
+    evaluator = Evaluator(tokenizer, settings)
     model = trainer.model
     assert model is not None
-    counts, distillation = summary(model), trainer.controller.distillation
-    trained = evaluator.evaluate(model, data.test, getattr(data, "validation", None))[metric]
+    counts = summary(model)
+    distillation = trainer.controller.distillation
+    trained = score_model(config, evaluator, model, data)[metric]
     export_model(model, partial / MODEL, overwrite=True)
     tokenizer.save_pretrained(partial / MODEL)
     small = load_model(partial / MODEL).to(device)
     dense = build_model(config, data.num_labels, tokenizer).to(device)
     times = _latency(config, dense, small, len(tokenizer))
-    if config.model.task in GENERATING:
+    if TASKS[config.model.task].writes:
         times |= _generation(config, dense, small, data)
-    scores = scores_of(config, evaluator, small, data)
+    scores = score_model(config, evaluator, small, data)
     if trainer.controller.events and settings.event_timing_steps:
         write_json(partial / TIMINGS, _event_timing(config, tokenizer, data, trainer, dense))
     metrics = {
@@ -73,28 +78,29 @@ def measure(
     return metrics, times
 
 
-def build_evaluator(config: RunConfig, tokenizer: Any) -> Evaluator:
-    """The evaluator of a config's task."""
-    settings = config.evaluation
-    return Evaluator(
-        tokenizer,
-        settings.inference_batch_size,
-        config.model.task,
-        max_new_tokens=config.data.max_target_length,
-        num_beams=settings.num_beams,
-        max_answer_length=settings.max_answer_length,
-        no_answer_threshold=settings.no_answer_threshold,
-    )
+def metric_names(config: RunConfig) -> list[str]:
+    """What a run is scored by, what a report shows first in front: as asked, as GLUE does it, or all of the task."""
+    if config.evaluation.metrics is not None:
+        return config.evaluation.metrics
+    names = TASKS[config.model.task].metrics
+    first = GLUE_METRICS.get(config.data.datasets.rpartition("/")[2].lower())
+    return [first, *(name for name in names if name != first)] if first in names else list(names)
 
 
-def scores_of(config: RunConfig, evaluator: Evaluator, model: nn.Module, data: Loader) -> dict[str, float]:
-    """The scores asked for, on the test split."""
-    return chosen_scores(config, evaluator.evaluate(model, data.test, getattr(data, "validation", None)))
+def score_model(config: RunConfig, evaluator: Evaluator, model: nn.Module, data: Loader) -> dict[str, float]:
+    """The scores asked for on the test split, in their order, and whatever else was counted on the way."""
+    task = TASKS[config.model.task]
+    with evaluating(model):
+        found = task.score(evaluator, model, data)
+    asked = {name: found[name] for name in metric_names(config)}
+    others = {name: value for name, value in found.items() if name not in task.metrics}
+    return asked | others
 
 
 def _goal(config: RunConfig, trainer: APTrainer) -> dict[str, Any]:
     """What was asked of pruning, and with a speed-up as the goal what the latency table says was reached."""
-    pruning, prunes = config.pruning, config.apt_config().prunes
+    pruning = config.pruning
+    prunes = config.apt_config().prunes
     if not prunes or pruning.target_speedup is None:
         return {"target_sparsity": pruning.target_sparsity if prunes else 0.0}
     events = [event for event in trainer.controller.events if event.prune is not None]

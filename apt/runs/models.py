@@ -5,21 +5,15 @@ import struct
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GgufConfig,
-)
+from transformers import AutoTokenizer, GgufConfig
 
 from apt.families.locate import GGUF, resolve_model
 from apt.runs.config import RunConfig
 from apt.runs.data import Loader
-from apt.runs.tasks import OF_TOKENS
+from apt.runs.tasks import TASKS, Task
 
 
 def build_tokenizer(config: RunConfig) -> Any:
@@ -29,7 +23,7 @@ def build_tokenizer(config: RunConfig) -> Any:
         ValueError: it cannot be loaded, or has neither token.
         ImportError: it lies in a package that is not installed.
     """
-    tokenizer = _load(AutoTokenizer, config.model.name)
+    tokenizer = _load_pretrained(AutoTokenizer, config.model.name)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"model: the tokenizer of {config.model.name} has no padding and no end-of-text token")
@@ -40,37 +34,33 @@ def build_tokenizer(config: RunConfig) -> Any:
 def build_model(
     config: RunConfig, num_labels: int | None, tokenizer: Any, label_names: list[str] | None = None
 ) -> nn.Module:
-    """The pretrained model in float32 on the CPU: a language model with its own head, else one with a new head.
-
-    A new head is drawn with `training.seed`.
+    """The pretrained model in float32 on the CPU, with the head of its task; a new one is drawn with `training.seed`.
 
     Raises:
         ValueError: the model cannot be loaded.
         ImportError: it lies in a package that is not installed.
     """
-    if config.model.task in OF_TOKENS:
-        model = _load(AutoModelForCausalLM, config.model.name, dtype=torch.float32)
-        assert isinstance(model, nn.Module)
-        return model
-    if config.model.task == "summarization":
-        model = _load(AutoModelForSeq2SeqLM, config.model.name, dtype=torch.float32)
-        assert isinstance(model, nn.Module)
-        return model
-    labels: dict[str, Any] = {"num_labels": num_labels}
-    if config.model.task == "regression":
-        labels["problem_type"] = "regression"
-    if label_names is not None and len(label_names) == num_labels:
-        labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    task = TASKS[config.model.task]
+    settings = _head_settings(task, num_labels, label_names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        asks = config.model.task == "question_answering"
-        kind, labels = (AutoModelForQuestionAnswering, {}) if asks else (AutoModelForSequenceClassification, labels)
-        model = _load(kind, config.model.name, dtype=torch.float32, **labels)
-    # A decoder reads its class at the last token that is not padding, so it has to know which one that is.
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model = _load_pretrained(getattr(transformers, task.head), config.model.name, dtype=torch.float32, **settings)
     assert isinstance(model, nn.Module)
+    loaded: Any = model.config
+    # A decoder reads its class at the last token that is not padding, so it has to know which one that is.
+    if task.new_head and loaded.pad_token_id is None:
+        loaded.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _head_settings(task: Task, num_labels: int | None, label_names: list[str] | None) -> dict[str, Any]:
+    """What the configuration of a model is told of its head."""
+    if label_names is not None and len(label_names) == num_labels:
+        numbers = {name: number for number, name in enumerate(label_names)}
+        return {**task.head_settings, "id2label": dict(enumerate(label_names)), "label2id": numbers}
+    if num_labels is not None:
+        return {**task.head_settings, "num_labels": num_labels}
+    return dict(task.head_settings)
 
 
 def check_shape(config: RunConfig, model: nn.Module) -> None:
@@ -84,14 +74,16 @@ def check_shape(config: RunConfig, model: nn.Module) -> None:
             )
 
 
-def _load(kind: Any, name: str, **settings: Any) -> Any:
-    path, broken = resolve_model(name), [OSError, SafetensorError]
+def _load_pretrained(kind: Any, name: str, **settings: Any) -> Any:
+    path = resolve_model(name)
+    broken: list[type[Exception]] = [OSError, SafetensorError]
     if path.endswith(GGUF):
         broken += [ValueError, LookupError, struct.error]
         path, _, settings["gguf_file"] = path.rpartition("/")
         if importlib.util.find_spec("gguf") is None:
             raise ImportError(f'model: reading {name} needs gguf; pip install "apt-lm[gguf]"')
-        if kind is not AutoTokenizer:  # without dequantize the model is dense and yet marked as quantized
+        # Without dequantize a model is dense and yet marked as quantized.
+        if kind is not AutoTokenizer:
             settings["quantization_config"] = GgufConfig(dequantize=True)
     try:
         return kind.from_pretrained(path or ".", **settings)
@@ -104,10 +96,9 @@ def _load(kind: Any, name: str, **settings: Any) -> Any:
 
 def check_lengths(data: Loader, model: nn.Module) -> None:
     """Raise ValueError where a row of the data has more tokens than the model has positions."""
-    most, limit = (
-        max(len(ids) for part in (data.train, data.test) for ids in part.columns["input_ids"]),
-        positions(model),
-    )
+    rows = [*data.train.columns["input_ids"], *data.test.columns["input_ids"]]
+    most = max(map(len, rows))
+    limit = positions(model)
     if limit is not None and most > limit:
         raise ValueError(
             f"data: a sequence of {most} tokens is longer than the {limit} positions of the model; set "

@@ -20,26 +20,28 @@ from apt.files import check_writable, write_json, writing
 from apt.runs.arguments import choose_device, optimizer_class, training_arguments
 from apt.runs.config import RunConfig
 from apt.runs.data import Loader
-from apt.runs.measure import MODEL, build_evaluator, measure, scores_of
+from apt.runs.evaluation.evaluate import Evaluator
+from apt.runs.measure import measure_run, score_model
 from apt.runs.models import build_model, build_tokenizer, check_lengths, check_shape
 from apt.runs.report import print_report
 from apt.runs.run_folder import (
     CHECKPOINTS,
     EFFICIENCY,
+    EVENTS,
     METRICS,
-    begin,
+    MODEL,
+    begin_folder,
     find_checkpoint,
-    give_name,
     is_done,
     is_whole,
     partial_of,
+    publish_run,
 )
-from apt.runs.tasks import load_data
+from apt.runs.tasks import TASKS, DataRequest
 from apt.surgery import patch_model, summary
 from apt.training.checkpoint import random_state_kept
 from apt.training.trainer import APTrainer
 
-EVENTS = "events.jsonl"
 ADVICE = (
     "free space there or make it writable, and go on with --resume, from the last checkpoint if there is one; or give "
     "another output_dir"
@@ -66,7 +68,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
         return _name_and_report(partial, output)
     check_writable(partial, "train")
     checkpoint = find_checkpoint(partial, config, overwrite=overwrite, resume=resume)
-    _start(config)
+    _prepare_process(config)
     tokenizer = build_tokenizer(config)
     data = load_data(config, tokenizer)
     print(f"{len(data.train):,} {data.unit} to train on, {len(data.test):,} to test on", file=sys.stderr)
@@ -75,9 +77,9 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
     check_lengths(data, model)
     with writing(partial, "train", ADVICE):
         if checkpoint is None:
-            begin(partial, config)
-        trainer, seconds = _fit(config, model, tokenizer, data, partial, checkpoint)
-        metrics, times = measure(config, tokenizer, data, partial, trainer)
+            begin_folder(partial, config)
+        trainer, seconds = _train_model(config, model, tokenizer, data, partial, checkpoint)
+        metrics, times = measure_run(config, tokenizer, data, partial, trainer)
         efficiency = {"train_seconds": seconds, **trainer.throughput(), **times}
         if checkpoint is not None:
             # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
@@ -85,8 +87,21 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
             efficiency |= {"resumed_from_step": step, "tokens_per_s_before": None, "tokens_per_s_after": None}
         _write_card(config, trainer, partial / MODEL, metrics | efficiency, command)
         write_json(partial / EFFICIENCY, efficiency)
-        write_json(partial / METRICS, metrics)  # the last of all: it marks the run as whole
+        # The last of all: it marks the run as whole.
+        write_json(partial / METRICS, metrics)
     return _name_and_report(partial, output)
+
+
+def load_data(config: RunConfig, tokenizer: Any, *, num_labels: int | None = None) -> Loader:
+    """The data of a run, as its task reads it; `num_labels` classes, or as many as `config` or the data says."""
+    asked = DataRequest(
+        data=config.data,
+        evaluation=config.evaluation,
+        tokenizer=tokenizer,
+        seed=config.training.seed,
+        num_labels=num_labels or config.model.num_labels,
+    )
+    return TASKS[config.model.task].load(asked)
 
 
 def _write_card(
@@ -97,17 +112,18 @@ def _write_card(
     assert model is not None
     stock = bool(json.loads((folder / CARD).read_text(encoding="utf-8"))["stock"])
     facts = CardFacts(config.model.name, type(model).__name__, config.model.method, stock, summary(model))
-    (folder / README).write_text(model_card(facts, metrics, config.model.task, command), encoding="utf-8")
+    card = model_card(facts, metrics, TASKS[config.model.task].hub_tag, command)
+    (folder / README).write_text(card, encoding="utf-8")
 
 
 def _name_and_report(partial: Path, output: Path) -> Path:
-    give_name(partial, output)
+    publish_run(partial, output)
     print_report(output)
     print(f"apt: python -m apt report {output} draws a page of this run", file=sys.stderr)
     return output
 
 
-def _start(config: RunConfig) -> None:
+def _prepare_process(config: RunConfig) -> None:
     """Seeds, threads, and quiet libraries; this is the process of a command, so it may set them."""
     if config.hardware.num_threads is not None:
         torch.set_num_threads(config.hardware.num_threads)
@@ -120,7 +136,8 @@ def _start(config: RunConfig) -> None:
     hub_logging.set_verbosity_error()
 
 
-SHOWN: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # on the progress bar, beside what remains of the time
+# On the progress bar, beside what remains of the time: what is logged, its name there, how it is written.
+SHOWN: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     *((name, name, lambda value: f"{float(value):.3f}") for name in ("loss", "task_loss", "distill_loss", "mu")),
     ("sparsity", "sparsity", "{:.1%}".format),
     ("adapter_params", "budget", "{:,} parameters".format),
@@ -154,7 +171,7 @@ class _Curve(TrainerCallback):
             self.trainer.log_aside({f"eval_{name}": value for name, value in scores.items()})
 
 
-def _fit(
+def _train_model(
     config: RunConfig,
     model: nn.Module,
     tokenizer: Any,
@@ -177,9 +194,11 @@ def _fit(
     bar = _Bar()
     trainer.add_callback(bar)
     if config.evaluation.score_steps:
-        evaluator, steps = build_evaluator(config, tokenizer), config.evaluation.score_steps
-        trainer.add_callback(_Curve(trainer, steps, lambda model: scores_of(config, evaluator, model, data)))
-    for callback in trainer.callback_handler.callbacks:  # by default TensorBoard's files would go with the checkpoints
+        evaluator = Evaluator(tokenizer, config.evaluation)
+        steps = config.evaluation.score_steps
+        trainer.add_callback(_Curve(trainer, steps, lambda model: score_model(config, evaluator, model, data)))
+    # By default TensorBoard's files would go with the checkpoints.
+    for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = callback.logging_dir or str(partial / "tensorboard")
     started = time.perf_counter()
@@ -197,15 +216,14 @@ def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: the folder is no export, or the data does not fit it.
     """
-    _start(config)
+    _prepare_process(config)
     model = load_model(folder).to(choose_device(config.hardware))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     hf_config: Any = model.config
     data = load_data(config, tokenizer, num_labels=hf_config.num_labels)
-    evaluator = build_evaluator(config, tokenizer)
     check_lengths(data, model)
     return {
-        **scores_of(config, evaluator, model, data),
+        **score_model(config, Evaluator(tokenizer, config.evaluation), model, data),
         "test_size": len(data.test),
         "folder": str(folder),
         "data": config.data.datasets,

@@ -7,7 +7,13 @@ from pathlib import Path
 from apt import files
 from apt.runs.config import RunConfig, load_config
 
-CONFIG, METRICS, EFFICIENCY, CHECKPOINTS = "config.yaml", "metrics.json", "efficiency.json", "checkpoints"
+CONFIG = "config.yaml"
+METRICS = "metrics.json"
+EFFICIENCY = "efficiency.json"
+EVENTS = "events.jsonl"
+TIMINGS = "event_timing.json"
+MODEL = "model"
+CHECKPOINTS = "checkpoints"
 SHAPES_A_RUN = ("model", "data", "training", "pruning", "adapter", "prompt", "tuning", "distillation")  # of the config
 FREE_ON_RESUME = ("training.save_steps", "training.logging_steps", "training.report_to", "data.cache")
 
@@ -71,14 +77,14 @@ def find_checkpoint(partial: Path, config: RunConfig, *, overwrite: bool, resume
     return None
 
 
-def begin(partial: Path, config: RunConfig) -> None:
+def begin_folder(partial: Path, config: RunConfig) -> None:
     """An empty folder with the settings in it; what was there is gone."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
 
 
-def give_name(partial: Path, output: Path) -> None:
+def publish_run(partial: Path, output: Path) -> None:
     """Rename a complete run; an older one of the name is moved aside first and removed last."""
     shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     if output.exists() and not (output / METRICS).exists():
@@ -106,7 +112,8 @@ def _difference(path: Path, config: RunConfig, which: str) -> str | None:
     except ValueError as error:
         return f"{path.name} cannot be read: {error}"
     for section in SHAPES_A_RUN:
-        ours, theirs = vars(getattr(config, section)), vars(getattr(before, section))
+        ours = vars(getattr(config, section))
+        theirs = vars(getattr(before, section))
         for key in ours:
             if ours[key] != theirs[key] and f"{section}.{key}" not in FREE_ON_RESUME:
                 return f"{section}.{key} is {ours[key]!r}, but {which} has {theirs[key]!r}"

@@ -32,7 +32,7 @@ from tiny_tasks import word_tokenizer
 from torch.utils.data import DataLoader
 
 import apt
-from apt.cli import _config, _parser, main
+from apt.cli import main, parse_arguments, read_config
 from apt.runs.config import SECTIONS, load_config
 from apt.runs.experiment import cells, load_grid
 
@@ -173,11 +173,9 @@ def check_command(line: str) -> None:
     while re.fullmatch(r"\w+=\S*", words[0]):  # environment
         words = words[1:]
     if words[0] == "apt-lm" or words[1:3] == ["-m", "apt"]:
-        arguments, rest = _parser().parse_known_args(words[1:] if words[0] == "apt-lm" else words[3:])
-        assert hasattr(arguments, "overrides") or not rest, f"{line}: {rest}"
-        assert not any(word.startswith("-") for word in rest), f"{line}: {rest}"
+        arguments = parse_arguments(words[1:] if words[0] == "apt-lm" else words[3:])
         if hasattr(arguments, "overrides"):
-            _config(arguments, rest)
+            read_config(arguments)
         if hasattr(arguments, "grid"):
             assert cells(load_grid(arguments.grid)), line
         for value in vars(arguments).values():

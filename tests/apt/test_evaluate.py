@@ -15,9 +15,10 @@ from torch import nn
 
 import apt
 from apt.records import Event, PrunePlan, RankPlan
-from apt.runs.config import DataConfig
+from apt.runs.config import DataConfig, EvaluationConfig
 from apt.runs.data import DatasetLoader
 from apt.runs.evaluation.evaluate import Evaluator, latency_ms, live_bytes, saved_bytes, time_events
+from apt.runs.tasks import TASKS
 from apt.surgery.prune import apply_prune_plan
 
 
@@ -44,7 +45,7 @@ def data(tmp_path: Path, tokenizer: Any) -> DatasetLoader:
 def test_predictions_come_in_the_order_of_the_data(tokenizer: Any, data: DatasetLoader) -> None:
     model = tiny_bert().train()
     model.bert.eval()
-    logits, labels = Evaluator(tokenizer, batch_size=4).predict(model, data.test)
+    logits, labels = Evaluator(tokenizer, EvaluationConfig(inference_batch_size=4)).predict(model, data.test)
     assert labels.tolist() == data.test.columns["labels"]
     assert model.training  # every module has the mode it had
     assert not model.bert.training
@@ -70,9 +71,9 @@ def test_encoder_decoders_are_timed(kind: str, end: int | None) -> None:
 
 
 def test_evaluate_gives_the_metrics(tokenizer: Any, data: DatasetLoader) -> None:
-    model, evaluator = tiny_bert(), Evaluator(tokenizer, batch_size=8)
+    model, evaluator = tiny_bert(), Evaluator(tokenizer, EvaluationConfig(inference_batch_size=8))
     logits, labels = evaluator.predict(model, data.test)
-    scores = evaluator.evaluate(model, data.test)
+    scores = TASKS["classification"].score(evaluator, model, data)
     assert scores["accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import apt
 from apt.files import partial_of, replaced_of, write_file_aside, write_folder_aside
-from apt.runs.run_folder import METRICS, give_name
+from apt.runs.run_folder import METRICS, publish_run
 
 
 class Killed(BaseException):
@@ -166,8 +166,8 @@ def test_a_run_takes_the_place_of_a_run_only(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / name).write_text("{}")
     with pytest.raises(OSError, match="not empty"):
-        give_name(partial, output)
+        publish_run(partial, output)
     assert (partial / METRICS).exists()
     (output / "thesis.txt").rename(output / METRICS)
-    give_name(partial, output)
+    publish_run(partial, output)
     assert list(tmp_path.iterdir()) == [output]

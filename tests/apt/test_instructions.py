@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from tiny_tasks import DATA, END, END_OF_TURN, rows_of, tiny_decoder, word_tokenizer
 
+from apt.families import IGNORED
 from apt.runs.config import DataConfig
-from apt.runs.data import NOT_A_TARGET, Examples, InstructionLoader
+from apt.runs.data import Examples, InstructionLoader
 from apt.runs.evaluation.language import perplexity
 
 SAMPLE = "instructions.jsonl"
@@ -27,7 +28,7 @@ def halves(tokenizer: Any, data: Examples) -> dict[str, str]:
     """What is given and what is learnt of each row, as text."""
     found = {}
     for row in (data[i] for i in range(len(data))):
-        learnt = [target != NOT_A_TARGET for target in row["labels"]]
+        learnt = [target != IGNORED for target in row["labels"]]
         start = learnt.index(True)
         assert all(learnt[start:])
         assert row["labels"][start:] == row["input_ids"][start:]
@@ -67,7 +68,7 @@ def test_a_chat_template_where_there_is_one() -> None:
 def test_long_rows_are_cut_or_left_out() -> None:
     tokenizer = word_tokenizer()
     whole = load(tokenizer, max_length=128)
-    lengths = [(row["labels"].count(NOT_A_TARGET), len(row["labels"])) for row in (whole.train[i] for i in range(16))]
+    lengths = [(row["labels"].count(IGNORED), len(row["labels"])) for row in (whole.train[i] for i in range(16))]
     longest = sorted(asked for asked, _ in lengths)[8]
     with pytest.warns(UserWarning, match=r"of 16 rows of .*instructions.jsonl are left out"):
         data = load(tokenizer, max_length=longest)
@@ -120,7 +121,7 @@ def test_perplexity_is_that_of_the_responses() -> None:
     total, count = 0.0, 0
     for i in range(len(data.test)):
         row = {name: torch.tensor([values]) for name, values in data.test[i].items()}
-        size = int((row["labels"] != NOT_A_TARGET).sum())
+        size = int((row["labels"] != IGNORED).sum())
         total, count = total + model(**row).loss.item() * size, count + size
     scores = perplexity(model, data.test, 3)
     assert scores["test_tokens"] == count

@@ -10,8 +10,9 @@ import torch
 from tiny_run import write_csv
 from tiny_text import END, documents, text_tokenizer, tiny_llama, write_gguf, write_llama
 
+from apt.families import IGNORED
 from apt.runs.config import DataConfig, ModelConfig, RunConfig
-from apt.runs.data import NOT_A_TARGET, Examples, TextLoader, collate_blocks
+from apt.runs.data import Examples, TextLoader, collate_blocks
 from apt.runs.data.sources import read_tables
 from apt.runs.evaluation.language import generation_metrics, generation_rates, greedy, perplexity
 from apt.runs.models import build_model, build_tokenizer
@@ -111,7 +112,7 @@ def test_blocks_are_padded_only_where_they_must_be() -> None:
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
     batch = collate_blocks(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch["labels"].tolist() == [[5, 6, 7], [8, 9, NOT_A_TARGET]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, 9, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert set(collate_blocks(rows[:1])) == {"input_ids", "labels"}
 

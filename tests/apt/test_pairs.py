@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_tasks import DATA, END, rows_of, tiny_encoder_decoder, word_tokenizer
 
+from apt.families import IGNORED
 from apt.runs.config import DataConfig
-from apt.runs.data import NOT_A_TARGET, PairLoader
+from apt.runs.data import PairLoader
 from apt.runs.evaluation.language import generate
 
 SAMPLE = "summaries.jsonl"
@@ -37,7 +38,7 @@ def test_both_sides_become_tokens(tokenizer: Any) -> None:
     batch = data.collator([data.train[0], data.train[1]])
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     sizes = [len(data.train[i]["labels"]) for i in (0, 1)]
-    assert batch["labels"].ne(NOT_A_TARGET).sum(1).tolist() == sizes
+    assert batch["labels"].ne(IGNORED).sum(1).tolist() == sizes
 
 
 def test_both_sides_are_cut(tokenizer: Any) -> None:

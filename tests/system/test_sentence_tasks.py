@@ -8,7 +8,7 @@ from tiny_run import metrics_of, sentences, write_config, write_csv
 
 from apt.cli import main
 from apt.runs.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
-from apt.runs.tasks import metric_names
+from apt.runs.measure import metric_names
 
 
 def similarities(count: int) -> list[tuple[str, ...]]:

@@ -1,21 +1,14 @@
 """RunConfig: the settings of a whole run. YAML and ``key=value`` in, YAML out."""
 
 from apt.runs.config.load import KEYS, SECTIONS, SHORTHANDS, load_config, read_table
-from apt.runs.config.settings import (
-    TASKS,
-    DataConfig,
-    EvaluationConfig,
-    HardwareConfig,
-    ModelConfig,
-    RunConfig,
-    TrainingSettings,
-)
+from apt.runs.config.settings import HardwareConfig, ModelConfig, RunConfig, TrainingSettings
+from apt.runs.data import DataConfig
+from apt.runs.evaluation import EvaluationConfig
 
 __all__ = [
     "KEYS",
     "SECTIONS",
     "SHORTHANDS",
-    "TASKS",
     "DataConfig",
     "EvaluationConfig",
     "HardwareConfig",

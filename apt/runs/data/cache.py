@@ -6,18 +6,17 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
-import transformers
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from apt.files import write_file_aside
-from apt.runs.config import DataConfig
+from apt.runs.data.config import DataConfig
 
 Columns = dict[str, list[Any]]  # each row a whole number, or a list of them
 Make = Callable[[], Columns]
@@ -65,7 +64,7 @@ def _digest(tokenizer: Any, asks: dict[str, Any], columns: list[list[str]]) -> s
     backend |= {"truncation": None, "padding": None}  # of its last call
     parts = {
         "code": _code(),
-        "versions": [tokenizers.__version__, transformers.__version__],
+        "versions": [version("tokenizers"), version("transformers")],
         "tokenizer": [type(tokenizer).__name__, backend, _plain(tokenizer)],
         "asks": asks,
         "rows": [len(column) for column in columns],
@@ -86,7 +85,7 @@ def _plain(tokenizer: Any) -> list[Any]:
 
 @cache
 def _code() -> str:
-    """Of the source of this room: an entry of another version of it counts for nothing."""
+    """The hash of the source of this room: an entry of another version of it counts for nothing."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 

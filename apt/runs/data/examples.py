@@ -18,3 +18,25 @@ class Examples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: values[index] for name, values in self.columns.items()}
+
+
+class Loader:
+    """The data of a run, read and tokenised.
+
+    Attributes:
+        unit: what a row is called.
+        length_setting: the setting that limits the tokens of a row.
+        num_labels: outputs of a new head; None where the data does not say how many.
+        label_names: of the classes, by number; None where they have none.
+        train: rows to train on.
+        test: rows held out.
+        collator: makes a batch of rows, padded.
+    """
+
+    unit: str
+    length_setting = "data.max_length"
+    num_labels: int | None = None
+    label_names: list[str] | None = None
+    train: Examples
+    test: Examples
+    collator: Any

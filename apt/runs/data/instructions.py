@@ -3,12 +3,13 @@
 import warnings
 from typing import Any
 
-from apt.runs.config import DataConfig
+from apt.families import IGNORED
 from apt.runs.data.cache import Columns, kept
-from apt.runs.data.examples import Examples
+from apt.runs.data.config import DataConfig
+from apt.runs.data.examples import Examples, Loader
 from apt.runs.data.rows import chosen_rows, optional_text, role_columns, sample, split, unseen
 from apt.runs.data.sources import Table, read_tables
-from apt.runs.data.text import NOT_A_TARGET, collate_blocks
+from apt.runs.data.text import collate_blocks
 
 INSTRUCTIONS = ("instruction", "prompt", "question")
 INPUTS = ("input", "context")
@@ -25,7 +26,7 @@ WITHOUT_INPUT = (
 )
 
 
-class InstructionLoader:
+class InstructionLoader(Loader):
     """Reads instructions and responses; the tokens of an instruction are no target of the loss.
 
     A row is the instruction in the tokenizer's chat template, or in Alpaca's words where it has none, and the response
@@ -46,9 +47,6 @@ class InstructionLoader:
     """
 
     unit = "responses"
-    length_setting = "data.max_length"
-    num_labels = None
-    label_names = None
 
     def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0) -> None:
         if tokenizer.eos_token_id is None:
@@ -84,7 +82,8 @@ class InstructionLoader:
         return prompt, whole[len(prompt) :].rstrip("\n")
 
     def _tokenise(self, table: Table) -> Examples:
-        longest, texts = self.config.max_length, [table.columns["prompt"], table.columns["response"]]
+        longest = self.config.max_length
+        texts = [table.columns["prompt"], table.columns["response"]]
         asks = {"loader": "instructions", "max_length": longest, "end": self.tokenizer.eos_token_id}
         tokens = kept(self.config, self.tokenizer, asks, texts, lambda: self._tokens(table))
         if not tokens["input_ids"]:
@@ -100,12 +99,11 @@ class InstructionLoader:
         return Examples(tokens)
 
     def _tokens(self, table: Table) -> Columns:
-        end, templated, longest = (
-            self.tokenizer.eos_token_id,
-            bool(self.tokenizer.chat_template),
-            self.config.max_length,
-        )
-        rows, targets = [], []
+        end = self.tokenizer.eos_token_id
+        longest = self.config.max_length
+        templated = bool(self.tokenizer.chat_template)
+        rows: list[list[int]] = []
+        targets: list[list[int]] = []
         for prompt, response in zip(table.columns["prompt"], table.columns["response"], strict=True):
             # A template writes the special tokens itself.
             asked = self.tokenizer(prompt, add_special_tokens=not templated, verbose=False)["input_ids"]
@@ -116,7 +114,8 @@ class InstructionLoader:
                 continue
             ids = [*asked, *said][:longest]
             rows.append(ids)
-            targets.append([*[NOT_A_TARGET] * len(asked), *ids[len(asked) :]])
+            learnt = ids[len(asked) :]
+            targets.append([IGNORED] * len(asked) + learnt)
         return {"input_ids": rows, "labels": targets}
 
     @property

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from apt.runs.config import DataConfig
+from apt.families import IGNORED
 from apt.runs.data.cache import Columns, kept
-from apt.runs.data.examples import TOKENIZER_BATCH, Examples
+from apt.runs.data.config import DataConfig
+from apt.runs.data.examples import TOKENIZER_BATCH, Examples, Loader
 from apt.runs.data.rows import chosen_rows, role_columns, sample, split, unseen
 from apt.runs.data.sources import Table, read_tables
-from apt.runs.data.text import NOT_A_TARGET
 
 SOURCES = ("article", "document", "source", "dialogue", "text")
 TARGETS = ("highlights", "summary", "target", "abstract")
@@ -21,7 +21,7 @@ class TextPairs(Examples):
         self.references = references
 
 
-class PairLoader:
+class PairLoader(Loader):
     """Reads sources and targets. A source that is held out is never trained on.
 
     Args:
@@ -39,9 +39,8 @@ class PairLoader:
     """
 
     unit = "texts"
-    length_setting = "data.max_length"
-    num_labels = None
-    label_names = None
+    train: TextPairs
+    test: TextPairs
 
     def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0) -> None:
         from transformers import DataCollatorForSeq2Seq
@@ -54,7 +53,7 @@ class PairLoader:
         train = unseen(train, train.columns["source"], test.columns["source"])
         self.train = self._tokenise(sample(train, config.max_train_samples, seed))
         self.test = self._tokenise(sample(test, config.max_test_samples, config.split_seed))
-        self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_A_TARGET)
+        self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
     def _pairs(self, table: Table) -> Table:
         names, target = role_columns(table, self.config, (SOURCES,), TARGETS)
@@ -64,7 +63,8 @@ class PairLoader:
         return Table(table.source, {"source": table.columns[names[0]], "target": table.columns[target]}, table.lines)
 
     def _tokenise(self, table: Table) -> TextPairs:
-        config, texts = self.config, [table.columns["source"], table.columns["target"]]
+        config = self.config
+        texts = [table.columns["source"], table.columns["target"]]
         lengths = {"max_length": config.max_length, "max_target_length": config.max_target_length}
         asks = {"loader": "pairs", "prefix": config.source_prefix, "end": self.tokenizer.eos_token_id, **lengths}
         tokens = kept(config, self.tokenizer, asks, texts, lambda: self._tokens(table))

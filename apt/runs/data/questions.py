@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from apt.runs.config import DataConfig
 from apt.runs.data.cache import Columns, kept
-from apt.runs.data.examples import Examples
+from apt.runs.data.config import DataConfig
+from apt.runs.data.examples import Examples, Loader
 from apt.runs.data.rows import chosen_rows, permutation, role_columns, sample, split, unseen
 from apt.runs.data.sources import Table, read_tables
 
@@ -40,7 +40,7 @@ class Questions(Examples):
         self.questions, self.windows = questions, windows
 
 
-class QuestionLoader:
+class QuestionLoader(Loader):
     """Reads questions, contexts and answers. A question that is held out is never trained on.
 
     A long context is read in windows of `config.max_length` tokens, question included; two that follow each other share
@@ -62,9 +62,8 @@ class QuestionLoader:
     """
 
     unit = "windows"
-    length_setting = "data.max_length"
-    num_labels = None
-    label_names = None
+    train: Questions
+    test: Questions
 
     def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0, *, hold_out: bool = True) -> None:
         from transformers import DataCollatorWithPadding
@@ -105,9 +104,8 @@ class QuestionLoader:
         stride = longest // 3 if self.config.doc_stride is None else self.config.doc_stride
         questions, contexts, answers = (table.columns[name] for name in ("question", "context", "answers"))
         asks = {"loader": "questions", "max_length": longest, "doc_stride": stride, "answers": answers}
-        columns = kept(
-            self.config, self.tokenizer, asks, [questions, contexts], lambda: self._tokens(table, longest, stride)
-        )
+        texts = [questions, contexts]
+        columns = kept(self.config, self.tokenizer, asks, texts, lambda: self._tokens(table, longest, stride))
         told = [columns.pop(name) for name in WINDOW]
         windows = [Window(*row) for row in zip(told[0], map(_spans, told[1]), told[2], strict=True)]
         pairs = zip(contexts, answers, strict=True)
@@ -116,10 +114,9 @@ class QuestionLoader:
     def _tokens(self, table: Table, longest: int, stride: int) -> Columns:
         """What a model is given, and the fields of each `Window`, as numbers: the characters -1, -1 for None."""
         columns: Columns = {}
-        rows = enumerate(
-            zip(table.lines, *(table.columns[name] for name in ("question", "context", "answers")), strict=True)
-        )
-        for number, (line, question, context, answers) in rows:
+        told = [table.columns[name] for name in ("question", "context", "answers")]
+        rows = zip(table.lines, *told, strict=True)
+        for number, (line, question, context, answers) in enumerate(rows):
             # A question may begin with blanks by which it alone would fill a window.
             used = len(self.tokenizer(question.strip(), add_special_tokens=False, verbose=False)["input_ids"])
             room = longest - used - self.tokenizer.num_special_tokens_to_add(pair=True)

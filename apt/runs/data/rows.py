@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable
 
 import numpy as np
 
-from apt.runs.config import DataConfig
+from apt.runs.data.config import DataConfig
 from apt.runs.data.sources import Table
 
 GLUE_COLUMNS = {
@@ -25,7 +25,8 @@ TEXT_COLUMNS = ("text", "sentence", "review", "content", "document")
 
 def split(tables: dict[str, Table], config: DataConfig) -> tuple[Table, Table]:
     """The rows to train on and those held out: the test split of the source, or `config.test_size` rows of its own."""
-    train, size = tables["train"], config.test_size
+    train = tables["train"]
+    size = config.test_size
     if "test" in tables:
         if size is not None:
             warnings.warn(f"data: {train.source} has a test split of its own; test_size is ignored", stacklevel=3)

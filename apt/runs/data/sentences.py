@@ -3,15 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from apt.runs.config import DataConfig
 from apt.runs.data.cache import Columns, kept
-from apt.runs.data.examples import TOKENIZER_BATCH, Examples
+from apt.runs.data.config import DataConfig
+from apt.runs.data.examples import TOKENIZER_BATCH, Examples, Loader
 from apt.runs.data.labels import Labels, numbers
 from apt.runs.data.rows import chosen_rows, sample, split, text_columns
 from apt.runs.data.sources import Table, read_tables
 
 
-class DatasetLoader:
+class DatasetLoader(Loader):
     """Reads, checks, splits and tokenises a data set.
 
     Args:
@@ -32,7 +32,6 @@ class DatasetLoader:
     """
 
     unit = "sentences"
-    length_setting = "data.max_length"
 
     def __init__(
         self,
@@ -49,12 +48,13 @@ class DatasetLoader:
         tables = read_tables(config.datasets)
         columns = {name: text_columns(table, config) for name, table in tables.items()}
         tables = {name: chosen_rows(table, config, columns[name]) for name, table in tables.items()}
-        self.label_names: list[str] | None = None
         self.num_labels = 1
         self._labels_of: Callable[[Table], Sequence[float]] = lambda table: numbers(table, config.label_column)
         if not regression:
             labels = Labels(tables["train"], config.label_column, num_labels)
-            self.num_labels, self.label_names, self._labels_of = labels.num_labels, labels.names, labels.of
+            self.num_labels = labels.num_labels
+            self.label_names = labels.names
+            self._labels_of = labels.of
         train, test = split(tables, config)
         train = sample(train, config.max_train_samples, seed)
         test = sample(test, config.max_test_samples, config.split_seed)
@@ -63,7 +63,8 @@ class DatasetLoader:
         self.collator = DataCollatorWithPadding(tokenizer)
 
     def _tokenise(self, table: Table, columns: list[str], tokenizer: Any) -> Examples:
-        labels, texts = list(self._labels_of(table)), [table.columns[name] for name in columns]
+        labels = list(self._labels_of(table))
+        texts = [table.columns[name] for name in columns]
 
         def make() -> Columns:
             tokens: Columns = {}

@@ -6,16 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.runs.config import DataConfig
+from apt.families import IGNORED
 from apt.runs.data.cache import Columns, kept
-from apt.runs.data.examples import TOKENIZER_BATCH, Examples
+from apt.runs.data.config import DataConfig
+from apt.runs.data.examples import TOKENIZER_BATCH, Examples, Loader
 from apt.runs.data.rows import chosen_rows, sample, split, text_columns, unseen
 from apt.runs.data.sources import Table, read_tables
 
-NOT_A_TARGET = -100  # label of a position that no loss counts
 
-
-class TextLoader:
+class TextLoader(Loader):
     """Reads documents, holds some out as wholes, and packs the tokens of each part into blocks.
 
     The documents of a part stand one after the other, each ended by the end-of-text token, and are cut every
@@ -39,8 +38,6 @@ class TextLoader:
 
     unit = "blocks"
     length_setting = "data.block_length"
-    num_labels = None
-    label_names = None
 
     def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0) -> None:
         if tokenizer.eos_token_id is None:
@@ -50,13 +47,14 @@ class TextLoader:
         columns = {name: _text_column(table, config) for name, table in tables.items()}
         tables = {name: chosen_rows(table, config, [columns[name]]) for name, table in tables.items()}
         train, test = split(tables, config)
-        texts, tested = train.columns[columns["train"]], test.columns[columns.get("test", columns["train"])]
-        train = unseen(train, texts, tested)
+        of_train = columns["train"]
+        of_test = columns.get("test", of_train)
+        train = unseen(train, train.columns[of_train], test.columns[of_test])
         train = sample(train, config.max_train_samples, seed)
         test = sample(test, config.max_test_samples, config.split_seed)
         self.train_documents, self.test_documents = len(train), len(test)
-        self.train = self._pack(train, columns["train"], tokenizer)
-        self.test = self._pack(test, columns.get("test", columns["train"]), tokenizer, held_out=True)
+        self.train = self._pack(train, of_train, tokenizer)
+        self.test = self._pack(test, of_test, tokenizer, held_out=True)
         self.collator = collate_blocks
         if not len(self.train):
             raise ValueError(
@@ -65,7 +63,8 @@ class TextLoader:
             )
 
     def _pack(self, table: Table, column: str, tokenizer: Any, *, held_out: bool = False) -> Examples:
-        end, texts = tokenizer.eos_token_id, table.columns[column]
+        end = tokenizer.eos_token_id
+        texts = table.columns[column]
 
         def make() -> Columns:
             made: list[int] = []
@@ -90,7 +89,8 @@ def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """
     lengths = [len(row["input_ids"]) for row in rows]
     ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    labels, mask = torch.full_like(ids, NOT_A_TARGET), torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    mask = torch.zeros_like(ids)
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         ids[i, :length] = torch.tensor(row["input_ids"])
         labels[i, :length] = torch.tensor(row["labels"])

@@ -14,18 +14,10 @@ from apt.layers import adapted
 from apt.pruning.ranks import adapter_sizes, total_params
 from apt.pruning.units import unit_masks
 from apt.runs.config import RunConfig
+from apt.runs.tasks import TASKS
 from apt.surgery import patch_model, patch_state
 from apt.surgery.moments import OPTIMIZERS
 from apt.training.controller import Controller
-
-HEADS = {  # task -> the class of transformers that has its head
-    "classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "language_modeling": "AutoModelForCausalLM",
-    "instruction_following": "AutoModelForCausalLM",
-    "summarization": "AutoModelForSeq2SeqLM",
-    "question_answering": "AutoModelForQuestionAnswering",
-}
 
 
 @dataclass(frozen=True)
@@ -62,14 +54,17 @@ class DryRun:
             f"{self.block_params:,} of them in blocks",
             f"method       {self.method}: {self.adapters} adapters of {self.adapter_params:,} parameters, "
             f"{self.trainable_params:,} train",
-            *(f"{kind + ' ':<12} {_counts(counts)}" for kind, counts in self.units.items()),
+            *(f"{kind + ' ':<12} {_written_counts(counts)}" for kind, counts in self.units.items()),
             f"steps        {self.total_steps:,}",
         ]
         if self.distilled_steps is not None:
             rows.append(f"teacher      from step {self.distilled_steps[0]:,} to step {self.distilled_steps[1]:,}")
         for event in self.events:
-            asked = "" if event.sparsity is None else f"sparsity {event.sparsity:6.1%}"
-            asked = asked if event.speedup is None else f"speed-up {event.speedup:6.2f}"
+            asked = ""
+            if event.sparsity is not None:
+                asked = f"sparsity {event.sparsity:6.1%}"
+            if event.speedup is not None:
+                asked = f"speed-up {event.speedup:6.2f}"
             ranks = "" if event.rank_budget is None else f"at most {event.rank_budget:,} adapter parameters"
             rows.append(f"event        after step {event.step:>7,}  {asked:<16}  {ranks}".rstrip())
         if self.target_params is not None:
@@ -77,7 +72,7 @@ class DryRun:
         return "\n".join(rows)
 
 
-def _counts(counts: list[int]) -> str:
+def _written_counts(counts: list[int]) -> str:
     same = len(set(counts)) == 1
     return f"{len(counts)} x {counts[0]}" if same else " ".join(map(str, counts))
 
@@ -90,7 +85,8 @@ def stock_config(config: RunConfig) -> Any:
     """
     shape = dict(config.model.shape or {})
     if not shape:
-        path, _, file = (name := resolve_model(config.model.name)).rpartition("/")
+        name = resolve_model(config.model.name)
+        path, _, file = name.rpartition("/")
         try:
             if name.endswith(GGUF):
                 return AutoConfig.from_pretrained(path or ".", gguf_file=file)
@@ -113,13 +109,13 @@ def build_on_meta(config: RunConfig, device: str = "meta") -> nn.Module:
 
     Under a FakeTensorMode another device can be named, whose operators are then those that are planned with.
     """
-    hf_config, labels = stock_config(config), config.model.num_labels
-    if config.model.task == "regression":
-        labels = 1
-    if labels is not None:
-        hf_config.num_labels = labels
+    task = TASKS[config.model.task]
+    hf_config = stock_config(config)
+    hf_config.update(task.head_settings)
+    if config.model.num_labels is not None:
+        hf_config.num_labels = config.model.num_labels
     with torch.device(device):
-        model = getattr(transformers, HEADS[config.model.task]).from_config(hf_config)
+        model = getattr(transformers, task.head).from_config(hf_config)
     assert isinstance(model, nn.Module)
     return model
 
@@ -130,7 +126,8 @@ def total_steps(config: RunConfig) -> int:
     Raises:
         ValueError: neither max_steps nor the number of examples is known.
     """
-    training, size = config.training, config.data.train_size
+    training = config.training
+    size = config.data.train_size
     if training.max_steps > 0:
         return training.max_steps
     if size is None:
@@ -152,38 +149,41 @@ def dry_run(config: RunConfig) -> DryRun:
         ValueError: what the run itself would say: an unknown family, a target that matches no linear, a schedule that
             does not fit the steps, a sparsity that the floors exclude, ...
     """
-    steps, model = total_steps(config), build_on_meta(config)
+    steps = total_steps(config)
+    model = build_on_meta(config)
     params = sum(p.numel() for p in model.parameters())
     settings = config.apt_config()
     # A decomposition on the meta device has no numbers that could be kept.
     patch_model(model, replace(settings, adapter=replace(settings.adapter, svd_cache=None)))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[config.training.optimizer](trained, lr=config.training.learning_rate)
-    controller = Controller(model, optimizer, steps, held_out=lambda _: 0.0)  # a run holds some data out itself
-    state, modules = patch_state(model), [module for _, module in adapted(model) if module.rank]
+    # A run holds some data out itself.
+    controller = Controller(model, optimizer, steps, held_out=lambda _: 0.0)
+    modules = [module for _, module in adapted(model) if module.rank]
     distillation = controller.distillation
-    target = None if settings.pruning.target_speedup is not None else settings.pruning.target_sparsity
-    if not settings.prunes:
-        target = 0.0
+    block_params = patch_state(model).block_params
+    target = settings.pruning.target_sparsity if settings.prunes else 0.0
+    by_speed = settings.prunes and settings.pruning.target_speedup is not None
     return DryRun(
         model=config.model.name,
         model_type=str(getattr(model.config, "model_type", "")),
         method=config.model.method,
         total_steps=steps,
-        events=_events(controller) if settings.prunes else (),
+        events=_planned_events(controller) if settings.prunes else (),
         distilled_steps=None if distillation is None else (distillation.first, distillation.end),
         params=params,
-        block_params=state.block_params,
-        target_params=None if target is None else params - int(target * state.block_params),
+        block_params=block_params,
+        target_params=None if by_speed else params - int(target * block_params),
         adapters=len(modules),
         adapter_params=sum(p.numel() for module in modules for p in module.adapter_parameters()),
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        units=_units(model, controller) if settings.prunes else {},
+        units=_units_of_parts(model, controller) if settings.prunes else {},
     )
 
 
-def _events(controller: Controller) -> tuple[PlannedEvent, ...]:
-    timeline, config = controller.timeline, controller.config
+def _planned_events(controller: Controller) -> tuple[PlannedEvent, ...]:
+    timeline = controller.timeline
+    config = controller.config
     start = total_params(adapter_sizes(controller.model, {}))
     params = patch_state(controller.model).params_before
     found = []
@@ -198,7 +198,7 @@ def _events(controller: Controller) -> tuple[PlannedEvent, ...]:
     return tuple(found)
 
 
-def _units(model: nn.Module, controller: Controller) -> dict[str, list[int]]:
+def _units_of_parts(model: nn.Module, controller: Controller) -> dict[str, list[int]]:
     anatomy = patch_state(model).anatomy
     assert anatomy is not None
     found: dict[str, list[int]] = {}

@@ -103,7 +103,8 @@ def estimate(config: RunConfig, *, baseline: bool = True) -> Estimate:
     Raises:
         ValueError: what `dry_run` says, or the model computes by the values of its input.
     """
-    plan, on_cpu = dry_run(config), choose_device(config.hardware).type == "cpu"
+    plan = dry_run(config)
+    on_cpu = choose_device(config.hardware).type == "cpu"
     try:
         with FakeTensorMode(), torch.random.fork_rng(devices=[]):
             predicted = _predict(config, plan)
@@ -117,41 +118,44 @@ def estimate(config: RunConfig, *, baseline: bool = True) -> Estimate:
 def _predict(config: RunConfig, plan: DryRun) -> dict[str, Any]:
     """All that follows from shapes."""
     settings = config.apt_config()
-    run = Simulation(config, settings, plan)
-    phases = {"before pruning": run.step()}
-    dense, batch = phases["before pruning"].flops, run.batch
     savings = [(event.step, saving) for event in plan.events if (saving := _saving(event)) is not None]
+    start = Simulation(config, settings, plan)
+    first = start.step()
+    phases = {"before pruning": first}
     if savings and savings[0][0] > 0:
-        run.let_masks_fall()
-        phases["masks fall"] = run.step()
-    distillation, taught = run.run.distillation, 0.0
+        start.let_masks_fall()
+        phases["masks fall"] = start.step()
+    distillation = start.controller.distillation
+    taught_flops = 0.0
     if distillation is not None:
-        run = Simulation(config, settings, plan, taught=True)
-        run.prune(savings[0][1])
-        phases["first with a teacher"] = run.step()
+        with_teacher = Simulation(config, settings, plan, taught=True)
+        with_teacher.prune(savings[0][1])
+        taught = with_teacher.step()
+        phases["first with a teacher"] = taught
         steps = len(range(distillation.first, distillation.end, settings.distillation.distill_every))
-        taught = (phases["first with a teacher"].flops - run.step(taught=False).flops) * steps / plan.total_steps
-    stays = distillation is not None and distillation.end >= plan.total_steps
-    run = Simulation(config, settings, plan, taught=stays)
+        taught_flops = (taught.flops - with_teacher.step(taught=False).flops) * steps / plan.total_steps
+    teacher_stays = distillation is not None and distillation.end >= plan.total_steps
+    end = Simulation(config, settings, plan, taught=teacher_stays)
     if plan.events:
         if savings:
-            run.prune(savings[-1][1])
-        run.grow([event.rank_budget for event in plan.events if event.rank_budget is not None])
-        phases["after the last event"] = run.step()
-    end = list(phases.values())[-1]
-    last = run.step(taught=False).flops if stays else end.flops
-    plain = [build_on_meta(config, "cpu"), unpatch_model(run.model)]
-    inference = batch_for(config, plain[0], config.evaluation.inference_batch_size, config.evaluation.inference_length)
-    of_dense, of_small = (forward_flops(model, inference) for model in plain)
+            end.prune(savings[-1][1])
+        end.grow([event.rank_budget for event in plan.events if event.rank_budget is not None])
+        phases["after the last event"] = end.step()
+    last = list(phases.values())[-1]
+    last_flops = end.step(taught=False).flops if teacher_stays else last.flops
+    dense = build_on_meta(config, "cpu")
+    small = unpatch_model(end.model)
+    inference = batch_for(config, dense, config.evaluation.inference_batch_size, config.evaluation.inference_length)
     lora = Simulation(config, _lora(settings), plan).step().flops
+    side_by_side = sum(p.numel() * p.element_size() for model in (dense, small) for p in model.parameters())
+    trained = sum(last.bytes_of[kind] for kind in ("weights", "adapters", "head", "moments"))
     return {
         "phases": phases,
-        "measuring": sum(p.numel() * p.element_size() for model in plain for p in model.parameters())
-        + sum(end.bytes_of[kind] for kind in ("weights", "adapters", "head", "moments")),
-        "step_speedup": dense / end.flops,
-        "inference_speedup": of_dense / of_small,
-        "run_over_lora": (_mean_flops(plan, savings, dense, last) + taught) / lora,
-        "batch": tuple(batch["input_ids"].shape),
+        "measuring": side_by_side + trained,
+        "step_speedup": first.flops / last.flops,
+        "inference_speedup": forward_flops(dense, inference) / forward_flops(small, inference),
+        "run_over_lora": (_mean_flops(plan, savings, first.flops, last_flops) + taught_flops) / lora,
+        "batch": tuple(start.batch["input_ids"].shape),
     }
 
 
@@ -167,14 +171,19 @@ def _lora(settings: APTConfig) -> APTConfig:
 
 
 def _mean_flops(plan: DryRun, savings: list[tuple[int, float]], dense: int, last: int) -> float:
-    """Of a step of the run: between the events they follow the sparsity in a straight line."""
-    total, spent, flops, before = plan.total_steps, 0.0, float(dense), 0
+    """FLOPs of a step, on average: between the events they follow the sparsity in a straight line."""
+    if not savings:
+        return float(last)
+    spent = 0.0
+    flops = float(dense)
+    before = 0
     for step, saving in savings:
         spent += flops * (step - before)
         share = saving / savings[-1][1] if savings[-1][1] else 0.0
-        flops, before = dense + (last - dense) * share, step
-    spent += (flops if savings else float(last)) * (total - before)
-    return spent / total
+        flops = dense + (last - dense) * share
+        before = step
+    spent += flops * (plan.total_steps - before)
+    return spent / plan.total_steps
 
 
 def _baseline() -> int:

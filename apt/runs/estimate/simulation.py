@@ -18,7 +18,7 @@ from apt.runs.config import RunConfig
 from apt.runs.estimate.dry_run import DryRun, build_on_meta
 from apt.runs.estimate.footprint import Footprint, measure_step
 from apt.runs.models import positions
-from apt.runs.tasks import OF_TOKENS
+from apt.runs.tasks import TASKS
 from apt.surgery import patch_model, patch_state
 from apt.surgery.moments import OPTIMIZERS
 from apt.surgery.prune import apply_prune_plan
@@ -32,31 +32,35 @@ class Simulation:
     """A patched model of fake tensors at a moment of a run; where it is `taught`, the model as it begins teaches it."""
 
     def __init__(self, config: RunConfig, settings: APTConfig, plan: DryRun, *, taught: bool = False) -> None:
-        self.config, self.settings = config, settings
+        self.config = config
+        self.settings = settings
         self.model = build_on_meta(config, "cpu")
         patch_model(self.model, replace(settings, adapter=replace(settings.adapter, svd_cache=None)))
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[config.training.optimizer](trained, lr=config.training.learning_rate)
-        self.run = Controller(self.model, self.optimizer, plan.total_steps, held_out=lambda _: 0.0)
-        self.teaching = self.run.distillation if taught else None
+        self.controller = Controller(self.model, self.optimizer, plan.total_steps, held_out=lambda _: 0.0)
+        self.teaching = self.controller.distillation if taught else None
         if self.teaching is not None:
             self.teaching.distiller.snapshot()
-        data, blocks = config.data, config.model.task == "language_modeling"
-        length = data.block_length if blocks else data.max_length
-        most = positions(self.model)
-        self.batch = batch_for(
-            config, self.model, config.training.batch_size, length if most is None else min(length, most)
-        )
+        self.batch = batch_for(config, self.model, config.training.batch_size, self._longest())
+
+    def _longest(self) -> int:
+        """Tokens of a row: as many as the config lets it have, and the model has positions for."""
+        data = self.config.data
+        length = data.block_length if TASKS[self.config.model.task].packed else data.max_length
+        limit = positions(self.model)
+        return length if limit is None else min(length, limit)
 
     def let_masks_fall(self) -> None:
         """As in the window before an event; the masks have no numbers that could say so."""
-        for group in self.run.groups:
+        for group in self.controller.groups:
             group.mask._masked = True
 
     def prune(self, saving: float) -> None:
         """Let units go as an event does, at random salience in proportion to what a unit costs."""
-        groups, state = self.run.groups, patch_state(self.model)
+        groups = self.controller.groups
+        state = patch_state(self.model)
         assert state.anatomy is not None
         draw = np.random.default_rng(0)
         with unset_fake_temporarily():
@@ -69,11 +73,13 @@ class Simulation:
 
     def grow(self, budgets: list[int]) -> None:
         """Let ranks grow to each budget; which adapters matter is drawn."""
-        draw, tuning = np.random.default_rng(0), self.settings.tuning
+        draw = np.random.default_rng(0)
+        tuning = self.settings.tuning
         order = {name: float(draw.random()) for name, _ in adapted(self.model)}
         for step, budget in enumerate(budgets, 1):
-            sizes, most = adapter_sizes(self.model, order), tuning.max_rank
-            grown = plan_ranks(sizes, step, budget, most, strategy=tuning.rank_increase_strategy, rule=tuning.rule)
+            sizes = adapter_sizes(self.model, order)
+            strategy = tuning.rank_increase_strategy
+            grown = plan_ranks(sizes, step, budget, tuning.max_rank, strategy=strategy, rule=tuning.rule)
             apply_rank_plan(self.model, grown, self.optimizer)
 
     def step(self, *, taught: bool = True) -> Footprint:
@@ -110,15 +116,8 @@ class Simulation:
 
 def batch_for(config: RunConfig, model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
     """What the model is called with, and labels as its task has them."""
-    ids, task = torch.ones(rows, length, dtype=torch.long), config.model.task
+    ids = torch.ones(rows, length, dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(model.config, "type_vocab_size", 0) > 1:
         batch["token_type_ids"] = torch.zeros_like(ids)
-    if task == "question_answering":
-        return batch | {name: torch.ones(rows, dtype=torch.long) for name in ("start_positions", "end_positions")}
-    if task == "summarization":
-        written = torch.ones(rows, config.data.max_target_length, dtype=torch.long)
-        return batch | {"labels": written, "decoder_input_ids": written.clone()}
-    if task in OF_TOKENS:
-        return batch | {"labels": ids.clone()}
-    return batch | {"labels": torch.ones(rows, dtype=torch.float if task == "regression" else torch.long)}
+    return batch | TASKS[config.model.task].targets(ids, config.data)

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from apt.layers import adapted
 from apt.layers.modes import evaluating
 from apt.records import Event
-from apt.runs.data import Examples, Questions, TextPairs
-from apt.runs.evaluation.answers import Answer, answer_metrics, best_threshold, find_answers
-from apt.runs.evaluation.language import generate, perplexity
-from apt.runs.evaluation.metrics import classification_metrics, regression_metrics, rouge_metrics
-from apt.runs.tasks import OF_TOKENS
+from apt.runs.data import Examples
+from apt.runs.evaluation.config import EvaluationConfig
 from apt.surgery.event import apply_event
 from apt.training.clock import medians_ms
 
@@ -25,35 +22,20 @@ SMALLEST_TIMED = 0.03  # fraction of the block parameters; what removes less is 
 
 
 class Evaluator:
-    """Runs a model over sentences, or over blocks of text.
+    """Runs a model over rows of data, and holds what scores depend on beside model and data.
 
     Args:
-        tokenizer: of the model; it pads.
-        batch_size: sentences or blocks of one forward pass.
-        task: as `model.task` names it.
-        max_new_tokens: of each text that is written to be scored.
-        num_beams: of the search for it; 1 is greedy.
-        max_answer_length: tokens of an answer that is found in a context.
-        no_answer_threshold: logits by which no answer must beat it to be given; None where it is chosen.
+        tokenizer: of the model; it pads, and reads what is written.
+        settings: of the scores; `inference_batch_size` rows make a forward pass.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        batch_size: int = 32,
-        task: str = "classification",
-        *,
-        max_new_tokens: int = 128,
-        num_beams: int = 1,
-        max_answer_length: int = 30,
-        no_answer_threshold: float | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Any, settings: EvaluationConfig) -> None:
         from transformers import DataCollatorWithPadding
 
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.batch_size = settings.inference_batch_size
         self.collator = DataCollatorWithPadding(tokenizer)
-        self.tokenizer, self.batch_size, self.task = tokenizer, batch_size, task
-        self.max_new_tokens, self.num_beams = max_new_tokens, num_beams
-        self.max_answer_length, self.no_answer_threshold = max_answer_length, no_answer_threshold
 
     def predict(self, model: nn.Module, data: Examples) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Logits ``[N, C]`` and labels ``[N]``, in the order of the data, on the device of the model.
@@ -72,34 +54,6 @@ class Evaluator:
         logits = np.concatenate(chunks)
         logits[order] = logits.copy()
         return logits, np.asarray(data.columns["labels"])
-
-    def _answers(self, model: nn.Module, data: Questions) -> list[Answer]:
-        return find_answers(model, data, self.collator, self.batch_size, self.max_answer_length)
-
-    def evaluate(self, model: nn.Module, data: Examples, select_on: Examples | None = None) -> dict[str, float]:
-        """All metrics of the task; with `perplexity` its `loss` and `test_tokens`.
-
-        Args:
-            model: on any device.
-            data: what is reported.
-            select_on: other questions, on which the threshold for no answer is chosen where none is set.
-        """
-        if isinstance(data, Questions):
-            threshold = self.no_answer_threshold
-            with evaluating(model):
-                if threshold is None and isinstance(select_on, Questions):
-                    answers = [question.answers for question in select_on.questions]
-                    threshold = best_threshold(self._answers(model, select_on), answers)
-                return answer_metrics(self._answers(model, data), data, threshold)
-        if self.task in OF_TOKENS:
-            with evaluating(model):
-                return perplexity(model, data, self.batch_size)
-        if isinstance(data, TextPairs):
-            with evaluating(model):
-                ids = generate(model, data, self.collator, self.batch_size, self.max_new_tokens, self.num_beams)
-            return rouge_metrics(self.tokenizer.batch_decode(ids, skip_special_tokens=True), data.references)
-        metrics = regression_metrics if self.task == "regression" else classification_metrics
-        return metrics(self.predict(model, data))
 
 
 def latency_ms(

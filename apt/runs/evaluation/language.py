@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from apt.runs.data import NOT_A_TARGET, Examples, collate_blocks
+from apt.families import IGNORED
+from apt.runs.data import Examples, collate_blocks
 from apt.training.clock import wait_for
 
 WARM_UPS = 1  # generations before the clock runs
@@ -30,17 +31,18 @@ def perplexity(model: nn.Module, data: Examples, batch_size: int = 8) -> dict[st
         `perplexity`, `loss` (its logarithm, nats a token) and `test_tokens`, the tokens predicted.
     """
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for start in range(0, len(data), batch_size):
         rows = [data[i] for i in range(start, min(start + batch_size, len(data)))]
         batch = {name: value.to(device) for name, value in collate_blocks(rows).items()}
         targets_BT = batch.pop("labels")[:, 1:]
         logits_BTV = model(**batch).logits[:, :-1].float()
         losses = nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=NOT_A_TARGET, reduction="none"
+            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
         )
         total += float(losses.double().sum())
-        count += int((targets_BT != NOT_A_TARGET).sum())
+        count += int((targets_BT != IGNORED).sum())
     if not count:
         raise ValueError("perplexity: the held-out text has no token to predict; hold out more of it")
     loss = total / count
@@ -106,7 +108,8 @@ def generate(
         num_beams: of the search; 1 is greedy.
     """
     order = sorted(range(len(data)), key=lambda i: -len(data.columns["input_ids"][i]))
-    device, generator = next(model.parameters()).device, cast(Any, model)
+    device = next(model.parameters()).device
+    generator = cast(Any, model)
     made: list[list[int]] = [[] for _ in order]
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

@@ -27,9 +27,8 @@ class Grid:
     ablations: list[str] = field(default_factory=lambda: ["full"])  # of method apt, at every sparsity; "full": none
     seeds: list[int] = field(default_factory=lambda: [0])
     settings: dict[str, Any] = field(default_factory=dict)  # of all runs: key -> setting
-    gpus: list[int] = field(
-        default_factory=list
-    )  # one run at a time on each, by accelerate launch; []: one after the other
+    # one run at a time on each, by accelerate launch; []: one after the other
+    gpus: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _check_list("sparsities", self.sparsities, (int, float), "a list of numbers")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from apt.runs.report.pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, SERIES, Picture, draw, legend, mark_events
-from apt.runs.report.records import SCORES, RunRecord
+from apt.runs.report.records import RunRecord, known_scores
 from apt.training.recorder import QUANTILES
 
 NO_STEPS = "Not recorded: the run left no steps.jsonl."
@@ -29,7 +29,7 @@ def loss(run: RunRecord) -> Picture | str:
 
 def score(run: RunRecord) -> Picture | str:
     """The scores on the way, and the final one."""
-    names = [name for name in SCORES if any(f"eval_{name}" in row for row in run.scores)]
+    names = [name for name in known_scores() if any(f"eval_{name}" in row for row in run.scores)]
     if run.metric in names:
         names = [run.metric]
     if not names:
@@ -171,7 +171,7 @@ def memory(run: RunRecord) -> Picture | str:
 
 
 def salience(run: RunRecord) -> list[Picture | str]:
-    """Of each kind of units, how salience was spread before each event: of those that stayed and of those that went."""
+    """How the salience of each kind of units was spread before each event: of those that stayed, of those that went."""
     rows = [row for row in run.shapes if row.get("salience")]
     kinds = dict.fromkeys(kind for row in rows for kind in row["salience"])
     if not kinds:

@@ -15,7 +15,7 @@ ROLES = ("q", "k", "v", "o", "up", "gate", "down")
 
 
 def units(run: RunRecord) -> list[Picture | str]:
-    """Of each kind of units, how many each layer has at the start and after each event."""
+    """How many units of each kind each layer has at the start and after each event."""
     kept: list[tuple[int, Mapping[str, int]]] = [
         (event.step, {name: len(positions) for name, positions in event.prune.kept.items()})
         for event in run.events

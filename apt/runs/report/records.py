@@ -9,11 +9,12 @@ import yaml
 
 from apt.files import read_jsonl
 from apt.records import Event
+from apt.runs.run_folder import CONFIG, EFFICIENCY, EVENTS, METRICS, TIMINGS
+from apt.runs.tasks import TASKS
 from apt.training.recorder import SHAPES, STEPS
 
-METRICS, EFFICIENCY, CONFIG = "metrics.json", "efficiency.json", "config.yaml"
-EVENTS, TIMINGS = "events.jsonl", "event_timing.json"
-WORDS = ("method", "ablation", "model", "data", "metric", "unit", "device")  # of metrics.json; all else has no text
+# The entries of metrics.json that are text.
+WORDS = ("method", "ablation", "model", "data", "metric", "unit", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,10 @@ class RunRecord:
     @property
     def metric(self) -> str | None:
         """The score that counts, by name."""
-        named = self.metrics.get("metric")
-        return named if named is not None else next((name for name in SCORES if name in self.metrics), None)
+        named: str | None = self.metrics.get("metric")
+        if named is not None:
+            return named
+        return next((name for name in known_scores() if name in self.metrics), None)
 
     @property
     def peak_mb(self) -> float | None:
@@ -42,10 +45,10 @@ class RunRecord:
         return max((row["peak_mb"] for row in self.steps if row.get("peak_mb") is not None), default=None)
 
 
-SCORES = (
-    *("accuracy", "f1", "matthews", "pearson", "spearman", "mse"),
-    *("rouge1", "rouge2", "rougeL", "exact_match", "perplexity"),
-)
+def known_scores() -> list[str]:
+    """The metrics of all tasks, each once."""
+    names = (name for task in TASKS.values() for name in task.metrics)
+    return list(dict.fromkeys(names))
 
 
 def load_run(folder: Path, label: str | None = None) -> RunRecord:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apt.records import Event
-from apt.runs.report.records import SCORES, RunRecord
+from apt.runs.report.records import RunRecord, known_scores
 
 Rows = list[tuple[str, ...]]
 
@@ -36,7 +36,7 @@ def score_rows(run: RunRecord) -> Rows:
     if "test_questions" in metrics:
         metrics = {**metrics, "test_size": metrics["test_questions"], "unit": "questions"}
     of = f"{metrics.get('test_size', 0):,} {metrics.get('unit', 'sentences')}"
-    names = sorted(SCORES, key=lambda name: name != metrics.get("metric"))
+    names = sorted(known_scores(), key=lambda name: name != metrics.get("metric"))
     rows = [(f"{name} on {of}", f"{metrics[name]:.4f}") for name in names if name in metrics and name != "perplexity"]
     if "perplexity" in metrics:
         rows.append((f"perplexity on {metrics.get('test_tokens', 0):,} tokens", f"{metrics['perplexity']:.3f}"))

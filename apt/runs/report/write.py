@@ -7,9 +7,10 @@ from apt.files import write_file_aside, writing
 from apt.runs.report.compare import comparisons
 from apt.runs.report.page import PAGE, Page, folder_page, run_page
 from apt.runs.report.pictures import check_drawing
-from apt.runs.report.records import METRICS, RunRecord, find_runs, load_run
+from apt.runs.report.records import RunRecord, find_runs, load_run
 from apt.runs.report.tables import sheets
 from apt.runs.report.terminal import WIDE, print_sheets
+from apt.runs.run_folder import METRICS
 
 PICTURES = "report"  # the folder of the PNGs, beside the page
 ADVICE = "only the page is missing; free space there, or copy the folder to where it can be written"
