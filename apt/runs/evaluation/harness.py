@@ -219,4 +219,10 @@ def _rows(found: Any) -> Iterator[Row]:
 def _cells(row: Row) -> tuple[str, ...]:
     metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
     values = (row["task"], row["num_fewshot"], row["samples"], metric, row["value"], row["stderr"])
-    return tuple("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values)
+    return tuple(map(_cell, values))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
