@@ -124,7 +124,9 @@ class APTConfig:
             ValueError: no leaf has that name (the nearest ones are given), or a value is out of range.
         """
         changes: dict[str, dict[str, Any]] = {}
-        if overrides.get("ablation", self.ablation) != self.ablation != "full":
+        is_ablated = self.ablation != "full"
+        becomes_another = overrides.get("ablation", self.ablation) != self.ablation
+        if is_ablated and becomes_another:
             raise ValueError(
                 f"config: ablation {self.ablation!r} has replaced settings already, so it cannot become "
                 f"{overrides['ablation']!r}; begin with a config that has none"

@@ -59,6 +59,17 @@ class TrimPlan:
     kept: dict[str, list[int]]
 
 
+Plan = PrunePlan | RankPlan | TrimPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What an event asks for: parameters gone, or a forward pass so many times as fast."""
+
+    sparsity: float | None = None  # fraction of the block parameters
+    speedup: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """One pruning and tuning event, as it was carried out."""
@@ -75,6 +86,11 @@ class Event:
     target_speedup: float | None = None  # asked for by this event; None: parameters are the goal
     predicted_speedup: float | None = None  # of a forward pass after it, by the latency table
     trim: TrimPlan | None = None
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of the event, in the order in which they were carried out."""
+        return [plan for plan in (self.prune, self.rank, self.trim) if plan is not None]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import apt
+from apt.training.controller.distillation import Stage
 from bench.contestants import LEARNING_RATE, RANK, SCALE
 from bench.rows import append_rows, environment, quantiles, read_rows
 from bench.shapes import SHAPES
@@ -95,7 +96,7 @@ def events(shape: str, mode: str, sparsity: float) -> Iterator[tuple[Training, T
         after.run.after_step()
         if step % APART == 0:
             if before.run.distillation is not None:
-                before.run.distillation.started = True
+                before.run.distillation.stage = Stage.TEACHING
                 before.run.distillation.after_step(step)  # from here on the hidden states of the student are caught
             yield before, after
         before.run.after_step()

@@ -1,12 +1,12 @@
 """PruningConfig: how much goes, when, and what must stay."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from apt.layers.hidden import SITES
 from apt.pruning.kinds import UNIT_KINDS, UnitKind
 from apt.pruning.salience import KURTOSES, SALIENCES
 from apt.pruning.schedule import SCHEDULES, Point, SparsityScheduler, check_point, to_steps
+from apt.records import Target
 
 BALANCES = ("type", "none")
 LAYOUTS = ("free", "uniform")
@@ -100,11 +100,11 @@ class PruningConfig:
         """What should be gone at the end, as a fraction: of the block parameters, or of the time of a forward pass."""
         return self.target_sparsity if self.target_speedup is None else 1.0 - 1.0 / self.target_speedup
 
-    def asked(self, saving: float) -> dict[str, Any]:
-        """A saving as plans and events tell it, by the names of their fields."""
+    def target_at(self, saving: float) -> Target:
+        """A saving as plans and events tell it."""
         if self.target_speedup is None:
-            return {"target_sparsity": saving}
-        return {"target_sparsity": None, "target_speedup": 1.0 / (1.0 - saving)}
+            return Target(sparsity=saving)
+        return Target(speedup=1.0 / (1.0 - saving))
 
     def events_in(self, total_steps: int) -> int:
         """How many events a run of so many optimizer steps has."""

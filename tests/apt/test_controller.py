@@ -16,7 +16,8 @@ import apt_kernels
 from apt.files import read_jsonl
 from apt.layers import adapted
 from apt.pruning.salience import SALIENCES
-from apt.records import Event
+from apt.records import Event, Plan
+from apt.surgery.event import ACTS, Act, apply_event
 from apt.surgery.prune import apply_prune_plan
 
 
@@ -109,10 +110,66 @@ def test_an_event_that_moves_the_logits_is_caught(monkeypatch: pytest.MonkeyPatc
         apply_prune_plan(model, plan, optimizer, **settings)
         model.classifier.bias.data[0] += 1e-6
 
-    monkeypatch.setattr("apt.training.controller.pruning.apply_prune_plan", careless)
+    monkeypatch.setattr("apt.surgery.event.apply_prune_plan", careless)
     loop = Loop("bert", patched("bert"), 30, target_sparsity=0.5, verify_events=True, **BRIEF).take(5)
     with pytest.raises(RuntimeError, match=r"the event of step 6 moved a logit by 1\.00e-06"):
         loop.take(1)
+
+
+CUTS = {  # every kind of plan, in two runs
+    "units and ranks that grow": {},
+    "units and ranks that go": {
+        "method": "adalora",
+        "prune": True,
+        "tinit": 2,
+        "deltaT": 3,
+        "target_r": 2,
+        "tfinal": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", CUTS.values(), ids=CUTS)
+def test_a_run_and_its_replay_carry_out_plans_by_the_same_functions(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Plan] = []
+
+    def listened(act: Act) -> Act:
+        def carry_out(model: Any, plan: Plan, *rest: Any) -> None:
+            done.append(plan)
+            act(model, plan, *rest)
+
+        return carry_out
+
+    for kind, act in ACTS.items():
+        monkeypatch.setitem(ACTS, kind, listened(act))
+    loop = Loop("bert", patched("bert", **settings), 30, target_sparsity=0.5, **BRIEF).take(30)
+    live = done.copy()
+    done.clear()
+    replayed = patched("bert", **settings)
+    for event in loop.run.events:
+        apply_event(replayed, Event.from_json(event.to_json()))
+    assert done == live == [plan for event in loop.run.events for plan in event.plans]
+    shapes = {name: tensor.shape for name, tensor in loop.model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in replayed.state_dict().items()} == shapes
+
+
+RUNS = {  # with none of the phases but growth, with each of the others
+    "lora": ({"method": "lora"}, {}),
+    "adalora": ({"method": "adalora"}, {"tfinal": 8, "tinit": 2}),
+    "apt": ({}, BRIEF),
+    "teacher": ({}, {"use_self_distillation": True, **BRIEF}),
+}
+
+
+@pytest.mark.parametrize(("built", "settings"), RUNS.values(), ids=RUNS)
+def test_a_state_has_the_same_keys_whatever_the_run_does(built: dict[str, Any], settings: dict[str, Any]) -> None:
+    model = patched("bert", **built, **(settings if built.get("method") == "adalora" else {}))
+    loop = Loop("bert", model, 30, **settings).take(1)
+    tables = {"importance", "salience", "masks", "teacher"}
+    numbers = {"step", "events", "start_params", "rank_budget", "latency", "distillation"}
+    assert loop.run.state_dict().keys() == tables | numbers
 
 
 def test_a_second_run_goes_on_where_the_first_ended() -> None:

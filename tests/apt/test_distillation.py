@@ -15,6 +15,7 @@ from apt.distillation import DistillationConfig, SelfDistiller
 from apt.layers import adapted
 from apt.pruning.schedule import loss_weight
 from apt.training.batches import hold_out
+from apt.training.controller.distillation import Stage
 
 # Events after steps 6, 12 and 18; masks fall from steps 2, 8 and 14 on for 3 steps; the teacher goes after step 24.
 TAUGHT = {"use_self_distillation": True, "target_sparsity": 0.6, "distill_end": 24, "transform_rank": 2, **BRIEF}
@@ -362,7 +363,7 @@ def test_a_compiled_student_is_distilled_as_a_plain_one() -> None:
             run.after_step()
             loop.optimizer.zero_grad()
         assert run.distillation is not None
-        assert run.distillation.started
+        assert run.distillation.stage is Stage.TEACHING
         if compiled:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1
             assert not torch._dynamo.utils.counters["recompile_limit"]

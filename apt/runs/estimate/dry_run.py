@@ -13,6 +13,7 @@ from apt.families.locate import GGUF, resolve_model
 from apt.layers import adapted
 from apt.pruning.ranks import adapter_sizes, total_params
 from apt.pruning.units import unit_masks
+from apt.records import Target
 from apt.runs.config import RunConfig
 from apt.runs.tasks import TASKS
 from apt.surgery import patch_model, patch_state
@@ -188,13 +189,13 @@ def _planned_events(controller: Controller) -> tuple[PlannedEvent, ...]:
     params = patch_state(controller.model).params_before
     found = []
     for step in timeline.steps:
-        asked: dict[str, Any] = {"target_sparsity": None}
+        target = Target()
         if step in timeline.prune_steps:
-            asked = config.pruning.asked(timeline.saving_at(step))
+            target = config.pruning.target_at(timeline.saving_at(step))
         budget = None
         if step in timeline.tuning.events:
             budget = config.tuning.budget(timeline.tuning, step, start, params)
-        found.append(PlannedEvent(step, asked["target_sparsity"], asked.get("target_speedup"), budget))
+        found.append(PlannedEvent(step, target.sparsity, target.speedup, budget))
     return tuple(found)
 
 

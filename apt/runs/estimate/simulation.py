@@ -20,9 +20,8 @@ from apt.runs.estimate.footprint import Footprint, measure_step
 from apt.runs.models import positions
 from apt.runs.tasks import TASKS
 from apt.surgery import patch_model, patch_state
+from apt.surgery.event import apply_plan
 from apt.surgery.moments import OPTIMIZERS
-from apt.surgery.prune import apply_prune_plan
-from apt.surgery.ranks import apply_rank_plan
 from apt.training.controller import Controller, Distillation
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,9 +66,9 @@ class Simulation:
             scores = {g.name: torch.tensor(g.cost() * (0.5 + draw.random(g.num_units))) for g in groups}
             by_params = UnitSearch(state.block_params, replace(self.settings.pruning, target_speedup=None))
             plan = by_params.plan(groups, scores, block_params(state.anatomy), 1, saving)
-        apply_prune_plan(self.model, plan, self.optimizer, keep_tail=self.teaching is not None)
+        apply_plan(self.model, plan, self.optimizer, keep_tail=self.teaching is not None)
         if self.teaching is not None:
-            self.teaching.follow()
+            self.teaching.follow(plan)
 
     def grow(self, budgets: list[int]) -> None:
         """Let ranks grow to each budget; which adapters matter is drawn."""
@@ -80,7 +79,7 @@ class Simulation:
             sizes = adapter_sizes(self.model, order)
             strategy = tuning.rank_increase_strategy
             grown = plan_ranks(sizes, step, budget, tuning.max_rank, strategy=strategy, rule=tuning.rule)
-            apply_rank_plan(self.model, grown, self.optimizer)
+            apply_plan(self.model, grown, self.optimizer)
 
     def step(self, *, taught: bool = True) -> Footprint:
         """The footprint of a training step now; with its teacher, if it has one and is to be `taught`."""
@@ -110,7 +109,7 @@ class Simulation:
         loss = output.loss
         if teaching is not None:
             every = teaching.config.distill_every
-            loss = teaching.loss(loss, output, self.batch, -(-teaching.first // every) * every)
+            loss = teaching.change_loss(loss, output, self.batch, -(-teaching.first // every) * every)
         return loss, [value for name, value in output.items() if name.endswith("logits")]
 
 

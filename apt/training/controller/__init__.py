@@ -1,4 +1,4 @@
-"""When what happens in a run: the controller, and what it does at each moment."""
+"""The controller, which says when what happens in a run, and the phases that it calls."""
 
 from apt.training.controller.controller import Controller
 from apt.training.controller.distillation import Distillation, adopt

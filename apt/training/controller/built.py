@@ -1,5 +1,7 @@
 """What must hold before a controller takes a model over: the patch fits the config, and there is one process."""
 
+from typing import Any
+
 import torch
 
 from apt.apt_config import APTConfig
@@ -19,10 +21,15 @@ def check_built(asked: APTConfig, built: APTConfig) -> None:
         asked: the config of the controller.
         built: the one that `patch_model` stored.
     """
-    for name in (*BUILT_IN, *BUILT_ADAPTER):
-        wanted, there = (getattr(c if name in BUILT_IN else c.adapter, name) for c in (asked, built))
-        if wanted != there:
-            raise ValueError(f"controller: the model was patched with {name}={there!r}, got {wanted!r}; patch it anew")
+    for name in BUILT_IN:
+        _check_setting(name, getattr(asked, name), getattr(built, name))
+    for name in BUILT_ADAPTER:
+        _check_setting(name, getattr(asked.adapter, name), getattr(built.adapter, name))
+
+
+def _check_setting(name: str, asked: Any, built: Any) -> None:
+    if asked != built:
+        raise ValueError(f"controller: the model was patched with {name}={built!r}, got {asked!r}; patch it anew")
 
 
 def check_one_process() -> None:

@@ -11,21 +11,24 @@ from torch import Tensor, nn
 from apt.apt_config import APTConfig
 from apt.files import append_jsonl
 from apt.layers.hidden import hand_on_kernels
-from apt.methods import METHODS, RankBudget, penalty
+from apt.methods import METHODS, penalty
 from apt.pruning.dimensions import Group
 from apt.pruning.latency_table import LatencyTable
-from apt.records import Event, PrunePlan, TrimPlan
+from apt.records import Event, Plan, Target
 from apt.surgery import forget_graphs, patch_state, uncompiled
+from apt.surgery.event import apply_plan
 from apt.surgery.moments import bare_optimizer, check_optimizer
-from apt.surgery.ranks import apply_trim_plan
 from apt.training.controller.built import check_built, check_one_process
 from apt.training.controller.calibration import Loss, model_loss
 from apt.training.controller.distillation import Distillation, HeldOut
 from apt.training.controller.finite import gradients_are_finite, task_loss
 from apt.training.controller.growth import Growth
+from apt.training.controller.phase import Phase
+from apt.training.controller.progress import Progress
 from apt.training.controller.pruning import Pruning
-from apt.training.controller.record import event_now, live_params
+from apt.training.controller.record import live_params, record_event
 from apt.training.controller.timeline import Timeline
+from apt.training.controller.trimming import Trimming
 from apt.training.controller.verify import LogitCheck
 from apt.training.memory import give_back
 
@@ -74,29 +77,44 @@ class Controller:
         self.config = (config or state.config).with_overrides(**overrides)
         check_built(self.config, state.config)
         check_one_process()
-        self.model, self.total_steps, self.scaler, self.event_log = model, total_steps, scaler, event_log
+        self.model = model
+        self.total_steps = total_steps
+        self.scaler = scaler
+        self.event_log = event_log
         self.optimizer = bare_optimizer(optimizer)
-        self.step = 0
-        self.events: list[Event] = []
         self._check = LogitCheck(model, self.config.verify_events)
         self.timeline = Timeline.of(self.config, total_steps)
-        self.growth = Growth(model, self.config, self.timeline.tuning)
+        self.progress = Progress(self.timeline)
+        self.growth = Growth(model, self.config, self.timeline)
         self.importance = self.growth.importance
-        budget = METHODS[self.config.method].budget
-        if self.timeline.steps or budget is not None:
+        make_budget = METHODS[self.config.method].budget
+        if self.timeline.steps or make_budget is not None:
             check_optimizer(self.optimizer)
-        self.budget: RankBudget | None = None  # None where no ranks are removed
-        if budget is not None:
-            self.budget = budget(model, self.config.rank, self.config.adapter, total_steps)
+        # What decides after every step, in an event of its own: the ranks that a method removes.
+        self._unscheduled: list[Phase] = []
+        if make_budget is not None:
+            budget = make_budget(model, self.config.rank, self.config.adapter, total_steps)
+            self._unscheduled = [Trimming(budget)]
         self.pruning: Pruning | None = None  # None where no event prunes
         if self.timeline.prune_steps:
             self.pruning = Pruning(model, self.config, self.timeline, latency)
         self.distillation: Distillation | None = None
-        settings, over = self.config.distillation, state.distilled
-        if settings.use_self_distillation:
-            schedule = self.timeline.pruning
-            self.distillation = Distillation(model, self.optimizer, settings, schedule, held_out, over=over)
-            state.distilled = False
+        if self.config.distillation.use_self_distillation:
+            self.distillation = self._begin_distillation(held_out)
+        # What decides at the events of the timeline. The teacher is taken before a mask moves, and units go before
+        # ranks grow.
+        halves = (self.distillation, self.pruning, self.growth)
+        self._scheduled: list[Phase] = [phase for phase in halves if phase is not None]
+        self.phases = [*self._unscheduled, *self._scheduled]
+
+    def _begin_distillation(self, held_out: HeldOut | None) -> Distillation:
+        """The distillation of this run; over already where a checkpoint from after its end is being taken up."""
+        state = patch_state(self.model)
+        settings = self.config.distillation
+        schedule = self.timeline.pruning
+        begun = Distillation(self.model, self.optimizer, settings, schedule, held_out, over=state.distilled)
+        state.distilled = False
+        return begun
 
     def prepare(self) -> None:
         """Check that the target can be met; with `target_speedup` measure the latency table, unless there is one.
@@ -107,8 +125,18 @@ class Controller:
         Raises:
             ValueError: the floors, or this device, exclude the target.
         """
-        if self.pruning is not None:
-            self.pruning.prepare()
+        for phase in self.phases:
+            phase.prepare()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
+
+    @property
+    def events(self) -> list[Event]:
+        """The events done."""
+        return self.progress.events
 
     @property
     def groups(self) -> list[Group]:
@@ -118,27 +146,12 @@ class Controller:
     @property
     def active(self) -> bool:
         """Whether an event is still to come."""
-        return self._num_scheduled < len(self.timeline.steps)
+        return self.progress.active
 
     @property
     def awaits_calibration(self) -> bool:
         """Whether `prune_before_tuning` is to be called before the first step."""
-        return self.timeline.one_shot and not self.events and not self.step
-
-    @property
-    def _num_scheduled(self) -> int:
-        """Events done of those that have a step of their own in the timeline."""
-        return sum(event.trim is None for event in self.events)
-
-    @property
-    def _num_pruned(self) -> int:
-        """Events done at which units went."""
-        return sum(event.prune is not None for event in self.events)
-
-    @property
-    def _still_pruning(self) -> Pruning | None:
-        """The pruning half, while units are still to go."""
-        return self.pruning if self._num_pruned < len(self.timeline.prune_steps) else None
+        return self.progress.awaits_calibration
 
     @property
     def _device(self) -> torch.device:
@@ -169,7 +182,7 @@ class Controller:
             )
         assert self.pruning is not None
         self.pruning.calibrate(map(self._check.keep, batches), compute_loss, self._grad_scale)
-        self._event()
+        self._run_scheduled_event()
         self.pruning.salience.reset()
         self.growth.start()
 
@@ -188,8 +201,8 @@ class Controller:
         loss = task_loss(output, self.step)
         if batch is not None:
             self._check.keep(batch)
-        if self.distillation is not None:
-            loss = self.distillation.loss(loss, output, batch, self.step)
+        for phase in self.phases:
+            loss = phase.change_loss(loss, output, batch, self.step)
         added = penalty(self.model, self.config.method, self.config.adapter)
         return loss if added is None else loss + added
 
@@ -200,78 +213,92 @@ class Controller:
             FloatingPointError: a gradient is NaN or infinite (with a scaler the step is dropped instead, as it does),
                 or the salience of a unit is.
         """
-        finite, scale = gradients_are_finite(self.model, self.step, scaled=self.scaler is not None), self._grad_scale
-        if self.budget is not None and finite:
-            self.budget.after_backward(self.step + 1, scale)
-        if not self.active:
-            return
-        self.prepare()
+        finite = gradients_are_finite(self.model, self.step, scaled=self.scaler is not None)
+        if self.active:
+            self.prepare()
         if self.awaits_calibration:
             raise ValueError("controller: call prune_before_tuning(batches) before step 1, as the settings ask for it")
-        if self._still_pruning is not None:
-            self._still_pruning.take(scale, self.step, finite=finite)
-        if finite:
-            self.growth.take(scale)
+        grad_scale = self._grad_scale  # asks the device, once
+        for phase in self.phases:
+            phase.after_backward(self.progress, grad_scale, finite=finite)
 
     def after_step(self) -> None:
         """Move the masks, carry out the event that is due: call after ``optimizer.step()``, before ``zero_grad``."""
-        self.step += 1
-        trim = None if self.budget is None else self.budget.after_step(self.step)
-        if trim is not None:
-            self._trim(trim)
-        if self.distillation is not None:
-            self.distillation.prepare(self.step, self._num_pruned, self._num_scheduled)
-        if self.active:
-            self._towards_event()
-        if self.distillation is not None:
-            self.distillation.after_step(self.step)
+        self.progress.step += 1
+        self._run_unscheduled_event()
+        for phase in self.phases:
+            phase.before_event(self.progress)
+        if self._event_is_due():
+            self._run_scheduled_event()
+        for phase in self.phases:
+            phase.after_step(self.step)
 
-    def _towards_event(self) -> None:
-        """Move the masks, and carry out the event where it is due."""
-        pruning = self._still_pruning
-        if pruning is not None and pruning.scored:
-            pruning.drive_masks(self.step, self._num_pruned)
-        step = self.timeline.steps[self._num_scheduled]
-        chooser = pruning if pruning is not None and step in self.timeline.prune_steps else self.growth
-        # Where every step so far overflowed under loss scaling, the event waits for a score.
-        if self.step >= step and chooser.scored:
-            self._event()
+    def _event_is_due(self) -> bool:
+        """Whether the next event of the timeline is to come now.
 
-    def _event(self) -> None:
-        """Carry out the event whose turn it is."""
-        started, step = time.perf_counter(), self.timeline.steps[self._num_scheduled]
-        pruning = self._still_pruning if step in self.timeline.prune_steps else None
-        prune_plan = None if pruning is None else pruning.settled_plan(step)
-        before, logits = live_params(self.model), self._check.logits()
-        if prune_plan is not None:
-            self._cut(prune_plan)
-        rank_plan = self.growth.grow(step, self.optimizer) if step in self.timeline.tuning.events else None
-        self._check.compare(step, logits, hidden=any(kind.across_layers for kind in self.config.pruning.kinds))
-        told = self.config.pruning.asked(self.timeline.saving_at(step))
-        if self.pruning is not None:
-            told["predicted_speedup"] = self.pruning.goal.predicted_speedup()
-        self._record(event_now(self.model, step, started, before, prune=prune_plan, rank=rank_plan, **told))
-        if self.pruning is not None:
-            self.pruning.after_event(last=self._still_pruning is None)
+        Where every step so far overflowed under loss scaling, it waits for a score.
+        """
+        if not self.active or self.step < self.progress.next_event:
+            return False
+        return all(phase.can_decide(self.progress.next_event) for phase in self._scheduled)
 
-    def _cut(self, plan: PrunePlan) -> None:
-        """Carry out a prune plan, and let the teacher follow."""
-        assert self.pruning is not None
-        keep_tail = self.distillation is not None and self.distillation.keeps_tail
-        self.pruning.cut(plan, self.optimizer, keep_tail=keep_tail)
-        if self.distillation is not None:
-            self.distillation.follow()
+    def _run_scheduled_event(self) -> None:
+        """Carry out the next event of the timeline."""
+        step = self.progress.next_event
+        pruning = self.config.pruning
+        hidden = any(kind.across_layers for kind in pruning.kinds)
+        self._run_event(step, self._scheduled, pruning.target_at(self.timeline.saving_at(step)), hidden=hidden)
+        for phase in self.phases:
+            phase.after_event(self.progress)
 
-    def _trim(self, plan: TrimPlan) -> None:
-        """Remove the ranks that a budget leaves out for good."""
-        started, before, logits = time.perf_counter(), live_params(self.model), self._check.logits()
-        apply_trim_plan(self.model, plan, self.optimizer)
-        self._check.compare(plan.step, logits)
+    def _run_unscheduled_event(self) -> None:
+        """Carry out an event beside the timeline, where a phase decides one at this step; it asks for no sparsity."""
         asked = self.events[-1].target_sparsity if self.events else 0.0
-        told: dict[str, Any] = {"prune": None, "rank": None, "trim": plan, "target_sparsity": asked}
-        self._record(event_now(self.model, plan.step, started, before, **told))
+        self._run_event(self.step, self._unscheduled, Target(sparsity=asked))
 
-    def _record(self, event: Event) -> None:
+    def _run_event(self, step: int, phases: list[Phase], target: Target, *, hidden: bool = False) -> None:
+        """Let each phase decide, at the sizes that the plan before has left, and record what was carried out.
+
+        Args:
+            step: of the event.
+            phases: that may decide; where none has a plan there is no event.
+            target: what is asked for.
+            hidden: whether masks on hidden dimensions may stand before it.
+        """
+        started = time.perf_counter()
+        plans: list[Plan] = []
+        before = 0
+        logits = None
+        for phase in phases:
+            plan = phase.decide(step)
+            if plan is None:
+                continue
+            if not plans:  # only now, as the first decision settles the masks
+                before = live_params(self.model)
+                logits = self._check.logits()
+            self._carry_out(plan)
+            plans.append(plan)
+        if not plans:
+            return
+        self._check.compare(step, logits, hidden=hidden)
+        faster = self._predict_speedup(target)
+        self._log_event(record_event(self.model, step, plans, target, faster, started=started, before=before))
+
+    def _carry_out(self, plan: Plan) -> None:
+        """Apply a plan to model and optimizer, as a replay does, and let every phase follow."""
+        keep_tail = any(phase.keeps_tail for phase in self.phases)
+        apply_plan(self.model, plan, self.optimizer, keep_tail=keep_tail)
+        for phase in self.phases:
+            phase.follow(plan)
+
+    def _predict_speedup(self, target: Target) -> float | None:
+        """How many times as fast a forward pass is now, by the latency table; None where no speed-up is asked for."""
+        if target.speedup is None or self.pruning is None:
+            return None
+        return self.pruning.goal.predicted_speedup()
+
+    def _log_event(self, event: Event) -> None:
+        """Note an event that was carried out, here and in the log."""
         self.events.append(event)
         forget_graphs()  # shapes are static between events; start the recompile count anew
         give_back(self._device)
@@ -280,29 +307,16 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside model and optimizer: JSON values and tensors."""
-        nothing: dict[str, Any] = {"latency": None, "salience": {}, "masks": {}}
-        distillation, teacher = (None, {}) if self.distillation is None else self.distillation.state_dict()
-        return {
-            "step": self.step,
-            "events": [event.to_json() for event in self.events],
-            "start_params": self.growth.start_params,
-            "rank_budget": None if self.budget is None else [self.budget.start, self.budget.target],
-            "importance": dict(self.importance.values),
-            **(nothing if self.pruning is None else self.pruning.state_dict()),
-            "distillation": distillation,
-            "teacher": teacher,
-        }
+        state: dict[str, Any] = {"step": self.step, "events": [event.to_json() for event in self.events]}
+        for kind in (Growth, Trimming, Pruning, Distillation):
+            state |= kind.absent
+        for phase in self.phases:
+            state |= phase.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where `state_dict` was made; the model must have the shapes of that moment already."""
-        self.step = state["step"]
-        self.events = [Event.from_json(row) for row in state["events"]]
-        self.growth.start_params = state["start_params"]
-        if self.budget is not None:
-            self.budget.start, self.budget.target = state["rank_budget"]
-        self.importance.values = dict(state["importance"])
-        if self.pruning is not None:
-            collects = self._still_pruning is not None and not self.awaits_calibration
-            self.pruning.load_state_dict(state, collects=collects)
-        if self.distillation is not None:
-            self.distillation.load_state_dict(state["distillation"], state["teacher"], self.step)
+        self.progress.step = state["step"]
+        self.progress.events = [Event.from_json(row) for row in state["events"]]
+        for phase in self.phases:
+            phase.load_state_dict(state, self.progress)

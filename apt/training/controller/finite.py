@@ -15,9 +15,13 @@ def task_loss(output: Any, step: int) -> Tensor:
     Raises:
         FloatingPointError: it is NaN or infinite.
     """
-    loss: Tensor = (
-        output if isinstance(output, Tensor) else output["loss"] if isinstance(output, Mapping) else output.loss
-    )
+    loss: Tensor
+    if isinstance(output, Tensor):
+        loss = output
+    elif isinstance(output, Mapping):
+        loss = output["loss"]
+    else:
+        loss = output.loss
     if not torch.isfinite(loss.detach()).all():
         raise FloatingPointError(
             f"controller: the loss is {loss.detach().mean().item()} at step {step + 1}; the parameters are still those "

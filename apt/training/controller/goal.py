@@ -26,7 +26,7 @@ class Goal:
 
     @property
     def search(self) -> UnitSearch:
-        """Over the units; the first time by time, the table is measured, if none was given."""
+        """The search over the units; where time counts its first use measures the table, unless one was given."""
         if self._search is None:
             if self.by_time and self.table is None:
                 config = self.config
@@ -48,5 +48,5 @@ class Goal:
         return self.table.total_ms({name: 0 if mask is None else mask.num_units for name, mask in masks.items()})
 
     def predicted_speedup(self) -> float | None:
-        """Of the model as it is now; None where parameters are counted, or nothing was priced yet."""
+        """How many times as fast the model is now; None where parameters are counted, or nothing was priced yet."""
         return None if self.table is None else self.table.dense_ms / self.live()

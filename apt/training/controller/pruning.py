@@ -1,8 +1,8 @@
-"""The pruning half of a run: scores of its steps, masks that fall towards an event, the plan of the event, the cut."""
+"""The pruning half of a run: scores of its steps, masks that fall towards an event, the plan of the event."""
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,16 +13,17 @@ from apt.pruning import UnitScores, move_masks, open_units, settle_masks
 from apt.pruning.dimensions import Group
 from apt.pruning.latency_table import LatencyTable
 from apt.pruning.salience import MovingAverage
-from apt.records import PrunePlan
+from apt.records import Plan, PrunePlan
 from apt.surgery import patch_state
-from apt.surgery.prune import apply_prune_plan
 from apt.training.controller.calibration import Loss, static_scores
 from apt.training.controller.finite import check_scores
 from apt.training.controller.goal import Goal
+from apt.training.controller.phase import Phase
+from apt.training.controller.progress import Progress
 from apt.training.controller.timeline import Timeline
 
 
-class Pruning:
+class Pruning(Phase):
     """Chooses the units that go at the events of a run, and moves their masks there. It does not say when.
 
     From its construction on the masks collect statistics, unless all units go before step 1.
@@ -37,10 +38,14 @@ class Pruning:
         ValueError: there are no prunable units, or the floors exclude the target.
     """
 
+    absent: ClassVar[Mapping[str, Any]] = {"latency": None, "salience": {}, "masks": {}}
+
     def __init__(
         self, model: nn.Module, config: APTConfig, timeline: Timeline, latency: LatencyTable | None = None
     ) -> None:
-        self.model, self.config, self.timeline = model, config.pruning, timeline
+        self.model = model
+        self.config = config.pruning
+        self.timeline = timeline
         anatomy = anatomy_of(model)
         self.goal = Goal(anatomy, self.config, patch_state(model).block_params, latency)
         self.units = UnitScores(anatomy, self.config)
@@ -71,22 +76,17 @@ class Pruning:
         """Whether units can be ranked: a step has given scores, or the weights alone do."""
         return bool(self.salience.values) or not self.units.from_data
 
-    def take(self, grad_scale: float, step: int, *, finite: bool) -> None:
-        """Take the scores of the step after `step` into the average, and empty the masks.
-
-        Args:
-            grad_scale: the loss scaler's factor on the gradients.
-            step: optimizer steps done.
-            finite: whether the gradients are; scores of a step that is dropped do not count.
+    def after_backward(self, progress: Progress, grad_scale: float, *, finite: bool) -> None:
+        """Take the scores of the step into the average, and empty the masks, while units are to go.
 
         Raises:
             FloatingPointError: the salience of a unit is NaN or infinite.
         """
-        if not self.units.from_data:
+        if not (progress.still_prunes and self.units.from_data):
             return
         scores = self.units.take(grad_scale)
         if finite:
-            check_scores(scores, step)
+            check_scores(scores, progress.step)
             self.salience.update(scores)
 
     def calibrate(self, batches: Iterable[Mapping[str, Any]], compute_loss: Loss, grad_scale: float) -> None:
@@ -96,6 +96,11 @@ class Pruning:
             self.units.collect(True)
             taken = itertools.islice(batches, self.config.calibration_batches)
             self.salience.values = static_scores(self.model, taken, self.units.take, compute_loss, grad_scale)
+
+    def before_event(self, progress: Progress) -> None:
+        """Move the masks, while units are to go and can be ranked."""
+        if progress.still_prunes and self.scored:
+            self.drive_masks(progress.step, progress.num_pruned)
 
     def drive_masks(self, step: int, index: int) -> None:
         """Let the masks fall towards event `index` of those that prune, and hold them from where they are settled."""
@@ -112,52 +117,52 @@ class Pruning:
         scores = {group.name: values[group.name] for group in self.groups}
         return self.goal.search.plan(self.groups, scores, self.goal.live(), event, self.timeline.saving_at(event))
 
-    def settled_plan(self, event: int) -> PrunePlan:
-        """What the masks keep at the event of a step: they may be settled since some steps, with the scores of then."""
-        rested = event > 0 and self.timeline.pruning.windows(self.timeline.prune_steps.index(event))[1] < event
-        if not rested or not any(group.mask.masked for group in self.groups):  # or no score came in time to decay
+    def can_decide(self, event: int) -> bool:
+        return self.scored or event not in self.timeline.prune_steps
+
+    def decide(self, event: int) -> PrunePlan | None:
+        """What the masks keep at the event, once they are settled."""
+        if event not in self.timeline.prune_steps:
+            return None
+        # Settled since some steps, with the scores of then; or no score came in time to decay.
+        masked = any(group.mask.masked for group in self.groups)
+        if not (masked and self._rests_before(event)):
             settle_masks(self.groups, self.prune_plan(event).kept)
         return PrunePlan(
             step=event,
-            target_sparsity=self.config.asked(self.timeline.saving_at(event))["target_sparsity"],
+            target_sparsity=self.config.target_at(self.timeline.saving_at(event)).sparsity,
             kept=open_units(self.groups),
             round_to=self.config.round_to,
         )
 
-    def cut(self, plan: PrunePlan, optimizer: torch.optim.Optimizer, *, keep_tail: bool) -> None:
-        """Carry out a plan on model and optimizer, and on everything here that has an entry a unit.
+    def _rests_before(self, event: int) -> bool:
+        """Whether the masks are to be settled some steps before the event."""
+        if event == 0:
+            return False
+        _, settled = self.timeline.pruning.windows(self.timeline.prune_steps.index(event))
+        return settled < event
 
-        Args:
-            plan: of the event.
-            optimizer: its moments follow.
-            keep_tail: whether the dense weights stay behind the student's, for a teacher.
-        """
-        apply_prune_plan(self.model, plan, optimizer, keep_tail=keep_tail)
-        for name, positions in plan.kept.items():
-            self.salience.keep(name, torch.tensor(positions, dtype=torch.long))
-        self.units.find()
+    def follow(self, plan: Plan) -> None:
+        """Drop the units that went, from everything here that has an entry a unit."""
+        if isinstance(plan, PrunePlan):
+            for name, positions in plan.kept.items():
+                self.salience.keep(name, torch.tensor(positions, dtype=torch.long))
+            self.units.find()
 
-    def after_event(self, *, last: bool) -> None:
+    def after_event(self, progress: Progress) -> None:
         """Forget what was kept of the weights, which have changed; after the last event that prunes close the masks."""
         self.units.outliers.reset()
-        if last:
+        if not progress.still_prunes:
             self.units.collect(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs beside the model: JSON values and tensors."""
         return {
             "latency": None if self.goal.table is None else self.goal.table.to_json(),
             "salience": dict(self.salience.values),
             "masks": {group.name: group.mask.values.clone() for group in self.groups},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], *, collects: bool) -> None:
-        """Take up where `state_dict` was made; the model must have the shapes of that moment already.
-
-        Args:
-            state: from `state_dict`, and more.
-            collects: whether the next step is to be scored.
-        """
+    def load_state_dict(self, state: Mapping[str, Any], progress: Progress) -> None:
         self.salience.values = dict(state["salience"])
         for group in self.groups:
             group.mask.set_mask(state["masks"][group.name])
@@ -165,4 +170,4 @@ class Pruning:
             self.goal.take_table(LatencyTable.from_json(state["latency"]))
             self.prepared = True  # the run began with it
         self.units.outliers.reset()
-        self.units.collect(collects)
+        self.units.collect(progress.still_prunes and not progress.awaits_calibration)

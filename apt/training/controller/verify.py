@@ -33,7 +33,7 @@ class LogitCheck:
 
     @torch.no_grad()
     def logits(self) -> Tensor | None:
-        """Of the latest batch, in evaluation mode; None where there is nothing to check."""
+        """The model's logits on the latest batch, in evaluation mode; None where there is nothing to check."""
         if not self.on or self._batch is None:
             return None
         with evaluating(self.model):
