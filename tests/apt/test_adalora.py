@@ -147,6 +147,19 @@ def test_a_resumed_run_is_the_same(pause: int, prune: bool, tmp_path: Path) -> N
     assert max(apt.summary(resumed.model).ranks.values()) <= 6
 
 
+def test_a_run_resumes_whose_ranks_went_before_its_teacher_was_replaced(tmp_path: Path) -> None:
+    """The tails that a replay leaves are those of the events since the teacher, the one that trimmed ranks counted."""
+    built = {"prune": True, "tfinal": 25}  # ranks go after step 5, units after 6, 12 and 18
+    taught = {"use_self_distillation": True, "teacher_refresh": True, "distill_end": 28, "target_sparsity": 0.6}
+    scores = [0.5, 0.4, 0.3]  # each student is better than its teacher
+    whole = Loop("bert", ours(**built), held_out=lambda _: scores.pop(0), **taught, **BRIEF).take(16)
+    assert [event.trim is not None for event in whole.run.events] == [True, False, False]
+    assert whole.run.distillation.snapshots == [2, 8, 14]
+    resumed = whole.resumed(ours(**built), tmp_path, held_out=lambda _: 1.0, **taught, **BRIEF)
+    take_both(whole, resumed, 14)
+    assert equal_bits(resumed.model, whole.model)
+
+
 def test_a_schedule_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="leave no step of 10"):
         Loop("bert", ours(tinit=4, tfinal=6), 10)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiny_run import sentences, tiny_bert, tiny_tokenizer, write_csv
 from torch import nn
 
 import apt
-from apt.records import Event, PrunePlan, RankPlan
+from apt.records import Event, PrunePlan, RankPlan, TrimPlan
 from apt.runs.config import DataConfig, EvaluationConfig
 from apt.runs.data import DatasetLoader
 from apt.runs.evaluation.evaluate import Evaluator, latency_ms, live_bytes, saved_bytes, time_events
@@ -150,6 +151,15 @@ def test_events_are_replayed_and_timed() -> None:
     assert rows[0]["live_mb_after"] > rows[0]["live_mb_pruned"]  # the rank grew there
     with_grad = {name for name, p in models[0].named_parameters() if p.grad is not None}
     assert with_grad == {name for name, p in models[0].named_parameters() if p.requires_grad}
+
+
+def test_ranks_that_went_for_good_are_replayed_once() -> None:
+    model = apt.patch_model(tiny_bert(), method="adalora", init_r=6, target_modules=("q",))
+    name = "bert.encoder.layer.0.attention.self.query"
+    trim = TrimPlan(step=4, kept={name: [0, 5]})
+    events = [replace(event(4, {}, 0.0, {}), prune=None, rank=None, trim=trim)]
+    assert time_events(lambda: model, events, {}, steps=1) == []
+    assert apt.summary(model).ranks[name] == 2
 
 
 def test_saved_bytes_of_a_known_graph() -> None:

@@ -15,7 +15,7 @@ from apt.layers.modes import evaluating
 from apt.records import Event
 from apt.runs.data import Examples
 from apt.runs.evaluation.config import EvaluationConfig
-from apt.surgery.event import apply_event
+from apt.surgery.event import apply_event, apply_plan
 from apt.training.clock import medians_ms
 
 SMALLEST_TIMED = 0.03  # fraction of the block parameters; what removes less is lost in the noise of a step
@@ -110,7 +110,8 @@ def time_events(
     for event in events:
         timed = event.removed >= SMALLEST_TIMED
         models = {"before": copy.deepcopy(model)} if timed else {}
-        apply_event(model, replace(event, rank=None))
+        if event.prune is not None:
+            apply_plan(model, event.prune)
         models |= {"pruned": copy.deepcopy(model)} if timed else {}
         apply_event(model, replace(event, prune=None))
         if timed:

@@ -162,7 +162,7 @@ class Distillation(Phase):
             return
         free_tails(self.model, self.optimizer)
         self.distiller.snapshot()
-        self.since_event = progress.num_scheduled
+        self.since_event = len(progress.events)
         self.teacher_score = score
         self.snapshots.append(progress.step)
 
