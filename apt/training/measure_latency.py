@@ -40,13 +40,6 @@ def sample_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, An
     return batch
 
 
-def forward_ms(model: nn.Module, batch: Mapping[str, Any], repeats: int = REPEATS) -> float:
-    """Median time of a forward pass in evaluation mode."""
-    device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
-        return medians_ms({"": lambda: model(**batch)}, repeats, device)[""]
-
-
 def measure_latency(anatomy: Anatomy, batch_size: int, length: int, repeats: int = REPEATS) -> LatencyTable:
     """The latency table of a patched model, as it would be without adapters.
 

@@ -1,7 +1,9 @@
 """A run saved in its middle and taken up elsewhere; runs and models side by side that do not meet."""
 
 import copy
+import importlib
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,14 @@ def test_a_copy_of_a_patched_model_trains_on_its_own() -> None:
     assert apt.summary(model).sparsity == 0.0
     assert all(torch.equal(tensor, kept[key]) for key, tensor in model.state_dict().items())
     assert model._apt.valid["layers"].mask is None  # the copy's batches went to the copy's gates
+
+
+def test_the_old_names_warn_and_are_the_same() -> None:
+    import apt.training.checkpoint
+
+    sys.modules.pop("apt.checkpoint", None)
+    with pytest.warns(DeprecationWarning, match="apt.save_checkpoint"):
+        old = importlib.import_module("apt.checkpoint")
+
+    for name in ("save_controller", "load_controller", "restore_shapes"):
+        assert getattr(old, name) is getattr(apt.training.checkpoint, name)

@@ -12,7 +12,7 @@ from torch import nn
 
 import apt
 from apt.surgery import patch
-from apt.surgery.put_in import keep_few_kernels
+from apt.surgery.put_in import CAPACITY, keep_few_kernels
 from apt.training import memory
 from apt.training.controller import controller, distillation
 from apt.training.memory import give_back, memory_mb
@@ -74,7 +74,7 @@ for length in [*range(2, 2 + {lengths}), 2]:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize(("lengths", "compiled"), [(60, 60), (70, 71)])  # of 60 the first is still there, of 70 not
 def test_a_patched_model_leaves_onednn_64_kernels(lengths: int, compiled: int) -> None:
-    told = {name: value for name, value in os.environ.items() if name not in memory.CAPACITY} | {"ONEDNN_VERBOSE": "2"}
+    told = {name: value for name, value in os.environ.items() if name not in CAPACITY} | {"ONEDNN_VERBOSE": "2"}
     script = COMPILED.format(lengths=lengths)
     ran = subprocess.run([sys.executable, "-c", script], env=told, capture_output=True, text=True, check=True)
     assert ran.stdout.count("create:cache_miss,cpu,eltwise") == compiled
@@ -90,7 +90,7 @@ def test_that_is_for_float32_on_a_cpu_where_the_user_says_nothing(monkeypatch: p
     assert said(plain) == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
     for other in (nn.Linear(2, 2, dtype=torch.bfloat16), nn.Linear(2, 2, device="meta"), nn.GELU()):
         assert said(other) == {}
-    for name in memory.CAPACITY:
+    for name in CAPACITY:
         assert said(plain, **{name: "1024"}) == {name: "1024"}
 
 

@@ -11,7 +11,7 @@ import torch
 from tiny_run import tiny_bert, write_config
 
 from apt.runs.config import load_config
-from apt.training import memory
+from apt.surgery.put_in import CAPACITY
 from bench import accuracy, arms, grid
 from bench.accuracy import GRID, goal, series, table, time_to
 from bench.grid import Cell, fill, hours, runs
@@ -56,11 +56,11 @@ def test_other_models_and_impossible_sizes_are_refused() -> None:
 
 
 def test_the_baseline_gets_nothing_of_a_patched_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in memory.CAPACITY:
+    for name in CAPACITY:
         monkeypatch.setenv(name, "1")  # put back after the test
         monkeypatch.delenv(name)
     peft_lora(tiny_bert(), load_config(write_config(tmp_path)))
-    assert not any(name in os.environ for name in memory.CAPACITY)
+    assert not any(name in os.environ for name in CAPACITY)
 
 
 def test_a_course_changes_no_run(tmp_path: Path) -> None:
