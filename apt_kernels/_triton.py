@@ -1,4 +1,4 @@
-"""Facts about compiler and device that the kernel files and the public ops ask for. Importable without triton."""
+"""Facts about compiler, device and layout that the kernels and the public ops ask for. Importable without triton."""
 
 import functools
 import importlib.util
@@ -49,6 +49,16 @@ def unit(*sizes: int) -> int:
     bytes, while a size that changes at run time never compiles anew.
     """
     return 8 if all(size % 8 == 0 for size in sizes) else 1
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself where its rows are contiguous, whatever lies between them; else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def contiguous(vector: Tensor | None) -> Tensor | None:
+    """A vector that may be missing, as kernels take it."""
+    return None if vector is None else vector.contiguous()
 
 
 @functools.cache

@@ -11,15 +11,15 @@ Dimension key: I in, O out, R rank, N columns or rows, S tiles along the other a
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from apt_kernels import _triton, statistics
+from apt_kernels import _triton
+from apt_kernels._triton import contiguous, rows_contiguous
+from apt_kernels.loads import dot, load_tile, load_vector
 
 CONFIGS = ((64, 128, 8),)  # BLOCK_O, BLOCK_I, warps: 32 values a thread, so that tile and powers stay in registers
 BLOCK_R = 16  # the least tl.dot takes
@@ -30,15 +30,21 @@ JOIN_SIZES = ["S", "N", "each", "total"]
 
 
 @triton.jit
+def store_four(out_4N, N, place, live, mean, m2, m3, m4):
+    """Mean and power sums, to ``out[0..3, place]``."""
+    tl.store(out_4N + place, mean, mask=live)
+    tl.store(out_4N + N + place, m2, mask=live)
+    tl.store(out_4N + 2 * N + place, m3, mask=live)
+    tl.store(out_4N + 3 * N + place, m4, mask=live)
+
+
+@triton.jit
 def store_moments(v, inside, out, N, place, live, AXIS: tl.constexpr, count):
     """Mean and power sums about it of a tile along AXIS, to ``out[0..3, place]``."""
     mean = tl.sum(v, AXIS) / count  # v is 0 outside
     d = tl.where(inside, v - tl.expand_dims(mean, AXIS), 0.0)
     d2 = d * d
-    tl.store(out + place, mean, mask=live)
-    tl.store(out + N + place, tl.sum(d2, AXIS), mask=live)
-    tl.store(out + 2 * N + place, tl.sum(d2 * d, AXIS), mask=live)
-    tl.store(out + 3 * N + place, tl.sum(d2 * d2, AXIS), mask=live)
+    store_four(out, N, place, live, mean, tl.sum(d2, AXIS), tl.sum(d2 * d, AXIS), tl.sum(d2 * d2, AXIS))
 
 
 @triton.jit(do_not_specialize=TILE_SIZES)
@@ -60,18 +66,29 @@ def tile_moments_kernel(
             b = tl.load(b_OR + o[:, None] * R + r[None, :], mask=(o[:, None] < O) & (r[None, :] < R), other=0.0)
             a_place = r[:, None].to(tl.int64) * (a_units * UNIT) + i[None, :]
             a = tl.load(a_RI + a_place, mask=(r[:, None] < R) & (i[None, :] < I), other=0.0)
-            if WIDEN:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            low = tl.dot(b, a, low, input_precision=PRECISION)
+            low = dot(b, a, low, WIDEN, PRECISION)
     # W after the loop, which needs the registers.
-    v = tl.load(weight_OI + o[:, None] * (w_units * UNIT) + i[None, :], mask=inside, other=0.0).to(tl.float32)
+    v = load_tile(weight_OI, o, w_units * UNIT, i, inside)
     if a_RI is not None:
         v += scale * low
     num_o, num_i = tl.minimum(O - tile_o * BLOCK_O, BLOCK_O), tl.minimum(I - tile_i * BLOCK_I, BLOCK_I)
     store_moments(v, inside, columns_S4I + tile_o * 4 * I, I, i, i < I, 0, num_o)
     if by_I is not None:
-        v *= tl.load(by_I + i, mask=i < I, other=0.0).to(tl.float32)[None, :]
+        v *= load_vector(by_I, i, I)[None, :]
     store_moments(v, inside, rows_S4O + tile_i * 4 * O, O, o, o < O, 1, num_i)
+
+
+@triton.jit
+def load_moment(parts_S4N, moment, s, n, S, N):
+    """The mean (0), M2, M3 or M4 (3) of a block of tiles, in float64."""
+    place = parts_S4N + s[:, None].to(tl.int64) * (4 * N) + n[None, :] + moment * N
+    return tl.load(place, mask=(s[:, None] < S) & (n[None, :] < N), other=0.0).to(tl.float64)
+
+
+@triton.jit
+def entries(s, each, total):
+    """How many entries each tile has, in float64: the last one fewer, those past the end none."""
+    return tl.maximum(tl.minimum(total - s * each, each), 0).to(tl.float64)[:, None]
 
 
 @triton.jit(do_not_specialize=JOIN_SIZES)
@@ -81,29 +98,21 @@ def join_kernel(parts_S4N, moments_4N, S, N, each, total, BLOCK_S: tl.constexpr,
     mean = tl.zeros((BLOCK_S, BLOCK_N), tl.float64)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        inside = (s[:, None] < S) & (n[None, :] < N)
-        count = tl.maximum(tl.minimum(total - s * each, each), 0).to(tl.float64)[:, None]
-        part = tl.load(parts_S4N + s[:, None].to(tl.int64) * (4 * N) + n[None, :], mask=inside, other=0.0)
-        mean += count * part.to(tl.float64)
+        mean += entries(s, each, total) * load_moment(parts_S4N, 0, s, n, S, N)
     mean_N = tl.sum(mean, 0) / total
     m2, m3, m4 = tl.zeros_like(mean), tl.zeros_like(mean), tl.zeros_like(mean)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        inside = (s[:, None] < S) & (n[None, :] < N)
-        count = tl.maximum(tl.minimum(total - s * each, each), 0).to(tl.float64)[:, None]
-        place = parts_S4N + s[:, None].to(tl.int64) * (4 * N) + n[None, :]
-        d = tl.load(place, mask=inside, other=0.0).to(tl.float64) - mean_N[None, :]
-        p2 = tl.load(place + N, mask=inside, other=0.0).to(tl.float64)
-        p3 = tl.load(place + 2 * N, mask=inside, other=0.0).to(tl.float64)
-        p4 = tl.load(place + 3 * N, mask=inside, other=0.0).to(tl.float64)
+        count = entries(s, each, total)
+        d = load_moment(parts_S4N, 0, s, n, S, N) - mean_N[None, :]
+        p2 = load_moment(parts_S4N, 1, s, n, S, N)
+        p3 = load_moment(parts_S4N, 2, s, n, S, N)
+        p4 = load_moment(parts_S4N, 3, s, n, S, N)
         d2 = d * d
         m2 += p2 + count * d2
         m3 += p3 + 3.0 * d * p2 + count * d2 * d
         m4 += p4 + 4.0 * d * p3 + 6.0 * d2 * p2 + count * d2 * d2
-    tl.store(moments_4N + n, mean_N, mask=n < N)
-    tl.store(moments_4N + N + n, tl.sum(m2, 0), mask=n < N)
-    tl.store(moments_4N + 2 * N + n, tl.sum(m3, 0), mask=n < N)
-    tl.store(moments_4N + 3 * N + n, tl.sum(m4, 0), mask=n < N)
+    store_four(moments_4N, N, n, n < N, mean_N, tl.sum(m2, 0), tl.sum(m3, 0), tl.sum(m4, 0))
 
 
 def join(parts_S4N: Tensor, each: int, total: int) -> Tensor:
@@ -147,16 +156,16 @@ def weight_kurtosis(
         none = weight_OI.new_full((I // group + O,), -3.0, dtype=torch.float32)
         return none[: I // group].clone(), none[I // group :].clone()
     block_o, block_i, warps = CONFIGS[0]
-    weight_OI, a_stride, R, precision = statistics.rows(weight_OI), 0, 0, "ieee"
+    weight_OI, a_stride, R, precision = rows_contiguous(weight_OI), 0, 0, "ieee"
     if a_RI is not None and b_OR is not None:
         dtype = torch.promote_types(a_RI.dtype, b_OR.dtype)
-        a_RI, b_OR = statistics.rows(a_RI.to(dtype)), b_OR.to(dtype).contiguous()
+        a_RI, b_OR = rows_contiguous(a_RI.to(dtype)), b_OR.to(dtype).contiguous()
         a_stride, R, precision = a_RI.stride(0), a_RI.shape[0], _triton.precision(dtype)
     unit = _triton.unit(I, weight_OI.stride(0), a_stride)
     columns_S4I = weight_OI.new_empty(math.ceil(O / block_o), 4, I, dtype=torch.float32)
     rows_S4O = weight_OI.new_empty(math.ceil(I / block_i), 4, O, dtype=torch.float32)
     tile_moments_kernel[len(rows_S4O), len(columns_S4I)](
-        weight_OI, b_OR, a_RI, None if column_scale is None else column_scale.contiguous(), columns_S4I, rows_S4O,
+        weight_OI, b_OR, a_RI, contiguous(column_scale), columns_S4I, rows_S4O,
         O, I // unit, R, weight_OI.stride(0) // unit, a_stride // unit, scale,
         UNIT=unit, WIDEN=a_RI is not None and _triton.widened(a_RI.dtype), PRECISION=precision,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=BLOCK_R, num_warps=warps,
@@ -166,23 +175,3 @@ def weight_kurtosis(
         powers = torch.arange(1, 5, device=weight_OI.device)[:, None]  # of mean, M2, M3, M4
         columns_4I = columns_4I * column_scale.double() ** powers
     return kurtosis(join_groups(columns_4I, group, O), O * group), kurtosis(rows_4O, I)
-
-
-def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Name, kernel, signature, constants, warps and stages of every configuration that can be chosen."""
-    for block_o, block_i, warps in CONFIGS:
-        for weight, adapter, unit in (("*bf16", "*fp32", 8), ("*bf16", "*bf16", 8), ("*fp32", "*fp32", 1)):
-            for lora in (True, False):
-                tiles = {"BLOCK_O": block_o, "BLOCK_I": block_i, "BLOCK_R": BLOCK_R}
-                constants: dict[str, Any] = {**tiles, "UNIT": unit, "WIDEN": False, "PRECISION": "ieee"}
-                constants |= {} if lora else {"a_RI": None, "b_OR": None}
-                types = {"weight_OI": weight, "a_RI": adapter, "b_OR": adapter, "scale": "fp32"}
-                types |= dict.fromkeys(("by_I", "columns_S4I", "rows_S4O"), "*fp32") | dict.fromkeys(TILE_SIZES, "i32")
-                types |= dict.fromkeys(constants, "constexpr")
-                signature = {arg: types[arg] for arg in tile_moments_kernel.arg_names}
-                part = f"+ low rank {adapter[1:]}" if lora else "alone"
-                name = f"moments {block_o}x{block_i} {weight[1:]} {part} unit {unit}"
-                yield name, tile_moments_kernel, signature, constants, warps, 3
-    constants = {"BLOCK_S": JOIN_S, "BLOCK_N": JOIN_N}
-    types = {"parts_S4N": "*fp32", "moments_4N": "*fp64", **dict.fromkeys(JOIN_SIZES, "i32")}
-    yield "join moments", join_kernel, types | dict.fromkeys(constants, "constexpr"), constants, 4, 3

@@ -12,6 +12,8 @@ Dimension key: T tokens, I in, O out, R rank, P rank padded to a multiple of 16.
 import triton
 import triton.language as tl
 
+from apt_kernels.loads import dot, load_tile, load_vector, store_tile
+
 SIZES = ["T", "i_units", "o_units", "R", "p_units", "z_units", "seed"]
 
 
@@ -21,14 +23,22 @@ def row_factor(gate_TR, rows, cols, T, R, P, seed, dropout, GATE: tl.constexpr, 
     inside = (rows[:, None] < T) & (cols[None, :] < R)
     factor = tl.where(inside, 1.0, 0.0)
     if GATE:
-        factor = tl.load(gate_TR + rows[:, None].to(tl.int64) * R + cols[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        factor = load_tile(gate_TR, rows.to(tl.int64), R, cols, inside)
     if DROP:
         # Drawn from the seed and the place, so backward draws the same and no mask is kept.
         drawn = tl.rand(seed, rows[:, None] * P + cols[None, :])
         factor = tl.where(drawn >= dropout, factor / (1.0 - dropout), 0.0)
     return factor
+
+
+@triton.jit
+def times_vectors(tile, row_by, col_by, i, j, rows, cols, ROW_BY: tl.constexpr, COL_BY: tl.constexpr):
+    """``tile[i, j] * row_by[i] * col_by[j]``, each where it is there."""
+    if ROW_BY:
+        tile *= load_vector(row_by, i, rows)[:, None]
+    if COL_BY:
+        tile *= load_vector(col_by, j, cols)[None, :]
+    return tile
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "out_rows", "out_units", "stride"])
@@ -44,13 +54,9 @@ def pack(
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (i[:, None] < rows) & (j[None, :] < cols)
-    value = tl.load(source + i[:, None] * stride + j[None, :], mask=inside, other=0.0).to(tl.float32) * scale
-    if ROW_BY:
-        value *= tl.load(row_by + i, mask=i < rows, other=0.0).to(tl.float32)[:, None]
-    if COL_BY:
-        value *= tl.load(col_by + j, mask=j < cols, other=0.0).to(tl.float32)[None, :]
-    kept = (i[:, None] < out_rows) & (j[None, :] < out_cols)
-    tl.store(target + i[:, None] * out_cols + j[None, :], value.to(target.dtype.element_ty), mask=kept)
+    value = load_tile(source, i, stride, j, inside) * scale
+    value = times_vectors(value, row_by, col_by, i, j, rows, cols, ROW_BY, COL_BY)
+    store_tile(target, i, out_cols, j, value, (i[:, None] < out_rows) & (j[None, :] < out_cols))
 
 
 @triton.jit(do_not_specialize=[*SIZES, "x_units", "a_units"])
@@ -73,16 +79,14 @@ def down(
         a = tl.load(
             a_PI + cols[:, None] * (a_units * 8) + k[None, :], mask=(cols[:, None] < P) & (k[None, :] < I), other=0.0
         )
-        if WIDEN:
-            x, a = x.to(tl.float32), a.to(tl.float32)
-        acc = tl.dot(x, a.T, acc, input_precision=PRECISION)
+        acc = dot(x, a.T, acc, WIDEN, PRECISION)
     kept = (first + rows[:, None] < T) & (cols[None, :] < P)
-    place = (first + rows[:, None]).to(tl.int64) * P + cols[None, :]
+    place = (first + rows).to(tl.int64)
     z = acc.to(z_TP.dtype.element_ty)
-    tl.store(z_TP + place, z, mask=kept)
+    store_tile(z_TP, place, P, cols, z, kept)
     if ROWS:
         factor = row_factor(gate_TR, first + rows, cols, T, R, P, seed, dropout, GATE, DROP)
-        tl.store(h_TP + place, (z.to(tl.float32) * factor).to(z.dtype), mask=kept)
+        store_tile(h_TP, place, P, cols, z.to(tl.float32) * factor, kept)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "dy_units", "rows_each", "start", "stop", "first_split"])
@@ -102,8 +106,6 @@ def up_backward(
     cols = tl.program_id(2) * BR + tl.arange(0, BR)
     own = (out[:, None] < O) & (cols[None, :] < P)
     b = tl.load(b_OP + out[:, None] * P + cols[None, :], mask=own, other=0.0)
-    if WIDEN:
-        b = b.to(tl.float32)
     acc = tl.zeros((BN, BR), tl.float32)
     begin = start + split * rows_each
     end = tl.minimum(begin + rows_each, stop)
@@ -118,12 +120,10 @@ def up_backward(
         if ROWS:
             factor = row_factor(gate_TR, rows, cols, T, R, P, seed, dropout, GATE, DROP)
             z = (z.to(tl.float32) * factor).to(z.dtype)
-        if WIDEN:
-            dy, z = dy.to(tl.float32), z.to(tl.float32)
-        t = tl.dot(dy, b, input_precision=PRECISION)
+        t = dot(dy, b, None, WIDEN, PRECISION)
         place = (block * (stop - start) + rows[:, None] - start).to(tl.int64) * P + cols[None, :]
         tl.store(t_NTP + place, t, mask=live & (cols[None, :] < P))
-        acc = tl.dot(dy.T, z, acc, input_precision=PRECISION)
+        acc = dot(dy.T, z, acc, WIDEN, PRECISION)
     tl.store(db_SOP + ((first_split + split) * O + out[:, None]) * P + cols[None, :], acc, mask=own)
 
 
@@ -145,20 +145,19 @@ def rank_gradient(
     for part in range(num_parts):
         place = (part * (stop - start) + rows[:, None] - start).to(tl.int64) * P + cols[None, :]
         acc += tl.load(t_NTP + place, mask=live, other=0.0)
-    place = rows[:, None].to(tl.int64) * (z_units * 16) + cols[None, :]
+    place = rows.to(tl.int64)
     keep = row_factor(gate_TR, rows, cols, T, R, P, seed, dropout, False, DROP)
     if NEEDS:
-        grad = acc * keep * tl.load(z_TP + place, mask=live, other=0.0).to(tl.float32)
+        grad = acc * keep * load_tile(z_TP, place, z_units * 16, cols, live)
         if GATE:
-            where = rows[:, None].to(tl.int64) * R + cols[None, :]
-            tl.store(dgate_TR + where, grad.to(dgate_TR.dtype.element_ty), mask=live & (cols[None, :] < R))
+            store_tile(dgate_TR, place, R, cols, grad, live & (cols[None, :] < R))
         else:
             own = (first_block + tl.program_id(0)) * P + cols
             tl.store(dgate_MP + own, tl.sum(tl.where(live, grad, 0.0), 0), mask=cols < P)
     factor = row_factor(gate_TR, rows, cols, T, R, P, seed, dropout, GATE, DROP)
     if RANK_GATE:
-        factor *= tl.load(gate_R + cols, mask=cols < R, other=0.0).to(tl.float32)[None, :]
-    tl.store(ts_TP + place, (acc * factor).to(ts_TP.dtype.element_ty), mask=live)
+        factor *= load_vector(gate_R, cols, R)[None, :]
+    store_tile(ts_TP, place, z_units * 16, cols, acc * factor, live)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "x_units", "rows_each"])
@@ -179,9 +178,7 @@ def down_backward(
         live = rows[:, None] < end
         x = tl.load(x_TI + rows[:, None].to(tl.int64) * stride + k[None, :], mask=live & (k[None, :] < I), other=0.0)
         ts = tl.load(ts_TP + rows[:, None].to(tl.int64) * P + cols[None, :], mask=live & (cols[None, :] < P), other=0.0)
-        if WIDEN:
-            x, ts = x.to(tl.float32), ts.to(tl.float32)
-        acc = tl.dot(ts.T, x, acc, input_precision=PRECISION)
+        acc = dot(ts.T, x, acc, WIDEN, PRECISION)
     own = (cols[:, None] < P) & (k[None, :] < I)
     tl.store(da_SPI + (split * P + cols[:, None]) * I + k[None, :], acc, mask=own)
 
@@ -199,9 +196,5 @@ def reduce(
     for part in range(num_parts):
         place = (part * part_rows + i[:, None]).to(tl.int64) * part_cols + j[None, :]
         acc += tl.load(parts + place, mask=inside, other=0.0)
-    acc *= scale
-    if ROW_BY:
-        acc *= tl.load(row_by + i, mask=i < rows, other=0.0).to(tl.float32)[:, None]
-    if COL_BY:
-        acc *= tl.load(col_by + j, mask=j < cols, other=0.0).to(tl.float32)[None, :]
-    tl.store(target + i[:, None] * cols + j[None, :], acc.to(target.dtype.element_ty), mask=inside)
+    total = times_vectors(acc * scale, row_by, col_by, i, j, rows, cols, ROW_BY, COL_BY)
+    store_tile(target, i, cols, j, total, inside)

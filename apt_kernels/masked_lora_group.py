@@ -10,60 +10,57 @@ from torch import Tensor
 
 from apt_kernels import _triton, tiles
 from apt_kernels.masked_lora import back_onto, joint, onto
+from apt_kernels.operands import LoraOperands, ranks
 from apt_kernels.passes import Rows, down, down_backward, pack, packed_a, reduce, up_backward
 
 PLAIN = Rows(None, 0.0, 0)
 
 
 @_triton.on_own_device
-def forward(
-    implementation: str,
-    x_TI: Tensor,
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    scale: float,
-) -> list[Tensor]:
-    """Every output ``[T, O_k]``, and last z ``[T, P]``."""
-    a_PI = torch.cat([packed_a(a_RI, x_TI.dtype) for a_RI in a])
+def forward(implementation: str, x_TI: Tensor, layers: Sequence[LoraOperands]) -> tuple[list[Tensor], Tensor]:
+    """Every output ``[T, O_k]``, and z ``[T, P]``."""
+    a_PI = _packed_a(layers, x_TI.dtype)
     z_TP, _ = down(x_TI, a_PI, a_PI.shape[0], PLAIN)
     product = onto if implementation == "split_cublas" else joint
-    outputs = []
-    for weight_OI, b_OR, bias, z_own in zip(weights, b, biases, columns(z_TP, a), strict=True):
-        b_OP = pack(b_OR, weight_OI.shape[0], z_own.shape[1], x_TI.dtype, scale=scale)
-        outputs.append(product(x_TI, weight_OI, z_own, b_OP, bias, None, None))
-    return [*outputs, z_TP]
+    outputs = [
+        product(x_TI, z_own, _packed_b(layer, x_TI.dtype), layer)
+        for layer, z_own in zip(layers, _parts(z_TP, layers), strict=True)
+    ]
+    return outputs, z_TP
 
 
 @_triton.on_own_device
 def backward(
-    dys: Sequence[Tensor],
-    x_TI: Tensor,
-    z_TP: Tensor,
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scale: float,
-    needs_x: bool,
+    dys: Sequence[Tensor], x_TI: Tensor, z_TP: Tensor, layers: Sequence[LoraOperands], needs_x: bool
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Gradients of x where asked for, of every A, of every B."""
     ts_TP = torch.empty_like(z_TP)
     grads_b = []
-    for dy_TO, b_OR, z_own, ts_own in zip(dys, b, columns(z_TP, a), columns(ts_TP, a), strict=True):
-        b_OP = pack(b_OR, b_OR.shape[0], z_own.shape[1], x_TI.dtype, scale=scale)
-        db_SOP, _ = up_backward(dy_TO, b_OP, z_own, ts_own, b_OR.shape[1], None, PLAIN, needs_gate=False)
-        grads_b.append(reduce(db_SOP, b_OR.shape[0], b_OR.shape[1], b_OR.dtype, scale=scale))
-    da_SPI = down_backward(x_TI, ts_TP)
-    own_parts = da_SPI.split([tiles.padded_rank(len(a_RI)) for a_RI in a], dim=1)
-    grads_a = [reduce(part, a_RI.shape[0], a_RI.shape[1], a_RI.dtype) for part, a_RI in zip(own_parts, a, strict=True)]
+    for dy_TO, layer, z_own, ts_own in zip(dys, layers, _parts(z_TP, layers), _parts(ts_TP, layers), strict=True):
+        O, R = layer.b.shape
+        b_OP = _packed_b(layer, x_TI.dtype)
+        db_SOP, _ = up_backward(dy_TO, b_OP, z_own, ts_own, R, None, PLAIN, needs_gate=False)
+        grads_b.append(reduce(db_SOP, O, R, layer.b.dtype, scale=layer.scale))
+    own_parts = _parts(down_backward(x_TI, ts_TP), layers)
+    grads_a = [
+        reduce(da_SPI, layer.a.shape[0], layer.a.shape[1], layer.a.dtype)
+        for da_SPI, layer in zip(own_parts, layers, strict=True)
+    ]
     if not needs_x:
         return None, grads_a, grads_b
-    a_PI = torch.cat([packed_a(a_RI, x_TI.dtype) for a_RI in a])
     # One GEMM a layer, each onto what is there: the sum over layers costs no pass of its own.
-    return back_onto(dys, weights, ts_TP, a_PI, None, [None] * len(dys)), grads_a, grads_b
+    return back_onto(dys, ts_TP, _packed_a(layers, x_TI.dtype), layers), grads_a, grads_b
 
 
-def columns(wide_TP: Tensor, a: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The columns of each layer in a tensor of all."""
-    return wide_TP.split([tiles.padded_rank(len(a_RI)) for a_RI in a], dim=1)
+def _packed_a(layers: Sequence[LoraOperands], dtype: torch.dtype) -> Tensor:
+    return torch.cat([packed_a(layer.a, dtype) for layer in layers])
+
+
+def _packed_b(layer: LoraOperands, dtype: torch.dtype) -> Tensor:
+    O, R = layer.b.shape
+    return pack(layer.b, O, tiles.padded_rank(R), dtype, scale=layer.scale)
+
+
+def _parts(wide: Tensor, layers: Sequence[LoraOperands]) -> tuple[Tensor, ...]:
+    """The padded ranks of each layer, along axis 1 of a tensor of all."""
+    return wide.split([tiles.padded_rank(rank) for rank in ranks(layers)], dim=1)

@@ -14,9 +14,6 @@ Dimension key: T tokens, D features, S slices of the tokens.
 """
 
 import math
-from collections.abc import Iterator
-from itertools import product
-from typing import Any
 
 import torch
 import triton
@@ -24,6 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from apt_kernels import _triton, statistics
+from apt_kernels._triton import contiguous, rows_contiguous
+from apt_kernels.loads import load_tile, load_vector, store_tile
+from apt_kernels.statistics import added, cut, own_slice, store_sums
 
 # Rows, block of features, warps: 16 elements a thread, 32 in the last, so that x, dy, w and m fit into its registers.
 CONFIGS = ((16, 128, 4), (2, 1024, 4), (1, 2048, 4), (1, 4096, 8), (1, 8192, 16), (1, 16384, 16))
@@ -42,7 +42,7 @@ def share_of(mask_D, d, D):
     if mask_D is None:
         share = tl.where(d < D, 1.0, 0.0) / D
     else:
-        mask = tl.load(mask_D + d, mask=d < D, other=0.0).to(tl.float32)
+        mask = load_vector(mask_D, d, D)
         share = mask / tl.maximum(tl.sum(mask, 0), TINY)
     return share
 
@@ -53,11 +53,11 @@ def norm_forward_kernel(
     CENTRED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows, in two steps over registers: the mean first, then the variance about it."""
-    D, stride = d_units * UNIT, x_units * UNIT
+    D = d_units * UNIT
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     inside = (t[:, None] < T) & (d[None, :] < D)
-    x = tl.load(x_TD + t[:, None] * stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = load_tile(x_TD, t, x_units * UNIT, d, inside)
     share = share_of(mask_D, d, D)[None, :]
     mean = tl.zeros((ROWS,), tl.float32)
     if CENTRED:
@@ -66,10 +66,10 @@ def norm_forward_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(x * x * share, 1) + eps)
     tl.store(mean_T + t, mean, mask=t < T)
     tl.store(rstd_T + t, rstd, mask=t < T)
-    y = x * rstd[:, None] * tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    y = x * rstd[:, None] * load_vector(weight_D, d, D)[None, :]
     if bias_D is not None:
-        y += tl.load(bias_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_TD + t[:, None] * D + d[None, :], y.to(y_TD.dtype.element_ty), mask=inside)
+        y += load_vector(bias_D, d, D)[None, :]
+    store_tile(y_TD, t, D, d, y, inside)
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
@@ -82,19 +82,19 @@ def norm_backward_kernel(
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     inside = (t[:, None] < T) & (d[None, :] < D)
-    x = tl.load(x_TD + t[:, None] * (x_units * UNIT) + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(dy_TD + t[:, None] * (dy_units * UNIT) + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = load_tile(x_TD, t, x_units * UNIT, d, inside)
+    dy = load_tile(dy_TD, t, dy_units * UNIT, d, inside)
     # dy and w are spent before anything else is loaded, m comes last: in another order the widest block spills.
-    g = dy * tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    mean = tl.load(mean_T + t, mask=t < T, other=0.0)[:, None]
-    rstd = tl.load(rstd_T + t, mask=t < T, other=0.0)[:, None]
+    g = dy * load_vector(weight_D, d, D)[None, :]
+    mean = load_vector(mean_T, t, T)[:, None]
+    rstd = load_vector(rstd_T, t, T)[:, None]
     xhat = (x - mean) * rstd
     shift = tl.zeros((ROWS, 1), tl.float32)
     if CENTRED:
         shift = tl.sum(g, 1)[:, None]
     along = xhat * tl.sum(g * xhat, 1)[:, None] + shift
     dx = rstd * (g - share_of(mask_D, d, D)[None, :] * along)
-    tl.store(dx_TD + t[:, None] * D + d[None, :], dx.to(dx_TD.dtype.element_ty), mask=inside)
+    store_tile(dx_TD, t, D, d, dx, inside)
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
@@ -113,12 +113,11 @@ def norm_backward_wide_kernel(
     masks = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        g = tl.load(dy_TD + d, mask=d < D, other=0.0).to(tl.float32)
-        g *= tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)
-        along += g * (tl.load(x_TD + d, mask=d < D, other=0.0).to(tl.float32) - mean)
+        g = load_vector(dy_TD, d, D) * load_vector(weight_D, d, D)
+        along += g * (load_vector(x_TD, d, D) - mean)
         total += g
         if mask_D is not None:
-            masks += tl.load(mask_D + d, mask=d < D, other=0.0).to(tl.float32)
+            masks += load_vector(mask_D, d, D)
     slope, shift, num = tl.sum(along, 0) * rstd, 0.0, 1.0 * D
     if CENTRED:
         shift = tl.sum(total, 0)
@@ -126,12 +125,11 @@ def norm_backward_wide_kernel(
         num = tl.maximum(tl.sum(masks, 0), TINY)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        g = tl.load(dy_TD + d, mask=d < D, other=0.0).to(tl.float32)
-        g *= tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)
-        xhat = (tl.load(x_TD + d, mask=d < D, other=0.0).to(tl.float32) - mean) * rstd
+        g = load_vector(dy_TD, d, D) * load_vector(weight_D, d, D)
+        xhat = (load_vector(x_TD, d, D) - mean) * rstd
         share = 1.0 / num
         if mask_D is not None:
-            share = tl.load(mask_D + d, mask=d < D, other=0.0).to(tl.float32) / num
+            share = load_vector(mask_D, d, D) / num
         dx = rstd * (g - share * (xhat * slope + shift))
         tl.store(dx_TD + d, dx.to(dx_TD.dtype.element_ty), mask=d < D)
 
@@ -144,25 +142,24 @@ def norm_weight_kernel(
     """Partial dw and db of one slice of the tokens, BLOCK_D columns; a None pointer leaves its part out."""
     D = d_units * UNIT
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    slice_ = tl.program_id(1).to(tl.int64)
-    end = tl.minimum((slice_ + 1) * rows_each, T)
+    first, end = own_slice(T, rows_each)
     dw = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     db = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for start in range(slice_ * rows_each, end, BLOCK_T):
+    for start in range(first, end, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         inside = (t[:, None] < end) & (d[None, :] < D)
-        dy = tl.load(dy_TD + t[:, None] * (dy_units * UNIT) + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        dy = load_tile(dy_TD, t, dy_units * UNIT, d, inside)
         if dw_SD is not None:
-            x = tl.load(x_TD + t[:, None] * (x_units * UNIT) + d[None, :], mask=inside, other=0.0).to(tl.float32)
-            mean = tl.load(mean_T + t, mask=t < end, other=0.0)[:, None]
-            rstd = tl.load(rstd_T + t, mask=t < end, other=0.0)[:, None]
+            x = load_tile(x_TD, t, x_units * UNIT, d, inside)
+            mean = load_vector(mean_T, t, end)[:, None]
+            rstd = load_vector(rstd_T, t, end)[:, None]
             dw += dy * ((x - mean) * rstd)
         if db_SD is not None:
             db += dy
     if dw_SD is not None:
-        tl.store(dw_SD + slice_ * D + d, tl.sum(dw, 0), mask=d < D)
+        store_sums(dw_SD, dw, d, D)
     if db_SD is not None:
-        tl.store(db_SD + slice_ * D + d, tl.sum(db, 0), mask=d < D)
+        store_sums(db_SD, db, d, D)
 
 
 def config(D: int) -> tuple[int, int, int]:
@@ -183,11 +180,10 @@ def norm_forward(
     num_rows, block, warps = config(D)
     if y_TD.numel() == 0:
         return y_TD, mean_T.zero_(), rstd_T.zero_()
-    x_TD = statistics.rows(x_TD)
+    x_TD = rows_contiguous(x_TD)
     unit = _triton.unit(D, x_TD.stride(0))
     norm_forward_kernel[(math.ceil(T / num_rows),)](
-        x_TD, weight.contiguous(), None if bias is None else bias.contiguous(),
-        None if mask is None else mask.contiguous(), y_TD, mean_T, rstd_T,
+        x_TD, weight.contiguous(), contiguous(bias), contiguous(mask), y_TD, mean_T, rstd_T,
         T, D // unit, x_TD.stride(0) // unit, eps,
         CENTRED=centred, UNIT=unit, ROWS=num_rows, BLOCK_D=block, num_warps=warps,
     )  # fmt: skip
@@ -196,18 +192,32 @@ def norm_forward(
 
 @_triton.on_own_device
 def norm_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    centred: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, in its dtype, and of weight and bias, in float32; None where not needed."""
+    x_TD, dy_TD = rows_contiguous(x_TD), rows_contiguous(dy_TD)
+    dx_TD = _row_gradients(dy_TD, x_TD, weight, mask, mean_T, rstd_T, centred) if needs[0] else None
+    return dx_TD, *_weight_gradients(dy_TD, x_TD, mean_T, rstd_T, needs[1:])
+
+
+def _row_gradients(
     dy_TD: Tensor, x_TD: Tensor, weight: Tensor, mask: Tensor | None, mean_T: Tensor, rstd_T: Tensor, centred: bool
 ) -> Tensor:
-    """The gradient of x, in its dtype."""
     T, D = x_TD.shape
     dx_TD = x_TD.new_empty(T, D)
     num_rows, block, warps = config(D)
     if dx_TD.numel() == 0:
         return dx_TD
-    x_TD, dy_TD = statistics.rows(x_TD), statistics.rows(dy_TD)
     unit = _triton.unit(D, x_TD.stride(0), dy_TD.stride(0))
     args = (
-        dy_TD, x_TD, weight.contiguous(), None if mask is None else mask.contiguous(), mean_T, rstd_T, dx_TD,
+        dy_TD, x_TD, weight.contiguous(), contiguous(mask), mean_T, rstd_T, dx_TD,
         T, D // unit, x_TD.stride(0) // unit, dy_TD.stride(0) // unit,
     )  # fmt: skip
     if unit == 1 and D > WIDE:
@@ -219,54 +229,22 @@ def norm_backward(
     return dx_TD
 
 
-@_triton.on_own_device
-def norm_weight_grads(
-    dy_TD: Tensor, x_TD: Tensor, mean_T: Tensor, rstd_T: Tensor, needs_weight: bool, needs_bias: bool
+def _weight_gradients(
+    dy_TD: Tensor, x_TD: Tensor, mean_T: Tensor, rstd_T: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias, in float32; None where not needed."""
     T, D = x_TD.shape
+    if not any(needs):
+        return None, None
     if x_TD.numel() == 0:
-        zeros_D = x_TD.new_zeros(D, dtype=torch.float32)
-        return zeros_D if needs_weight else None, zeros_D.clone() if needs_bias else None
-    x_TD, dy_TD = statistics.rows(x_TD), statistics.rows(dy_TD)
+        grad_weight, grad_bias = (x_TD.new_zeros(D, dtype=torch.float32) if need else None for need in needs)
+        return grad_weight, grad_bias
     unit = _triton.unit(D, x_TD.stride(0), dy_TD.stride(0))
+    own = cut(x_TD)
     # Loads of one element a time take so many registers that the tile for few columns would spill.
-    block_t, block_d, warps = statistics.config(D) if unit == 8 else statistics.CONFIGS[0]
-    num_slices, rows_each = statistics.slices(T, D, x_TD.device)
-    dw_SD, db_SD = (
-        x_TD.new_empty(num_slices, D, dtype=torch.float32) if needs else None for needs in (needs_weight, needs_bias)
-    )
-    norm_weight_kernel[math.ceil(D / block_d), num_slices](
+    tile = own.tile if unit == 8 else statistics.tile(statistics.CONFIGS[0])
+    dw_SD, db_SD = (own.partial_sums(x_TD) if need else None for need in needs)
+    norm_weight_kernel[own.grid](
         dy_TD, x_TD, mean_T, rstd_T, dw_SD, db_SD,
-        T, D // unit, x_TD.stride(0) // unit, dy_TD.stride(0) // unit, rows_each,
-        UNIT=unit, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
+        T, D // unit, x_TD.stride(0) // unit, dy_TD.stride(0) // unit, own.rows_each, UNIT=unit, **tile,
     )  # fmt: skip
-    return None if dw_SD is None else dw_SD.sum(0), None if db_SD is None else db_SD.sum(0)
-
-
-def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Name, kernel, signature, constants, warps and stages of every configuration that can be chosen."""
-    vectors = dict.fromkeys(("weight_D", "bias_D", "mask_D", "mean_T", "rstd_T", "dw_SD", "db_SD"), "*fp32")
-
-    def case(
-        kernel: Any, dtype: str, sizes: list[str], constants: dict[str, Any], warps: int
-    ) -> tuple[str, Any, dict[str, str], dict[str, Any], int, int]:
-        tensors = {**vectors, **dict.fromkeys(("x_TD", "y_TD", "dy_TD", "dx_TD"), dtype), "eps": "fp32"}
-        types = tensors | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
-        name = " ".join([kernel.fn.__name__, dtype, *(f"{key}={value}" for key, value in constants.items())])
-        return name, kernel, {arg: types[arg] for arg in kernel.arg_names}, constants, warps, 3
-
-    for dtype, unit, centred in product(("*bf16", "*fp32"), (8, 1), (True, False)):
-        norm = {"UNIT": unit, "CENTRED": centred}
-        for num_rows, block, warps in CONFIGS:
-            tiles = {**norm, "ROWS": num_rows, "BLOCK_D": block}
-            yield case(norm_forward_kernel, dtype, ROW_SIZES, tiles, warps)
-            if unit == 8 or block <= WIDE:
-                yield case(norm_backward_kernel, dtype, BACKWARD_SIZES, tiles, warps)
-        if unit == 1:
-            wide = {**norm, "BLOCK_D": WIDE_BLOCK}
-            yield case(norm_backward_wide_kernel, dtype, BACKWARD_SIZES, wide, WIDE_WARPS)
-    for dtype, unit in product(("*bf16", "*fp32"), (8, 1)):
-        for block_t, block_d, warps in statistics.CONFIGS if unit == 8 else statistics.CONFIGS[:1]:
-            tiles = {"UNIT": unit, "BLOCK_T": block_t, "BLOCK_D": block_d}
-            yield case(norm_weight_kernel, dtype, WEIGHT_SIZES, tiles, warps)
+    return added(dw_SD), added(db_SD)

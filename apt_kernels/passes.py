@@ -51,8 +51,7 @@ def launch(
 def launch_fitting(
     kernel: Any,
     choices: tuple[tiles.Tiles, ...],
-    size: tuple[int, int],
-    device: torch.device,
+    target: Tensor,
     call: Callable[[tiles.Tiles], Call],
     ranks: tuple[int, ...] = tiles.RANKS,
     **meta: Any,
@@ -62,13 +61,13 @@ def launch_fitting(
     Args:
         kernel: takes its tile as BM, BN, BK.
         choices: from large to small.
-        size: rows and columns of the result.
-        device: of the tensors.
+        target: the result.
         call: the grid and the arguments with given tiles.
         ranks: its rank blocks, where it has one.
         meta: the other constants.
     """
-    tile = tiles.fitting(choices, *size, _triton.programs(device))
+    rows, cols = target.shape
+    tile = tiles.fitting(choices, rows, cols, _triton.programs(target.device))
     grid, args = call(tile)
     if is_first(kernel, args, choices, meta):
         for other in choices:
@@ -116,15 +115,10 @@ def pack(
     col_by: Tensor | None = None,
 ) -> Tensor:
     """``scale * row_by * source * col_by`` in a zeroed ``[rows, cols]`` of the dtype; cols a multiple of 8."""
-    source = source if source.stride(-1) == 1 else source.contiguous()
+    source = _triton.rows_contiguous(source)
     target = source.new_empty(rows, cols, dtype=dtype)
-    tile = tiles.ELEMENTWISE
-    launch(
-        lowrank.pack, (triton.cdiv(rows, tile.BM), triton.cdiv(cols, tile.BN)),
-        source, target, row_by, col_by, float(scale), *source.shape, rows, cols // 8, source.stride(0),
-        ROW_BY=row_by is not None, COL_BY=col_by is not None, BM=tile.BM, BN=tile.BN, tile=tile,
-    )  # fmt: skip
-    return target
+    sizes = (*source.shape, rows, cols // 8, source.stride(0))
+    return _elementwise(lowrank.pack, source, target, scale, row_by, col_by, *sizes)
 
 
 def reduce(
@@ -136,11 +130,18 @@ def reduce(
     Columns are contiguous; the rows may be some of a larger tensor's.
     """
     target = parts.new_empty(rows, cols, dtype=dtype)
+    sizes = (len(parts), rows, cols, parts.stride(0) // max(1, parts.stride(1)), parts.stride(1))
+    return _elementwise(lowrank.reduce, parts, target, scale, row_by, col_by, *sizes)
+
+
+def _elementwise(
+    kernel: Any, source: Tensor, target: Tensor, scale: float, row_by: Tensor | None, col_by: Tensor | None, *sizes: int
+) -> Tensor:
+    """Launch `pack` or `reduce`, a program a tile of the target, which is returned."""
     tile = tiles.ELEMENTWISE
     launch(
-        lowrank.reduce, (triton.cdiv(rows, tile.BM), triton.cdiv(cols, tile.BN)),
-        parts, target, row_by, col_by, float(scale), len(parts), rows, cols,
-        parts.stride(0) // max(1, parts.stride(1)), parts.stride(1),
+        kernel, (triton.cdiv(target.shape[0], tile.BM), triton.cdiv(target.shape[1], tile.BN)),
+        source, target, row_by, col_by, float(scale), *sizes,
         ROW_BY=row_by is not None, COL_BY=col_by is not None, BM=tile.BM, BN=tile.BN, tile=tile,
     )  # fmt: skip
     return target

@@ -10,6 +10,8 @@ Dimension key: T tokens, I in, O out, P rank padded to a multiple of 16. Sizes c
 import triton
 import triton.language as tl
 
+from apt_kernels.loads import dot, load_vector, store_tile
+
 SIZES = ["T", "i_units", "o_units", "p_units", "x_units", "w_units", "y_units", "a_units", "h_units"]
 
 
@@ -21,6 +23,16 @@ def tile_of(number, num_rows, num_cols, GROUP: tl.constexpr):
     height = tl.minimum(num_rows - first, GROUP)
     inside = number % per_group
     return first + inside % height, inside // height
+
+
+@triton.jit
+def with_bias_and_mask(acc, bias, mask_out, o, O, BIAS: tl.constexpr, MASK_OUT: tl.constexpr):
+    """``m_out * (acc + bias)``, each where it is there."""
+    if BIAS:
+        acc += load_vector(bias, o, O)[None, :]
+    if MASK_OUT:
+        acc *= load_vector(mask_out, o, O)[None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -56,13 +68,9 @@ def forward(
             x = x * m[None, :].to(x.dtype)
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
     o = pn * BN + col
-    if BIAS:
-        acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    if MASK_OUT:
-        acc *= tl.load(mask_out + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    y_TO += (pm * BM).to(tl.int64) * O
+    acc = with_bias_and_mask(acc, bias, mask_out, o, O, BIAS, MASK_OUT)
     kept = (row[:, None] < left_T) & (o[None, :] < O)
-    tl.store(y_TO + row[:, None] * O + o[None, :], acc.to(y_TO.dtype.element_ty), mask=kept)
+    store_tile(y_TO + (pm * BM).to(tl.int64) * O, row, O, o, acc, kept)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -98,20 +106,13 @@ def one_kernel(
     low = z.to(z_TP.dtype.element_ty)
     o = pn * BN + col
     b = tl.load(b_OP + o[:, None] * P + rank[None, :], mask=(o[:, None] < O) & (rank[None, :] < P), other=0.0)
-    if WIDEN:
-        acc = tl.dot(low.to(tl.float32), b.to(tl.float32).T, acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(low, b.T, acc, input_precision=PRECISION)
-    if BIAS:
-        acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    if MASK_OUT:
-        acc *= tl.load(mask_out + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    y_TO += (pm * BM).to(tl.int64) * O
+    acc = dot(low, b.T, acc, WIDEN, PRECISION)
+    acc = with_bias_and_mask(acc, bias, mask_out, o, O, BIAS, MASK_OUT)
     kept = (row[:, None] < left_T) & (o[None, :] < O)
-    tl.store(y_TO + row[:, None] * O + o[None, :], acc.to(y_TO.dtype.element_ty), mask=kept)
+    store_tile(y_TO + (pm * BM).to(tl.int64) * O, row, O, o, acc, kept)
     if pn == 0:
-        z_TP += (pm * BM).to(tl.int64) * P
-        tl.store(z_TP + row[:, None] * P + rank[None, :], low, mask=(row[:, None] < left_T) & (rank[None, :] < P))
+        kept_P = (row[:, None] < left_T) & (rank[None, :] < P)
+        store_tile(z_TP + (pm * BM).to(tl.int64) * P, row, P, rank, low, kept_P)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -149,10 +150,9 @@ def backward(
             dy = dy * m[None, :].to(dy.dtype)
         acc = tl.dot(dy, w, acc, input_precision=PRECISION)
     if MASK_IN:
-        acc *= tl.load(mask_in + i, mask=i < I, other=0.0).to(tl.float32)[None, :]
-    dx_TI += (pm * BM).to(tl.int64) * I
+        acc *= load_vector(mask_in, i, I)[None, :]
     kept = (row[:, None] < left_T) & (i[None, :] < I)
-    tl.store(dx_TI + row[:, None] * I + i[None, :], acc.to(dx_TI.dtype.element_ty), mask=kept)
+    store_tile(dx_TI + (pm * BM).to(tl.int64) * I, row, I, i, acc, kept)
 
 
 @triton.jit
@@ -180,11 +180,7 @@ def forward_tma(
             acc = tl.dot(x_TI.load([row, step * BK]), w_OI.load([col, step * BK]).T, acc)
         for step in range(tl.cdiv(P, BP)):
             acc = tl.dot(h_TP.load([row, step * BP]), b_OP.load([col, step * BP]).T, acc)
-        o = col + tl.arange(0, BN)
-        if BIAS:
-            acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-        if MASK_OUT:
-            acc *= tl.load(mask_out + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+        acc = with_bias_and_mask(acc, bias, mask_out, col + tl.arange(0, BN), O, BIAS, MASK_OUT)
         store_halves(y_TO, acc, row, col, BM, BN)
 
 
@@ -205,7 +201,6 @@ def backward_tma(
             acc = tl.dot(dy_TO.load([row, step * BK]), w_OI.load([step * BK, col]), acc)
         for step in range(tl.cdiv(P, BP)):
             acc = tl.dot(ts_TP.load([row, step * BP]), a_PI.load([step * BP, col]), acc)
-        i = col + tl.arange(0, BN)
         if MASK_IN:
-            acc *= tl.load(mask_in + i, mask=i < I, other=0.0).to(tl.float32)[None, :]
+            acc *= load_vector(mask_in, col + tl.arange(0, BN), I)[None, :]
         store_halves(dx_TI, acc, row, col, BM, BN)

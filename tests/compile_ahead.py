@@ -3,24 +3,19 @@
     PYTHONPATH=. python tests/compile_ahead.py            every tile that selection can choose
     PYTHONPATH=. python tests/compile_ahead.py --full     all flags, dtypes and alignments
 
-Default: the linear's kernels with every tile, as their launchers launch them, in bfloat16 (and on sm_80 in float32 and
-unaligned), masks and bias on; every tile of the other kernels on sm_90, one on the other machines.
+Default: the linear's kernels with every tile, in bfloat16 (and on sm_80 in float32 and unaligned), masks and bias on;
+every tile of the other kernels on sm_90, one on the other machines. All as their launchers launch them.
 TRITON_INTERPRET must not be set.
 """
 
-import importlib
 import json
 import sys
-from collections.abc import Iterator
 from itertools import product
-from typing import Any
 
-import triton
 from lora_launches import BF16, FP16, FP32, MASKED, PLAIN, backward, forward, group_step, step
+from pass_launches import each_tile, every_variant
 from stub_driver import MACHINES, compiling_for, resources
-from triton.compiler import ASTSource
 
-OTHERS = ("statistics", "norms", "activation", "kurtosis")
 SIZE, UNALIGNED = (8192, 4096, 4096, 16), (8191, 4093, 4099, 16)
 
 
@@ -51,33 +46,14 @@ def full_launches() -> None:
     group_step("split_triton", SIZE)
 
 
-def other_cases(machine: str, full: bool) -> Iterator[tuple[Any, ...]]:
-    """Of the kernels that list their own cases. Default: each tile once on sm_90, one tile on the others."""
-    for name in OTHERS:
-        cases = list(importlib.import_module(f"apt_kernels.{name}").compile_cases())
-        once = {}
-        for case in reversed(cases):  # so that the first of a kind stays: bfloat16, aligned, with all parts
-            _, kernel, _, constants, _, _ = case
-            tile = tuple(value for key, value in constants.items() if key.startswith(("BLOCK", "ROWS")))
-            once[kernel, tile if machine == "sm_90" else ()] = case
-        yield from cases if full else once.values()
-
-
-def compile_case(machine: str, case: tuple[Any, ...]) -> tuple[Any, Any]:
-    _, kernel, signature, constants, warps, stages = case
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages}
-    return kernel, triton.compile(source, target=MACHINES[machine].target, options=options)
-
-
 def main(full: bool) -> None:
     for machine in MACHINES:
         with compiling_for(machine) as compiled:
             default_launches(machine)
+            each_tile(machine)
             if full:
                 full_launches()
-        compiled += [compile_case(machine, case) for case in other_cases(machine, full)]
+                every_variant()
         for kernel, binary in compiled:
             print(json.dumps(resources(machine, kernel, binary, disassemble=full)._asdict()), flush=True)
 

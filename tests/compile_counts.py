@@ -56,8 +56,7 @@ def others(T: int, D: int) -> None:
     activation.activation_forward(x_TD, x_TD, mask, valid_T, "silu", True)
     activation.activation_backward(x_TD, x_TD, x_TD, mask, valid_T, "silu", True, (True, True))
     _, mean_T, rstd_T = norms.norm_forward(x_TD, mask, None, mask, 1e-5, True)
-    norms.norm_backward(x_TD, x_TD, mask, mask, mean_T, rstd_T, True)
-    norms.norm_weight_grads(x_TD, x_TD, mean_T, rstd_T, True, True)
+    norms.norm_backward(x_TD, x_TD, mask, mask, mean_T, rstd_T, True, (True, True, True))
 
 
 def kurtosis_step(O: int, I: int, R: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from apt_kernels import masked_lora, masked_lora_group
+from apt_kernels.operands import LoraNeeds, LoraOperands
 from apt_kernels.tiles import padded_rank
 
 Size = tuple[int, int, int, int]  # T, I, O, R
@@ -27,33 +28,36 @@ def step(implementation: str, size: Size, options: dict[str, Any] = MASKED, dtyp
 
 
 def forward(implementation: str, size: Size, options: dict[str, Any] = MASKED, dtype: torch.dtype = BF16) -> None:
-    T, I, O, R = size
-    bias = shape(O, dtype=dtype) if options["bias"] else None
-    x_TI, weight_OI, a_RI, b_OR = shape(T, I, dtype=dtype), shape(O, I, dtype=dtype), shape(R, I), shape(O, R)
-    masked_lora.forward(implementation, x_TI, weight_OI, a_RI, b_OR, bias, *rest(size, options))
+    T, I, _, _ = size
+    masked_lora.forward(implementation, shape(T, I, dtype=dtype), layer(size, options, dtype))
 
 
 def backward(implementation: str, size: Size, options: dict[str, Any] = MASKED, dtype: torch.dtype = BF16) -> None:
     T, I, O, R = size
     x_TI, dy_TO, z_TP = shape(T, I, dtype=dtype), shape(T, O, dtype=dtype), shape(T, padded_rank(R), dtype=dtype)
-    weight_OI, needs = shape(O, I, dtype=dtype), (True, True, True, options["gate"] is not None)
-    masked_lora.backward(
-        implementation, dy_TO, x_TI, z_TP, weight_OI, shape(R, I), shape(O, R), *rest(size, options), needs
-    )
+    needs = LoraNeeds(x=True, a=True, b=True, gate=options["gate"] is not None)
+    masked_lora.backward(implementation, dy_TO, x_TI, z_TP, layer(size, options, dtype), needs)
 
 
-def rest(size: Size, options: dict[str, Any]) -> tuple[Any, ...]:
-    """Gate, masks, scale, dropout, seed."""
+def layer(size: Size, options: dict[str, Any], dtype: torch.dtype) -> LoraOperands:
     T, I, O, R = size
-    gate = {None: None, "rank": shape(R), "row": shape(T, R)}[options["gate"]]
-    masks = shape(I) if options["mask_in"] else None, shape(O) if options["mask_out"] else None
-    return gate, *masks, 0.5, options["dropout"], 1234567
+    return LoraOperands(
+        weight=shape(O, I, dtype=dtype),
+        a=shape(R, I),
+        b=shape(O, R),
+        bias=shape(O, dtype=dtype) if options["bias"] else None,
+        gate={None: None, "rank": shape(R), "row": shape(T, R)}[options["gate"]],
+        mask_in=shape(I) if options["mask_in"] else None,
+        mask_out=shape(O) if options["mask_out"] else None,
+        scale=0.5,
+        dropout=options["dropout"],
+        seed=1234567,
+    )
 
 
 def group_step(implementation: str, size: Size) -> None:
     """The same of three layers that share their input."""
-    T, I, O, R = size
-    x_TI, dys, weights = shape(T, I, dtype=BF16), [shape(T, O, dtype=BF16)] * 3, [shape(O, I, dtype=BF16)] * 3
-    a, b = [shape(R, I)] * 3, [shape(O, R)] * 3
-    *_, z_TP = masked_lora_group.forward(implementation, x_TI, weights, a, b, [None] * 3, 0.5)
-    masked_lora_group.backward(dys, x_TI, z_TP, weights, a, b, 0.5, True)
+    T, I, O, _ = size
+    x_TI, dys, layers = shape(T, I, dtype=BF16), [shape(T, O, dtype=BF16)] * 3, [layer(size, PLAIN, BF16)] * 3
+    _, z_TP = masked_lora_group.forward(implementation, x_TI, layers)
+    masked_lora_group.backward(dys, x_TI, z_TP, layers, True)

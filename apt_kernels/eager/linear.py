@@ -3,13 +3,14 @@
 Dimension key: T tokens, I in, O out, R rank.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Grad = Tensor | None
+from apt_kernels.operands import Grad, LoraGrads, LoraNeeds, LoraOperands, save, saved
+
+INPUTS = ("x", *LoraOperands._fields)  # of `MaskedLoraLinear`
 
 
 def _dropout_scale(z_TR: Tensor, p: float, seed: int) -> Tensor:
@@ -19,10 +20,10 @@ def _dropout_scale(z_TR: Tensor, p: float, seed: int) -> Tensor:
     return keep_TR.to(z_TR.dtype) / (1.0 - p)
 
 
-def _gated(z_TR: Tensor, gate: Tensor | None, dropout: float, seed: int) -> Tensor:
-    if dropout > 0.0:
-        z_TR = z_TR * _dropout_scale(z_TR, dropout, seed)
-    return z_TR if gate is None else z_TR * gate.to(z_TR.dtype)
+def _gated(z_TR: Tensor, layer: LoraOperands) -> Tensor:
+    if layer.dropout > 0.0:
+        z_TR = z_TR * _dropout_scale(z_TR, layer.dropout, layer.seed)
+    return z_TR if layer.gate is None else z_TR * layer.gate.to(z_TR.dtype)
 
 
 def onto(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -35,59 +36,39 @@ def onto(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     return y.addmm_(left, right, alpha=scale)
 
 
-def lora_linear(
-    x_TI: Tensor,
-    weight_OI: Tensor,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    mask_in: Tensor | None,
-    mask_out: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
+def frozen_product(x_TI: Tensor, layer: LoraOperands) -> Tensor:
+    """``W x + b``."""
+    if layer.bias is None:
+        return x_TI @ layer.weight.T
+    return torch.addmm(layer.bias.to(x_TI.dtype), x_TI, layer.weight.T)
+
+
+def lora_linear(x_TI: Tensor, layer: LoraOperands) -> tuple[Tensor, Tensor]:
     """``m_out * (W xm + b + s B (g * drop(z)))`` and ``z = A xm`` with ``xm = m_in * x``."""
     dtype = x_TI.dtype
-    xm_TI = x_TI if mask_in is None else x_TI * mask_in.to(dtype)
-    z_TR = xm_TI @ a_RI.to(dtype).T
-    y_TO = xm_TI @ weight_OI.T if bias is None else torch.addmm(bias.to(dtype), xm_TI, weight_OI.T)
-    y_TO = onto(y_TO, _gated(z_TR, gate, dropout, seed), b_OR.to(dtype).T, scale)
-    if mask_out is not None:
-        y_TO = y_TO * mask_out.to(dtype) if torch.compiler.is_compiling() else y_TO.mul_(mask_out.to(dtype))
+    xm_TI = x_TI if layer.mask_in is None else x_TI * layer.mask_in.to(dtype)
+    z_TR = xm_TI @ layer.a.to(dtype).T
+    y_TO = onto(frozen_product(xm_TI, layer), _gated(z_TR, layer), layer.b.to(dtype).T, layer.scale)
+    if layer.mask_out is not None:
+        mask_out = layer.mask_out.to(dtype)
+        y_TO = y_TO * mask_out if torch.compiler.is_compiling() else y_TO.mul_(mask_out)
     return y_TO, z_TR
 
 
-def lora_linear_backward(
-    dy_TO: Tensor,
-    x_TI: Tensor,
-    z_TR: Tensor,
-    weight_OI: Tensor,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    gate: Tensor | None,
-    mask_in: Tensor | None,
-    mask_out: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: int,
-    needs: Sequence[bool],
-) -> tuple[Grad, Grad, Grad, Grad]:
-    """Gradients of x, a, b and gate, each where `needs` asks for it."""
-    needs_x, needs_a, needs_b, needs_gate = needs
+def lora_linear_backward(dy_TO: Tensor, x_TI: Tensor, z_TR: Tensor, layer: LoraOperands, needs: LoraNeeds) -> LoraGrads:
+    """The gradients that `needs` asks for; z of forward, without padding."""
+    gate, mask_in = layer.gate, layer.mask_in
     dtype = x_TI.dtype
-    dy_TO = dy_TO if mask_out is None else dy_TO * mask_out.to(dtype)
+    dy_TO = dy_TO if layer.mask_out is None else dy_TO * layer.mask_out.to(dtype)
     grad_x = grad_a = grad_b = grad_gate = None
 
-    if needs_b:
-        gated_TR = _gated(z_TR, gate, dropout, seed)
+    if needs.b:
         # [R, T] @ [T, O] and a transpose: several times faster on CPU than [O, T] @ [T, R]
-        grad_b = (gated_TR.T @ dy_TO).T.to(b_OR.dtype) * scale
-    if needs_x or needs_a or needs_gate:
-        dz_TR = (dy_TO @ b_OR.to(dtype)).mul_(scale)  # gradient of the gated product
-        kept_TR = _dropout_scale(z_TR, dropout, seed) if dropout > 0.0 else None
-        if needs_gate:
+        grad_b = (_gated(z_TR, layer).T @ dy_TO).T.to(layer.b.dtype) * layer.scale
+    if needs.x or needs.a or needs.gate:
+        dz_TR = (dy_TO @ layer.b.to(dtype)).mul_(layer.scale)  # gradient of the gated product
+        kept_TR = _dropout_scale(z_TR, layer.dropout, layer.seed) if layer.dropout > 0.0 else None
+        if needs.gate:
             assert gate is not None
             rows_TR = dz_TR * (z_TR if kept_TR is None else z_TR * kept_TR)
             grad_gate = (rows_TR.sum(0) if gate.dim() == 1 else rows_TR).to(gate.dtype)
@@ -95,29 +76,26 @@ def lora_linear_backward(
             dz_TR = dz_TR * gate.to(dtype)
         if kept_TR is not None:
             dz_TR = dz_TR * kept_TR
-        if needs_a:
-            grad_a = (dz_TR.T @ x_TI).to(a_RI.dtype)
-            grad_a = grad_a if mask_in is None else grad_a.mul_(mask_in.to(a_RI.dtype))
-        if needs_x:
-            grad_x = dy_TO @ weight_OI
-            grad_x.addmm_(dz_TR, a_RI.to(dtype))
+        if needs.a:
+            grad_a = (dz_TR.T @ x_TI).to(layer.a.dtype)
+            grad_a = grad_a if mask_in is None else grad_a.mul_(mask_in.to(layer.a.dtype))
+        if needs.x:
+            grad_x = dy_TO @ layer.weight
+            grad_x.addmm_(dz_TR, layer.a.to(dtype))
             grad_x = grad_x if mask_in is None else grad_x.mul_(mask_in.to(dtype))
-    return grad_x, grad_a, grad_b, grad_gate
+    return LoraGrads(grad_x, grad_a, grad_b, grad_gate)
 
 
 class MaskedLoraLinear(torch.autograd.Function):
     """`lora_linear` for autograd: nothing is saved but x and the rank-R product."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x_TI, weight_OI, a_RI, b_OR, _, gate, mask_in, mask_out, *ctx.settings = args
-        y_TO, z_TR = lora_linear(*args)
-        ctx.save_for_backward(x_TI, z_TR, weight_OI, a_RI, b_OR, gate, mask_in, mask_out)
+    def forward(ctx: Any, x_TI: Tensor, *operands: Any) -> Tensor:
+        layer = LoraOperands(*operands)
+        y_TO, z_TR = lora_linear(x_TI, layer)
+        save(ctx, x_TI, z_TR, layer)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Grad, ...]:
-        x, _, a, b, _, gate, *_ = ctx.needs_input_grad
-        saved = (grads[0], *ctx.saved_tensors, *ctx.settings)
-        grad_x, grad_a, grad_b, grad_gate = lora_linear_backward(*saved, (x, a, b, gate))  # type: ignore[call-arg]
-        return grad_x, None, grad_a, grad_b, None, grad_gate, None, None, None, None, None
+        return lora_linear_backward(grads[0], *saved(ctx)).at(INPUTS)

@@ -42,6 +42,24 @@ def norm_forward(
 
 def norm_backward(
     dy_TD: Tensor,
+    x_TD: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    centred: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Grad, Grad, Grad]:
+    """Gradients of x, in its dtype, and of weight and bias, in float32; None where not needed."""
+    xhat_TD = (x_TD.float() - mean_T[:, None]) * rstd_T[:, None]
+    share = norm_share(weight, mask, rstd_T.dtype)
+    found = _gradients(dy_TD.float(), xhat_TD, rstd_T[:, None], weight, share, centred, needs)
+    grad_x, grad_weight, grad_bias = found
+    return None if grad_x is None else grad_x.to(x_TD.dtype), grad_weight, grad_bias
+
+
+def _gradients(
+    dy_TD: Tensor,
     xhat_TD: Tensor,
     rstd_T: Tensor,
     weight: Tensor,
@@ -78,13 +96,10 @@ class MaskedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Grad, ...]:
         xhat_TD, rstd_T, weight, bias, share = ctx.saved_tensors
-        needs, dy_TD = ctx.needs_input_grad[:3], grads[0].to(xhat_TD.dtype)
-        grad_x, grad_weight, grad_bias = norm_backward(dy_TD, xhat_TD, rstd_T, weight, share, ctx.centred, needs)
-        return (
-            None if grad_x is None else grad_x.to(grads[0].dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
+        dy_TD = grads[0].to(xhat_TD.dtype)
+        found = _gradients(dy_TD, xhat_TD, rstd_T, weight, share, ctx.centred, ctx.needs_input_grad[:3])
+        of_learnt = (
+            None if grad is None else grad.to(learnt.dtype)
+            for grad, learnt in zip(found, (grads[0], weight, bias), strict=True)
         )
+        return *of_learnt, None, None, None  # mask, eps, centred

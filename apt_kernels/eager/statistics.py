@@ -1,14 +1,10 @@
-"""Column sums, the gate that collects them, and the kurtosis of weights.
+"""Column sums, alone and with the gate's product, and the kurtosis of weights.
 
 Dimension key: T tokens, I in, O out, R rank, D features.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-
-Grad = Tensor | None
 
 
 def column_sums(x_TD: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -20,40 +16,12 @@ def column_sums(x_TD: Tensor, valid_T: Tensor | None) -> Tensor:
     return valid_T.to(dtype) @ x_TD.abs().to(dtype)
 
 
-def collect(
-    sums_2D: Tensor, count: Tensor, abs_D: Tensor, grad_abs_D: Tensor, num_rows: int, valid_T: Tensor | None
-) -> None:
-    """What a backward pass adds, in place, to the statistics of a gate."""
-    sums_2D[0] += abs_D
-    sums_2D[1] += grad_abs_D
-    count += num_rows if valid_T is None else valid_T.sum()
-
-
-class Gate(torch.autograd.Function):
-    """``h * m``; backward adds the column sums of ``|h|`` and of the upstream ``|dL/dy|``, and the token count."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h_TD: Tensor,
-        mask: Tensor | None,
-        sums_2D: Tensor | None,
-        count: Tensor | None,
-        valid_T: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(mask, valid_T)
-        ctx.sums_2D, ctx.count = sums_2D, count
-        # Added to `sums` in backward only, so a forward that is recomputed or thrown away counts for nothing.
-        ctx.abs_D = column_sums(h_TD, valid_T) if sums_2D is not None else None
-        return h_TD.view_as(h_TD) if mask is None else h_TD * mask.to(h_TD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Grad, ...]:
-        mask, valid_T = ctx.saved_tensors
-        dy_TD = grads[0]
-        if ctx.sums_2D is not None:
-            collect(ctx.sums_2D, ctx.count, ctx.abs_D, column_sums(dy_TD, valid_T), dy_TD.shape[0], valid_T)
-        return (dy_TD if mask is None else dy_TD * mask.to(dy_TD.dtype)), None, None, None, None
+def gate_pass(
+    x_TD: Tensor, mask: Tensor | None, valid_T: Tensor | None, collect: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``x * m`` (None without a mask) and the column sums (None unless asked)."""
+    y_TD = None if mask is None else x_TD * mask.to(x_TD.dtype)
+    return y_TD, column_sums(x_TD, valid_T) if collect else None
 
 
 def _kurtosis(x: Tensor, dims: tuple[int, ...]) -> Tensor:

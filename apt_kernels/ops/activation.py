@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from apt_kernels import eager, selection
+from apt_kernels import eager
+from apt_kernels.ops.registered import computed_by, or_empty
+from apt_kernels.ops.statistics import add_statistics, collected
 from apt_kernels.selection import by_kernels, require
 
 KINDS = ("silu", "gelu", "gelu_tanh")
-
-_eager_activation: Callable[..., Tensor] = eager.GatedActivation.apply  # torch leaves it untyped
 
 
 def gated_activation(
@@ -53,23 +53,12 @@ def gated_activation(
         raise ValueError(f"{op}: g is {g.dtype} but u is {u.dtype}; cast one")
     if kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {list(KINDS)}, got {kind!r}")
-    if (sums is None) != (count is None):
-        raise ValueError(f"{op}: sums and count go together; give both or neither")
     learns = g.requires_grad or (u is not None and u.requires_grad)
-    collect = sums is not None and torch.is_grad_enabled() and learns
+    statistics = collected(op, sums, count, valid, learns)
     flat = (math.prod(g.shape[:-1]), D)
-    arguments = (
-        g.reshape(flat),
-        None if u is None else u.reshape(flat),
-        mask,
-        kind,
-        sums if collect else None,
-        count if collect else None,
-        valid.reshape(-1) if collect and valid is not None else None,
-    )
+    u_TD = None if u is None else u.reshape(flat)
     kernels = by_kernels(op, g, backend)
-    y = _activation(*arguments, backend) if kernels else _eager_activation(*arguments)
-    return y.view(g.shape)
+    return _activation(g.reshape(flat), u_TD, mask, kind, *statistics, kernels, backend).view(g.shape)
 
 
 @torch.library.custom_op("apt_kernels::gated_activation_forward", mutates_args=())
@@ -83,17 +72,9 @@ def _activation_forward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """``h * m``, and ``sum_t valid_t |h_t|`` or empty where there is nothing to collect."""
-    name = selection.choose("gated_activation", g_TD, backend, tuple(g_TD.shape))
-    selection.count("gated_activation", name)
-    sums_D: Tensor | None
-    if name == "torch":
-        h_TD, y_TD = eager.activation_forward(g_TD, u_TD, mask, kind)
-        sums_D = eager.column_sums(h_TD, valid_T) if collect else None
-    else:
-        from apt_kernels import activation
-
-        y_TD, sums_D = activation.activation_forward(g_TD, u_TD, mask, valid_T, kind, collect)
-    return y_TD, g_TD.new_empty(0, dtype=torch.float32) if sums_D is None else sums_D
+    run = computed_by("gated_activation", g_TD, backend)
+    y_TD, sums_D = run.activation_forward(g_TD, u_TD, mask, valid_T, kind, collect)
+    return y_TD, or_empty(sums_D, g_TD, torch.float32)
 
 
 @_activation_forward.register_fake
@@ -116,21 +97,9 @@ def _activation_backward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of g and u, and ``sum_t valid_t |dy_t|``; empty where not needed."""
-    name = selection.choose("gated_activation", g_TD, backend, tuple(g_TD.shape))
-    selection.count("gated_activation", name)
-    needs, sums_D = (needs_g, needs_u), None
-    if name == "torch":
-        dg_TD, du_TD = eager.activation_backward(dy_TD, g_TD, u_TD, mask, kind, needs)
-        sums_D = eager.column_sums(dy_TD, valid_T) if collect else None
-    else:
-        from apt_kernels import activation
-
-        dg_TD, du_TD, sums_D = activation.activation_backward(dy_TD, g_TD, u_TD, mask, valid_T, kind, collect, needs)
-    return (
-        g_TD.new_empty(0) if dg_TD is None else dg_TD,
-        g_TD.new_empty(0) if du_TD is None else du_TD,
-        g_TD.new_empty(0, dtype=torch.float32) if sums_D is None else sums_D,
-    )
+    run, needs = computed_by("gated_activation", g_TD, backend), (needs_g, needs_u)
+    dg_TD, du_TD, sums_D = run.activation_backward(dy_TD, g_TD, u_TD, mask, valid_T, kind, collect, needs)
+    return or_empty(dg_TD, g_TD), or_empty(du_TD, g_TD), or_empty(sums_D, g_TD, torch.float32)
 
 
 @_activation_backward.register_fake
@@ -144,7 +113,7 @@ def _(dy_TD: Tensor, g_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _GatedActivation(torch.autograd.Function):
-    """`eager.GatedActivation` with one registered op each way."""
+    """``act(g) * u * m`` with the statistics of `gate`; saves g and u, and takes the activation again in backward."""
 
     @staticmethod
     def forward(
@@ -156,24 +125,27 @@ class _GatedActivation(torch.autograd.Function):
         sums_2D: Tensor | None,
         count: Tensor | None,
         valid_T: Tensor | None,
+        kernels: bool,
         backend: str | None,
     ) -> Tensor:
         ctx.save_for_backward(g_TD, u_TD, mask, valid_T)
-        ctx.kind, ctx.sums_2D, ctx.count, ctx.backend = kind, sums_2D, count, backend
-        y_TD, ctx.abs_D = _activation_forward(g_TD, u_TD, mask, valid_T, kind, sums_2D is not None, backend)
+        ctx.kind, ctx.sums_2D, ctx.count, ctx.kernels, ctx.backend = kind, sums_2D, count, kernels, backend
+        given = (g_TD, u_TD, mask, valid_T, kind, sums_2D is not None)
+        y_TD, ctx.abs_D = _activation_forward(*given, backend) if kernels else eager.activation_forward(*given)
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:2]
         g_TD, u_TD, mask, valid_T = ctx.saved_tensors
-        needs_g, needs_u, *_ = ctx.needs_input_grad
-        collects = ctx.sums_2D is not None
-        dg_TD, du_TD, abs_D = _activation_backward(
-            grads[0], g_TD, u_TD, mask, valid_T, ctx.kind, collects, needs_g, needs_u, ctx.backend
-        )
-        if collects:
-            eager.collect(ctx.sums_2D, ctx.count, ctx.abs_D, abs_D, grads[0].shape[0], valid_T)
-        return dg_TD if needs_g else None, du_TD if needs_u else None, *[None] * 6
+        given = (grads[0], g_TD, u_TD, mask, valid_T, ctx.kind, ctx.sums_2D is not None)
+        if ctx.kernels:
+            dg_TD, du_TD, abs_D = _activation_backward(*given, *needs, ctx.backend)
+        else:
+            dg_TD, du_TD, abs_D = eager.activation_backward(*given, needs)
+        if ctx.sums_2D is not None:
+            add_statistics(ctx, abs_D, grads[0].shape[0], valid_T)
+        return dg_TD if needs[0] else None, du_TD if needs[1] else None, *[None] * 7
 
 
 _activation: Callable[..., Tensor] = _GatedActivation.apply  # torch leaves it untyped

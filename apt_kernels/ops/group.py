@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from apt_kernels import eager
-from apt_kernels.ops.linear import rows_contiguous
+from apt_kernels._triton import rows_contiguous
+from apt_kernels.operands import LoraOperands, layers_of, ranks, save_group, saved_group
+from apt_kernels.ops.registered import or_empty
 from apt_kernels.selection import by_kernels, choose, count, require
 from apt_kernels.tiles import padded_rank
 
@@ -88,16 +90,17 @@ def _linears(
     backend: str | None,
 ) -> list[Tensor]:
     """Outputs ``[T, O_k]``, and last z ``[T, P]`` for backward, every rank padded to a multiple of 16."""
-    name = choose(OP, x, backend, (*x.shape, sum(len(w) for w in weights), sum(len(a_RI) for a_RI in a)))
-    count(OP, name)
-    x, weights = rows_contiguous(x), [rows_contiguous(weight) for weight in weights]
     given = [bias if bias.numel() else None for bias in biases]
+    layers = layers_of([rows_contiguous(weight) for weight in weights], a, b, given, scale)
+    name = choose(OP, x, backend, _sizes(x, layers))
+    count(OP, name)
     if name == "torch":
-        outputs, z = eager.lora_linears(x, weights, a, b, given, scale)
-        return [*outputs, _spread(z, a)]
+        outputs, z = eager.lora_linears(rows_contiguous(x), layers)
+        return [*outputs, _spread(z, layers)]
     from apt_kernels import masked_lora_group
 
-    return masked_lora_group.forward(name, x, weights, a, b, given, scale)
+    outputs, z = masked_lora_group.forward(name, rows_contiguous(x), layers)
+    return [*outputs, z]
 
 
 @_linears.register_fake
@@ -119,17 +122,17 @@ def _linears_backward(
     backend: str | None,
 ) -> list[Tensor]:
     """Gradients of x (empty where not asked for), of every A, of every B."""
-    name = choose(OP, x, backend, (*x.shape, sum(len(w) for w in weights), sum(len(a_RI) for a_RI in a)))
+    layers = layers_of([rows_contiguous(weight) for weight in weights], a, b, [None] * len(a), scale)
+    name = choose(OP, x, backend, _sizes(x, layers))
     count(f"{OP}_backward", name)
     x, dys = rows_contiguous(x), [rows_contiguous(dy) for dy in dys]
-    weights = [rows_contiguous(weight) for weight in weights]
     if name == "torch":
-        grad_x, grads_a, grads_b = eager.lora_linears_backward(dys, x, _gathered(z, a), weights, a, b, scale, needs_x)
+        grad_x, grads_a, grads_b = eager.lora_linears_backward(dys, x, _gathered(z, layers), layers, needs_x)
     else:
         from apt_kernels import masked_lora_group
 
-        grad_x, grads_a, grads_b = masked_lora_group.backward(dys, x, z, weights, a, b, scale, needs_x)
-    return [x.new_empty(0) if grad_x is None else grad_x, *grads_a, *grads_b]
+        grad_x, grads_a, grads_b = masked_lora_group.backward(dys, x, z, layers, needs_x)
+    return [or_empty(grad_x, x), *grads_a, *grads_b]
 
 
 @_linears_backward.register_fake
@@ -142,15 +145,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, a, b, _, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(x, output[-1], *weights, *a, *b)
+    x, *parts, ctx.backend = inputs
+    save_group(ctx, x, output[-1], layers_of(*parts))
 
 
 def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x, z, *flat = ctx.saved_tensors
-    n = len(flat) // 3
-    weights, a, b = flat[:n], flat[n : 2 * n], flat[2 * n :]
-    needs_x = ctx.needs_input_grad[0]
+    x, z, layers = saved_group(ctx)
+    weights = [layer.weight for layer in layers]
+    a, b = [layer.a for layer in layers], [layer.b for layer in layers]
+    needs_x, n = ctx.needs_input_grad[0], len(layers)
     grad_x, *rest = _linears_backward(grads[:-1], x, z, weights, a, b, ctx.scale, needs_x, ctx.backend)
     return grad_x if needs_x else None, [None] * n, rest[:n], rest[n:], [None] * n, None, None
 
@@ -158,14 +161,19 @@ def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 _linears.register_autograd(_gradients, setup_context=_save)
 
 
-def _spread(z_TR: Tensor, a: Sequence[Tensor]) -> Tensor:
+def _sizes(x: Tensor, layers: Sequence[LoraOperands]) -> tuple[int, ...]:
+    """Tokens, inputs, all outputs, all ranks."""
+    return (*x.shape, sum(len(layer.weight) for layer in layers), sum(ranks(layers)))
+
+
+def _spread(z_TR: Tensor, layers: Sequence[LoraOperands]) -> Tensor:
     """The columns of each layer's rank with zeros up to its padded rank."""
-    parts = z_TR.split([len(a_RI) for a_RI in a], dim=1)
+    parts = z_TR.split(ranks(layers), dim=1)
     padded = [torch.nn.functional.pad(part, (0, padded_rank(part.shape[1]) - part.shape[1])) for part in parts]
     return torch.cat(padded, dim=1)
 
 
-def _gathered(z_TP: Tensor, a: Sequence[Tensor]) -> Tensor:
+def _gathered(z_TP: Tensor, layers: Sequence[LoraOperands]) -> Tensor:
     """`_spread` undone."""
-    parts = z_TP.split([padded_rank(len(a_RI)) for a_RI in a], dim=1)
-    return torch.cat([part[:, : len(a_RI)] for part, a_RI in zip(parts, a, strict=True)], dim=1)
+    parts = z_TP.split([padded_rank(rank) for rank in ranks(layers)], dim=1)
+    return torch.cat([part[:, :rank] for part, rank in zip(parts, ranks(layers), strict=True)], dim=1)

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from apt_kernels import eager
+from apt_kernels._triton import rows_contiguous
+from apt_kernels.operands import LoraGrads, LoraNeeds, LoraOperands, save, saved
+from apt_kernels.ops.registered import or_empty
 from apt_kernels.selection import by_kernels, choose, count, require
 from apt_kernels.tiles import padded_rank
 
 OP = "masked_lora_linear"
+INPUTS = ("x", *LoraOperands._fields, "backend")  # of the registered op
 _eager: Callable[..., Tensor] = eager.MaskedLoraLinear.apply  # torch leaves it untyped
 
 
@@ -66,11 +70,8 @@ def masked_lora_linear(
     if not 0.0 <= dropout < 1.0 or (dropout > 0.0 and seed is None):
         raise ValueError(f"{OP}: dropout must be in [0, 1) and needs a seed, got dropout={dropout}, seed={seed}")
     x_TI = x.reshape(math.prod(lead), I)  # not -1, which nothing determines where I is 0
-    rest = (bias, gate, mask_in, mask_out, float(scale), float(dropout), seed or 0)
-    if by_kernels(OP, x, backend):
-        y, _ = _linear(x_TI, weight, a, b, *rest, backend)
-    else:
-        y = _eager(x_TI, weight, a, b, *rest)
+    layer = LoraOperands(weight, a, b, bias, gate, mask_in, mask_out, float(scale), float(dropout), seed or 0)
+    y = _linear(x_TI, *layer, backend)[0] if by_kernels(OP, x, backend) else _eager(x_TI, *layer)
     return y.view(*lead, O)
 
 
@@ -111,13 +112,13 @@ def _linear(
     """Output ``[T, O]``, and z ``[T, P]`` for backward: the rank padded to a multiple of 16."""
     name = choose(OP, x, backend, (*x.shape, weight.shape[0], a.shape[0]))
     count(OP, name)
+    layer = LoraOperands(weight, a, b, bias, gate, mask_in, mask_out, scale, dropout, seed)
     if name == "torch":
-        y, z = eager.lora_linear(x, weight, a, b, bias, gate, mask_in, mask_out, scale, dropout, seed)
+        y, z = eager.lora_linear(x, layer)
         return y, torch.nn.functional.pad(z, (0, padded_rank(a.shape[0]) - a.shape[0]))
     from apt_kernels import masked_lora
 
-    x, weight = rows_contiguous(x), rows_contiguous(weight)
-    return masked_lora.forward(name, x, weight, a, b, bias, gate, mask_in, mask_out, scale, dropout, seed)
+    return masked_lora.forward(name, rows_contiguous(x), layer._replace(weight=rows_contiguous(weight)))
 
 
 @_linear.register_fake
@@ -145,16 +146,16 @@ def _linear_backward(
     """Gradients of x, a, b and gate; an empty tensor where `needs` does not ask."""
     name = choose(OP, x, backend, (*x.shape, weight.shape[0], a.shape[0]))
     count(f"{OP}_backward", name)
-    settings = (weight, a, b, gate, mask_in, mask_out, scale, dropout, seed)
+    layer = LoraOperands(weight, a, b, None, gate, mask_in, mask_out, scale, dropout, seed)
+    asked = LoraNeeds(*needs)
     if name == "torch":
-        found = eager.lora_linear_backward(dy, x, z[:, : a.shape[0]], *settings, needs)
+        grads = eager.lora_linear_backward(dy, x, z[:, : a.shape[0]], layer, asked)
     else:
         from apt_kernels import masked_lora
 
-        dy, x, weight = rows_contiguous(dy), rows_contiguous(x), rows_contiguous(weight)
-        found = masked_lora.backward(name, dy, x, z, weight, *settings[1:], needs)
-    grads = [x.new_empty(0) if grad is None else grad for grad in found]
-    return grads[0], grads[1], grads[2], grads[3]
+        layer = layer._replace(weight=rows_contiguous(weight))
+        grads = masked_lora.backward(name, rows_contiguous(dy), rows_contiguous(x), z, layer, asked)
+    return or_empty(grads.x, x), or_empty(grads.a, x), or_empty(grads.b, x), or_empty(grads.gate, x)
 
 
 @_linear_backward.register_fake
@@ -170,24 +171,18 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, a, b, _, gate, mask_in, mask_out, *ctx.settings = inputs
-    ctx.save_for_backward(x, output[1], weight, a, b, gate, mask_in, mask_out)
+    x, *operands, ctx.backend = inputs
+    save(ctx, x, output[1], LoraOperands(*operands))
     ctx.set_materialize_grads(False)
 
 
 def _linear_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 12
-    x, _, a, b, _, gate, *_ = ctx.needs_input_grad
-    needs = [x, a, b, gate]
-    found = _linear_backward(dy, *ctx.saved_tensors, *ctx.settings, needs)
-    grad_x, grad_a, grad_b, grad_gate = (grad if need else None for grad, need in zip(found, needs, strict=True))
-    return grad_x, None, grad_a, grad_b, None, grad_gate, *(None,) * 6
+        return LoraGrads().at(INPUTS)
+    x, z, layer, needs = saved(ctx)
+    weight, a, b, _, *rest = layer
+    found = _linear_backward(dy, x, z, weight, a, b, *rest, ctx.backend, list(needs))
+    return LoraGrads(*(grad if need else None for grad, need in zip(found, needs, strict=True))).at(INPUTS)
 
 
 _linear.register_autograd(_linear_gradients, setup_context=_save)
-
-
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself where its rows are contiguous (a view of a larger weight is), else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

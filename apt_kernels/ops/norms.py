@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from apt_kernels import eager, selection
+from apt_kernels import eager
+from apt_kernels.ops.registered import computed_by, or_empty
 from apt_kernels.selection import by_kernels, require
 
 _eager_norm: Callable[..., Tensor] = eager.MaskedNorm.apply  # torch leaves it untyped
@@ -67,13 +68,8 @@ def _norm_forward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and of each row the mean (0 for RMSNorm) and 1 / deviation, in float32."""
-    name = selection.choose("masked_norm", x_TD, backend, tuple(x_TD.shape))
-    selection.count("masked_norm", name)
-    if name == "torch":
-        return eager.norm_forward(x_TD, weight, bias, mask, eps, centred)
-    from apt_kernels import norms
-
-    return norms.norm_forward(x_TD, weight, bias, mask, eps, centred)
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = computed_by("masked_norm", x_TD, backend).norm_forward
+    return run(x_TD, weight, bias, mask, eps, centred)
 
 
 @_norm_forward.register_fake
@@ -97,30 +93,10 @@ def _norm_backward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x in its dtype, of weight and bias in float32; empty where not needed."""
-    name = selection.choose("masked_norm", x_TD, backend, tuple(x_TD.shape))
-    selection.count("masked_norm", name)
-    dx_TD = grad_weight = grad_bias = None
-    if name == "torch":
-        xhat_TD = (x_TD.float() - mean_T[:, None]) * rstd_T[:, None]
-        share = eager.norm_share(weight, mask, rstd_T.dtype)
-        needs = (needs_x, needs_weight, needs_bias)
-        dx_TD, grad_weight, grad_bias = eager.norm_backward(
-            dy_TD.float(), xhat_TD, rstd_T[:, None], weight, share, centred, needs
-        )
-        dx_TD = None if dx_TD is None else dx_TD.to(x_TD.dtype)
-    else:
-        from apt_kernels import norms
-
-        if needs_x:
-            dx_TD = norms.norm_backward(dy_TD, x_TD, weight, mask, mean_T, rstd_T, centred)
-        if needs_weight or needs_bias:
-            grad_weight, grad_bias = norms.norm_weight_grads(dy_TD, x_TD, mean_T, rstd_T, needs_weight, needs_bias)
-    none = x_TD.new_empty(0, dtype=torch.float32)
-    return (
-        x_TD.new_empty(0) if dx_TD is None else dx_TD,
-        none if grad_weight is None else grad_weight,
-        none.clone() if grad_bias is None else grad_bias,
-    )
+    run, needs = computed_by("masked_norm", x_TD, backend), (needs_x, needs_weight, needs_bias)
+    dx_TD, *grads = run.norm_backward(dy_TD, x_TD, weight, mask, mean_T, rstd_T, centred, needs)
+    grad_weight, grad_bias = (or_empty(grad, x_TD, torch.float32) for grad in grads)
+    return or_empty(dx_TD, x_TD), grad_weight, grad_bias
 
 
 @_norm_backward.register_fake
@@ -142,18 +118,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x_TD, weight, bias, mask, mean_T, rstd_T = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    dx_TD, grad_weight, grad_bias = _norm_backward(
-        dy_TD, x_TD, weight, mask, mean_T, rstd_T, ctx.centred, *needs, ctx.backend
+    found = _norm_backward(dy_TD, x_TD, weight, mask, mean_T, rstd_T, ctx.centred, *needs, ctx.backend)
+    of_learnt = (
+        grad.to(learnt.dtype) if need else None
+        for grad, learnt, need in zip(found, (x_TD, weight, bias), needs, strict=True)
     )
-    return (
-        dx_TD if needs[0] else None,
-        grad_weight.to(weight.dtype) if needs[1] else None,
-        grad_bias.to(bias.dtype) if needs[2] else None,
-        None,
-        None,
-        None,
-        None,
-    )
+    return *of_learnt, None, None, None, None  # mask, eps, centred, backend
 
 
 _norm_forward.register_autograd(_differentiate, setup_context=_save)

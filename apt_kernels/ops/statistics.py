@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt_kernels import eager, selection
+from apt_kernels import eager
+from apt_kernels.ops.registered import computed_by, or_empty
 from apt_kernels.selection import by_kernels, require
-
-_eager_gate: Callable[..., Tensor] = eager.Gate.apply  # torch leaves it untyped
 
 
 def gate(
@@ -43,19 +42,24 @@ def gate(
     """
     op, D = "gate", h.shape[-1]
     require(op, {"mask": (mask, (D,)), "sums": (sums, (2, D)), "valid": (valid, tuple(h.shape[:-1]))})
+    statistics = collected(op, sums, count, valid, h.requires_grad)
+    h_TD = h.reshape(math.prod(h.shape[:-1]), D)
+    return _gate(h_TD, mask, *statistics, by_kernels(op, h, backend), backend).view(h.shape)
+
+
+def collected(
+    op: str, sums: Tensor | None, count: Tensor | None, valid: Tensor | None, learns: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Sums and count that a backward pass adds to, and which tokens are real: nothing where none will come.
+
+    Raises:
+        ValueError: one of sums and count is missing.
+    """
     if (sums is None) != (count is None):
-        raise ValueError("gate: sums and count go together; give both or neither")
-    collect = sums is not None and torch.is_grad_enabled() and h.requires_grad
-    arguments = (
-        h.reshape(math.prod(h.shape[:-1]), D),
-        mask,
-        sums if collect else None,
-        count if collect else None,
-        valid.reshape(-1) if collect and valid is not None else None,
-    )
-    kernels = by_kernels(op, h, backend)
-    y = _gate(*arguments, backend) if kernels else _eager_gate(*arguments)
-    return y.view(h.shape)
+        raise ValueError(f"{op}: sums and count go together; give both or neither")
+    if sums is None or not (torch.is_grad_enabled() and learns):
+        return None, None, None
+    return sums, count, None if valid is None else valid.reshape(-1)
 
 
 def column_sums(x: Tensor, valid: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -82,14 +86,8 @@ def column_sums(x: Tensor, valid: Tensor | None = None, *, backend: str | None =
 
 @torch.library.custom_op("apt_kernels::column_sums", mutates_args=())
 def _column_sums(x_TD: Tensor, valid_T: Tensor | None, backend: str | None) -> Tensor:
-    name = selection.choose("column_sums", x_TD, backend, tuple(x_TD.shape))
-    selection.count("column_sums", name)
-    if name == "torch":
-        return eager.column_sums(x_TD, valid_T)
-    from apt_kernels import statistics
-
-    sums_D = statistics.gate_pass(x_TD, None, valid_T, True)[1]
-    assert sums_D is not None
+    sums_D: Tensor
+    _, sums_D = computed_by("column_sums", x_TD, backend).gate_pass(x_TD, None, valid_T, True)
     return sums_D
 
 
@@ -103,21 +101,8 @@ def _gate_pass(
     x_TD: Tensor, mask: Tensor | None, valid_T: Tensor | None, collect: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """``x * m`` and ``sum_t valid_t |x_t|`` in one read; empty where there is no mask, or nothing to collect."""
-    name = selection.choose("gate", x_TD, backend, tuple(x_TD.shape))
-    selection.count("gate", name)
-    y_TD: Tensor | None
-    sums_D: Tensor | None
-    if name == "torch":
-        y_TD = None if mask is None else x_TD * mask.to(x_TD.dtype)
-        sums_D = eager.column_sums(x_TD, valid_T) if collect else None
-    else:
-        from apt_kernels import statistics
-
-        y_TD, sums_D = statistics.gate_pass(x_TD, mask, valid_T, collect)
-    return (
-        x_TD.new_empty(0) if y_TD is None else y_TD,
-        x_TD.new_empty(0, dtype=torch.float32) if sums_D is None else sums_D,
-    )
+    y_TD, sums_D = computed_by("gate", x_TD, backend).gate_pass(x_TD, mask, valid_T, collect)
+    return or_empty(y_TD, x_TD), or_empty(sums_D, x_TD, torch.float32)
 
 
 @_gate_pass.register_fake
@@ -128,8 +113,19 @@ def _(
     return y_TD, x_TD.new_empty(x_TD.shape[1] if collect else 0, dtype=torch.float32)
 
 
+def add_statistics(ctx: Any, grad_abs_D: Tensor, num_rows: int, valid_T: Tensor | None) -> None:
+    """Add, in place, what forward kept and backward found. In backward, so that a recomputed forward counts once."""
+    ctx.sums_2D[0] += ctx.abs_D
+    ctx.sums_2D[1] += grad_abs_D
+    count = ctx.count
+    count += num_rows if valid_T is None else valid_T.sum()
+
+
 class _Gate(torch.autograd.Function):
-    """`eager.Gate` with one pass of the registered op each way. An open gate hands on what it gets, as there."""
+    """``h * m``; backward adds the column sums of ``|h|`` and of the upstream ``|dL/dy|``, and the token count.
+
+    An open gate hands on what it gets.
+    """
 
     @staticmethod
     def forward(
@@ -139,25 +135,29 @@ class _Gate(torch.autograd.Function):
         sums_2D: Tensor | None,
         count: Tensor | None,
         valid_T: Tensor | None,
+        kernels: bool,
         backend: str | None,
     ) -> Tensor:
         ctx.save_for_backward(mask, valid_T)
-        ctx.sums_2D, ctx.count, ctx.backend = sums_2D, count, backend
-        y_TD = h_TD
-        if mask is not None or sums_2D is not None:
-            y_TD, ctx.abs_D = _gate_pass(h_TD, mask, valid_T, sums_2D is not None, backend)
+        ctx.sums_2D, ctx.count, ctx.kernels, ctx.backend = sums_2D, count, kernels, backend
+        y_TD, ctx.abs_D = _one_pass(ctx, h_TD, mask, valid_T)
         return h_TD.view_as(h_TD) if mask is None else y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         mask, valid_T = ctx.saved_tensors
-        dy_TD = grads[0]
-        if mask is None and ctx.sums_2D is None:
-            return dy_TD, None, None, None, None, None
-        dh_TD, abs_D = _gate_pass(dy_TD, mask, valid_T, ctx.sums_2D is not None, ctx.backend)
+        dh_TD, abs_D = _one_pass(ctx, grads[0], mask, valid_T)
         if ctx.sums_2D is not None:
-            eager.collect(ctx.sums_2D, ctx.count, ctx.abs_D, abs_D, dy_TD.shape[0], valid_T)
-        return (dy_TD if mask is None else dh_TD), None, None, None, None, None
+            add_statistics(ctx, abs_D, grads[0].shape[0], valid_T)
+        return (grads[0] if mask is None else dh_TD), *[None] * 6
+
+
+def _one_pass(ctx: Any, x_TD: Tensor, mask: Tensor | None, valid_T: Tensor | None) -> tuple[Any, Any]:
+    """By the registered op where there is anything to do for it; eager's can be traced."""
+    collect = ctx.sums_2D is not None
+    if ctx.kernels and (mask is not None or collect):
+        return _gate_pass(x_TD, mask, valid_T, collect, ctx.backend)
+    return eager.gate_pass(x_TD, mask, valid_T, collect)
 
 
 _gate: Callable[..., Tensor] = _Gate.apply  # torch leaves it untyped
@@ -202,13 +202,11 @@ def weight_kurtosis(
     require(op, {"a": (a, (R, I)), "b": (b, (O, R)), "column_scale": (column_scale, (I,))})
     if group < 1 or I % group:
         raise ValueError(f"{op}: group must divide the {I} columns of weight, got {group}")
+    arguments = (weight, a, b, scale, group, column_scale)
     with torch.no_grad():
-        compute = _weight_kurtosis if by_kernels(op, weight, backend) else _eager_kurtosis
-        return compute(weight, a, b, scale, group, column_scale, backend)
-
-
-def _eager_kurtosis(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return eager.weight_kurtosis(*arguments[:-1])
+        if by_kernels(op, weight, backend):
+            return _weight_kurtosis(*arguments, backend)
+        return eager.weight_kurtosis(*arguments)
 
 
 @torch.library.custom_op("apt_kernels::weight_kurtosis", mutates_args=())
@@ -221,13 +219,8 @@ def _weight_kurtosis(
     column_scale: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    name = selection.choose("weight_kurtosis", weight, backend, tuple(weight.shape))
-    selection.count("weight_kurtosis", name)
-    if name == "torch":
-        return eager.weight_kurtosis(weight, a, b, scale, group, column_scale)
-    from apt_kernels import kurtosis
-
-    return kurtosis.weight_kurtosis(weight, a, b, scale, group, column_scale)
+    compute: Callable[..., tuple[Tensor, Tensor]] = computed_by("weight_kurtosis", weight, backend).weight_kurtosis
+    return compute(weight, a, b, scale, group, column_scale)
 
 
 @_weight_kurtosis.register_fake

@@ -16,15 +16,15 @@ from apt_kernels import selection
 FAULTS = {  # what is wrong: (file, the line as it is, the line with the fault)
     "a mask off by one": (
         "lowrank",
-        "value *= tl.load(col_by + j, mask=j < cols, other=0.0)",
-        "value *= tl.load(col_by + j + 1, mask=j + 1 < cols, other=0.0)",
+        "tile *= load_vector(col_by, j, cols)",
+        "tile *= load_vector(col_by, j + 1, cols)",
     ),
     "a rank tail cut": (
         "lowrank",
         "mask=(cols[:, None] < P) & (k[None, :] < I)",
         "mask=(cols[:, None] < P - 16) & (k[None, :] < I)",
     ),
-    "a scale dropped": ("lowrank", ".to(tl.float32) * scale\n", ".to(tl.float32)\n"),
+    "a scale dropped": ("lowrank", "j, inside) * scale\n", "j, inside)\n"),
     "a store cut short": (
         "products",
         "kept = (row[:, None] < left_T) & (i[None, :] < I)",
