@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from apt.apt_config import ABLATIONS
 from apt.families import FAMILIES
 from apt.methods import METHODS
-from apt.runs.config import TASKS
+from apt.runs.tasks import TASKS
 from bench import same_bits
 from bench.same_bits_cases import Case, all_cases
 
