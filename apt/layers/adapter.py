@@ -172,7 +172,8 @@ class APTAdapter(nn.Module):
         if self.row_gate is not None:
             raise ValueError("APTAdapter: an update that depends on the example cannot be merged into a weight")
         a, b = self.factors()
-        delta = self.scale * (b @ a)
+        with torch.autocast(weight.device.type, enabled=False):
+            delta = self.scale * (b @ a)
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:

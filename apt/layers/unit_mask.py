@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
+from apt_kernels.autocast import outside_autocast
 
 
 class ValidTokens:
@@ -41,9 +42,9 @@ class _Products(torch.autograd.Function):
         products_TD = (h.to(wide) * grads[0].to(wide)).reshape(-1, h.shape[-1])
         if valid is not None:
             products_TD = products_TD * valid.reshape(-1, 1)
-        ctx.sums_2D[0] += products_TD.abs().sum(0)
-        ctx.sums_2D[1] += products_TD.sum(0)
-        ctx.count += products_TD.shape[0] if valid is None else valid.sum()
+        ctx.sums_2D[0].add_(products_TD.abs().sum(0))
+        ctx.sums_2D[1].add_(products_TD.sum(0))
+        ctx.count.add_(products_TD.shape[0] if valid is None else valid.sum(dtype=ctx.count.dtype))
         return grads[0], None, None, None, None
 
 
@@ -79,6 +80,7 @@ _total: Callable[..., Tensor] = _Total.apply
 _start: Callable[..., Tensor] = _Start.apply
 
 
+@outside_autocast
 def _token_sum(h: Tensor, valid: Tensor | None) -> Tensor:
     """Sum over the valid tokens of h, ``[D]`` in at least float32."""
     h_TD = h.reshape(-1, h.shape[-1])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from apt.layers import Delta, adapted
 from apt.methods.config import MethodConfig
 from apt.records import TrimPlan
+from apt_kernels.autocast import outside_autocast
 
 INIT_STD = 0.02  # of P and Q, as in the authors' code
 Triplet = tuple[Tensor, Tensor, Tensor]  # of A, B and lambda
@@ -92,15 +93,19 @@ class AdaLoRA(Delta):
         return f"rank={self.rank}"
 
 
+@outside_autocast
+def _apart_from_orthogonal(rows_RD: Tensor) -> Tensor:
+    """``|Q Q^T - I|``, the Frobenius norm."""
+    gram = rows_RD @ rows_RD.T
+    return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+
 def orthogonality(deltas: Sequence[Delta], settings: MethodConfig) -> Tensor | None:
     """``orth_reg_weight`` times the mean over all P and Q of ``|P^T P - I|`` and ``|Q Q^T - I|``, Frobenius norms."""
     terms = []
     for delta in deltas:
         if isinstance(delta, AdaLoRA):
-            for gram in (delta.lora_A @ delta.lora_A.T, delta.lora_B.T @ delta.lora_B):
-                terms.append(
-                    torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-                )
+            terms += [_apart_from_orthogonal(delta.lora_A), _apart_from_orthogonal(delta.lora_B.T)]
     return settings.orth_reg_weight * torch.stack(terms).mean() if terms and settings.orth_reg_weight else None
 
 

@@ -188,7 +188,8 @@ def adapter_importance(adapter: APTAdapter, grad_scale: float = 1.0, kind: str =
     assert adapter.lora_B is not None, "ranks grow on A and B that are parameters"
     if adapter.lora_B.grad is None:
         return adapter.lora_B.new_zeros(())
-    products_OR = adapter.lora_B * adapter.lora_B.grad
+    wide = torch.promote_types(adapter.lora_B.dtype, torch.float32)
+    products_OR = adapter.lora_B.to(wide) * adapter.lora_B.grad.to(wide)
     terms = products_OR.sum(0) if kind == "signed" else products_OR
     return terms.abs().sum() / grad_scale
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from apt_kernels.autocast import outside_autocast
 from apt_kernels.eager.statistics import column_sums
 
 Grad = Tensor | None
@@ -14,6 +15,7 @@ def _activate(g_TD: Tensor, kind: str) -> Tensor:
     return torch.nn.functional.gelu(g_TD, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
+@outside_autocast
 def activation_forward(
     g_TD: Tensor, u_TD: Tensor | None, mask: Tensor | None, valid_T: Tensor | None, kind: str, collect: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -24,6 +26,7 @@ def activation_forward(
     return y_TD, column_sums(h_TD, valid_T) if collect else None
 
 
+@outside_autocast
 def activation_backward(
     dy_TD: Tensor,
     g_TD: Tensor,

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt_kernels.autocast import outside_autocast
 from apt_kernels.eager.linear import frozen_product, onto
 from apt_kernels.operands import Grad, LoraOperands, layers_of, ranks, save_group, saved_group
 
 
+@outside_autocast
 def lora_linears(x_TI: Tensor, layers: Sequence[LoraOperands]) -> tuple[list[Tensor], Tensor]:
     """``y_k = W_k x + b_k + s B_k A_k x`` for every layer, and ``z = [A_1; A_2; ..] x`` for backward."""
     dtype = x_TI.dtype
@@ -26,6 +28,7 @@ def lora_linears(x_TI: Tensor, layers: Sequence[LoraOperands]) -> tuple[list[Ten
     return outputs, z_TR
 
 
+@outside_autocast
 def lora_linears_backward(
     dys: Sequence[Tensor], x_TI: Tensor, z_TR: Tensor, layers: Sequence[LoraOperands], needs_x: bool
 ) -> tuple[Grad, list[Tensor], list[Tensor]]:

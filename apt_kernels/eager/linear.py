@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt_kernels.autocast import outside_autocast
 from apt_kernels.operands import Grad, LoraGrads, LoraNeeds, LoraOperands, save, saved
 
 INPUTS = ("x", *LoraOperands._fields)  # of `MaskedLoraLinear`
@@ -43,6 +44,7 @@ def frozen_product(x_TI: Tensor, layer: LoraOperands) -> Tensor:
     return torch.addmm(layer.bias.to(x_TI.dtype), x_TI, layer.weight.T)
 
 
+@outside_autocast
 def lora_linear(x_TI: Tensor, layer: LoraOperands) -> tuple[Tensor, Tensor]:
     """``m_out * (W xm + b + s B (g * drop(z)))`` and ``z = A xm`` with ``xm = m_in * x``."""
     dtype = x_TI.dtype
@@ -55,6 +57,7 @@ def lora_linear(x_TI: Tensor, layer: LoraOperands) -> tuple[Tensor, Tensor]:
     return y_TO, z_TR
 
 
+@outside_autocast
 def lora_linear_backward(dy_TO: Tensor, x_TI: Tensor, z_TR: Tensor, layer: LoraOperands, needs: LoraNeeds) -> LoraGrads:
     """The gradients that `needs` asks for; z of forward, without padding."""
     gate, mask_in = layer.gate, layer.mask_in

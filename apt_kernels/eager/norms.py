@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt_kernels.autocast import outside_autocast
+
 Grad = Tensor | None
 
 
@@ -31,15 +33,20 @@ def _affine(xhat_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y_TD if bias is None else y_TD + bias.to(xhat_TD.dtype)
 
 
+@outside_autocast
 def norm_forward(
     x_TD: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm, and the mean and 1 / deviation of each row, ``[T]``, in at least float32."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     xhat_TD, mean_T, rstd_T = _normalise(x_TD, norm_share(weight, mask, wide), eps, centred)
-    return _affine(xhat_TD, weight, bias).to(x_TD.dtype), mean_T[:, 0], rstd_T[:, 0]
+    y_TD = _affine(xhat_TD, weight, bias)
+    # In torch 2.11 an output that `to` hands on as it is has no gradient in a compiled graph.
+    y_TD = y_TD if y_TD.dtype == x_TD.dtype else y_TD.to(x_TD.dtype)
+    return y_TD, mean_T[:, 0], rstd_T[:, 0]
 
 
+@outside_autocast
 def norm_backward(
     dy_TD: Tensor,
     x_TD: Tensor,
@@ -50,10 +57,12 @@ def norm_backward(
     centred: bool,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Grad, Grad, Grad]:
-    """Gradients of x, in its dtype, and of weight and bias, in float32; None where not needed."""
-    xhat_TD = (x_TD.float() - mean_T[:, None]) * rstd_T[:, None]
-    share = norm_share(weight, mask, rstd_T.dtype)
-    found = _gradients(dy_TD.float(), xhat_TD, rstd_T[:, None], weight, share, centred, needs)
+    """Gradients of x, in its dtype, and of weight and bias, in at least float32; None where not needed."""
+    wide = rstd_T.dtype
+    x_TD_wide = x_TD.to(wide)
+    xhat_TD = (x_TD_wide - mean_T[:, None] if centred else x_TD_wide) * rstd_T[:, None]
+    share = norm_share(weight, mask, wide)
+    found = _gradients(dy_TD.to(wide), xhat_TD, rstd_T[:, None], weight, share, centred, needs)
     grad_x, grad_weight, grad_bias = found
     return None if grad_x is None else grad_x.to(x_TD.dtype), grad_weight, grad_bias
 
@@ -79,27 +88,23 @@ def _gradients(
 
 
 class MaskedNorm(torch.autograd.Function):
-    """LayerNorm (``centred``) or RMSNorm with mask-weighted statistics, sums in at least float32."""
+    """LayerNorm (``centred``) or RMSNorm with mask-weighted statistics, in at least float32; keeps x as it came."""
 
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, eps: float, centred: bool
     ) -> Tensor:
-        share = norm_share(weight, mask, torch.promote_types(x_TD.dtype, torch.float32))
-        xhat_TD, _, rstd_T = _normalise(x_TD, share, eps, centred)
-        ctx.save_for_backward(xhat_TD, rstd_T, weight, bias, share)
+        y_TD, mean_T, rstd_T = norm_forward(x_TD, weight, bias, mask, eps, centred)
+        ctx.save_for_backward(x_TD, weight, bias, mask, mean_T, rstd_T)
         ctx.centred = centred
-        y_TD = _affine(xhat_TD, weight, bias)
-        # In torch 2.11 an output that `to` hands on as it is has no gradient in a compiled graph.
-        return y_TD if y_TD.dtype == x_TD.dtype else y_TD.to(x_TD.dtype)
+        return y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Grad, ...]:
-        xhat_TD, rstd_T, weight, bias, share = ctx.saved_tensors
-        dy_TD = grads[0].to(xhat_TD.dtype)
-        found = _gradients(dy_TD, xhat_TD, rstd_T, weight, share, ctx.centred, ctx.needs_input_grad[:3])
+        x_TD, weight, bias, mask, mean_T, rstd_T = ctx.saved_tensors
+        found = norm_backward(grads[0], x_TD, weight, mask, mean_T, rstd_T, ctx.centred, ctx.needs_input_grad[:3])
         of_learnt = (
             None if grad is None else grad.to(learnt.dtype)
-            for grad, learnt in zip(found, (grads[0], weight, bias), strict=True)
+            for grad, learnt in zip(found, (x_TD, weight, bias), strict=True)
         )
         return *of_learnt, None, None, None  # mask, eps, centred

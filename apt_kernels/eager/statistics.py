@@ -6,7 +6,10 @@ Dimension key: T tokens, I in, O out, R rank, D features.
 import torch
 from torch import Tensor
 
+from apt_kernels.autocast import outside_autocast
 
+
+@outside_autocast
 def column_sums(x_TD: Tensor, valid_T: Tensor | None) -> Tensor:
     """``sum_t valid_t |x_t|`` in at least float32: ``[D]``. One pass to take the magnitude, one to reduce."""
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -16,6 +19,7 @@ def column_sums(x_TD: Tensor, valid_T: Tensor | None) -> Tensor:
     return valid_T.to(dtype) @ x_TD.abs().to(dtype)
 
 
+@outside_autocast
 def gate_pass(
     x_TD: Tensor, mask: Tensor | None, valid_T: Tensor | None, collect: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -31,6 +35,7 @@ def _kurtosis(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.where(m2 > 0, m4 / m2.square(), 0.0) - 3.0
 
 
+@outside_autocast
 def weight_kurtosis(
     weight_OI: Tensor, a_RI: Tensor | None, b_OR: Tensor | None, scale: float, group: int, column_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apt_kernels import eager
 from apt_kernels._triton import rows_contiguous
+from apt_kernels.autocast import cast_for_product
 from apt_kernels.operands import LoraOperands, layers_of, ranks, save_group, saved_group
 from apt_kernels.ops.registered import or_empty
 from apt_kernels.selection import by_kernels, choose, count, require
@@ -34,7 +35,7 @@ def masked_lora_linears(
     gradients, and the gradients of x are added where they are made.
 
     Args:
-        x: shared input, ``[..., I]``; under autocast it is cast to the autocast dtype.
+        x: shared input, ``[..., I]``; under autocast x and weights are cast to its dtype, but for float64.
         weights: frozen, each ``[O_k, I]`` in the dtype of x.
         a: each ``[R_k, I]``; a layer without adapter has R_k = 0.
         b: each ``[O_k, R_k]``.
@@ -49,9 +50,7 @@ def masked_lora_linears(
     Raises:
         ValueError: shapes or dtypes disagree, a weight requires a gradient, or the backend does not exist.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    x, *weights = cast_for_product(x, *weights)
     biases = [None] * len(weights) if biases is None else biases
     if not len(weights) == len(a) == len(b) == len(biases):
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apt_kernels import eager
 from apt_kernels._triton import rows_contiguous
+from apt_kernels.autocast import cast_for_product
 from apt_kernels.operands import LoraGrads, LoraNeeds, LoraOperands, save, saved
 from apt_kernels.ops.registered import or_empty
 from apt_kernels.selection import by_kernels, choose, count, require
@@ -40,7 +41,7 @@ def masked_lora_linear(
     Gradients flow to x, a, b and gate; weight, bias and masks are frozen.
 
     Args:
-        x: input, ``[..., I]``; under autocast it is cast to the autocast dtype.
+        x: input, ``[..., I]``; under autocast x and weight are cast to its dtype, but for float64.
         weight: frozen, ``[O, I]``, the dtype of x; any strides (a view of a larger weight is fine).
         a: ``[R, I]``, cast to the dtype of x; its gradient has its own dtype.
         b: ``[O, R]``, likewise.
@@ -59,9 +60,7 @@ def masked_lora_linear(
     Raises:
         ValueError: shapes or dtypes disagree, weight requires a gradient, or the backend does not exist.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = cast_for_product(x, weight)
     (O, I), R, lead = weight.shape, a.shape[0], x.shape[:-1]
     require(OP, {"x": (x, (*lead, I)), "a": (a, (R, I)), "b": (b, (O, R)), "bias": (bias, (O,))})
     require(OP, {"mask_in": (mask_in, (I,)), "mask_out": (mask_out, (O,))})

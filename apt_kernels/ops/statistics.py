@@ -115,10 +115,10 @@ def _(
 
 def add_statistics(ctx: Any, grad_abs_D: Tensor, num_rows: int, valid_T: Tensor | None) -> None:
     """Add, in place, what forward kept and backward found. In backward, so that a recomputed forward counts once."""
-    ctx.sums_2D[0] += ctx.abs_D
-    ctx.sums_2D[1] += grad_abs_D
-    count = ctx.count
-    count += num_rows if valid_T is None else valid_T.sum()
+    # By add_ on a view: `sums[0] += v` copies the row onto itself as well.
+    ctx.sums_2D[0].add_(ctx.abs_D)
+    ctx.sums_2D[1].add_(grad_abs_D)
+    ctx.count.add_(num_rows if valid_T is None else valid_T.sum(dtype=ctx.count.dtype))
 
 
 class _Gate(torch.autograd.Function):
