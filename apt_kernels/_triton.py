@@ -39,7 +39,18 @@ def widened(dtype: torch.dtype) -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: float32 products are exact unless the user allowed TF32 for torch's own."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def allows_tf32() -> bool:
+    """Whether torch's own float32 products may take TF32, by whichever of its two settings that was allowed.
+
+    Since torch 2.9 the new one answers for both, while the old one raises where the new one was set.
+    """
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
 
 
 def unit(*sizes: int) -> int:
@@ -59,6 +70,11 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
 def contiguous(vector: Tensor | None) -> Tensor | None:
     """A vector that may be missing, as kernels take it."""
     return None if vector is None else vector.contiguous()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device now goes into a CUDA graph, to be replayed with the same numbers."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

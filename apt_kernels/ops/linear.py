@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apt_kernels import eager
-from apt_kernels._triton import rows_contiguous
+from apt_kernels._triton import capturing, rows_contiguous
 from apt_kernels.autocast import cast_for_product
 from apt_kernels.operands import LoraGrads, LoraNeeds, LoraOperands, save, saved
 from apt_kernels.ops.registered import or_empty
@@ -58,7 +58,8 @@ def masked_lora_linear(
         ``[..., O]`` in the dtype of x.
 
     Raises:
-        ValueError: shapes or dtypes disagree, weight requires a gradient, or the backend does not exist.
+        ValueError: shapes or dtypes disagree, weight requires a gradient, the backend does not exist, or dropout is
+            captured into a CUDA graph.
     """
     x, weight = cast_for_product(x, weight)
     (O, I), R, lead = weight.shape, a.shape[0], x.shape[:-1]
@@ -68,6 +69,11 @@ def masked_lora_linear(
     _refuse_unfrozen(x, weight, bias)
     if not 0.0 <= dropout < 1.0 or (dropout > 0.0 and seed is None):
         raise ValueError(f"{OP}: dropout must be in [0, 1) and needs a seed, got dropout={dropout}, seed={seed}")
+    if dropout > 0.0 and not torch.compiler.is_compiling() and capturing(x.device):
+        raise ValueError(
+            f"{OP}: dropout={dropout} in a CUDA graph would drop the same entries at every replay, since its seed is "
+            "a number; capture with dropout=0, or run this step without a graph"
+        )
     x_TI = x.reshape(math.prod(lead), I)  # not -1, which nothing determines where I is 0
     layer = LoraOperands(weight, a, b, bias, gate, mask_in, mask_out, float(scale), float(dropout), seed or 0)
     y = _linear(x_TI, *layer, backend)[0] if by_kernels(OP, x, backend) else _eager(x_TI, *layer)

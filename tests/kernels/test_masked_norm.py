@@ -242,13 +242,13 @@ def test_one_graph_under_compile(backend: str, kind: str, device: str) -> None:
         close(name, got, wanted)
 
 
-def test_bad_input_names_the_dimensions() -> None:
-    x, weight, bias = operands(4, "cpu")
+def test_bad_input_names_the_dimensions(device: str) -> None:
+    x, weight, bias = operands(4, device)
     for wrong in ("weight", "bias", "mask"):
-        named = {"weight": weight, "bias": bias, "mask": weight, wrong: torch.ones(5)}
+        named = {"weight": weight, "bias": bias, "mask": weight, wrong: torch.ones(5, device=device)}
         with pytest.raises(ValueError, match=rf"masked_norm: {wrong} must be \[4\], got \[5\]"):
             masked_norm(x, eps=EPS, **named)
     with pytest.raises(ValueError, match="kind must be 'layer' or 'rms', got 'batch'"):
         masked_norm(x, weight, bias, eps=EPS, kind="batch")
     with pytest.raises(ValueError, match="masked_norm: the kernel holds rows of up to 16384 features, got 16385"):
-        masked_norm(torch.zeros(1, 16385), torch.ones(16385), eps=EPS, backend="triton")
+        masked_norm(torch.zeros(1, 16385, device=device), torch.ones(16385, device=device), eps=EPS, backend="triton")

@@ -1,12 +1,15 @@
 """The public face of the ops: every refusal names the dimensions, counters prove what ran."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.utils.import_utils import enable_tf32
 
 import apt_kernels
-from apt_kernels import masked_lora_linear
+from apt_kernels import _triton, masked_lora_linear, weight_kurtosis
 
 
 @pytest.mark.parametrize(
@@ -35,8 +38,8 @@ def test_errors_name_what_is_wrong(change: dict[str, Any], words: str) -> None:
         masked_lora_linear(**{**good, "scale": 1.0, **change})
 
 
-def test_calls_are_counted_and_a_forced_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = (torch.zeros(3, 6), torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(4, 2))
+def test_calls_are_counted_and_a_forced_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    inputs = tuple(torch.zeros(*shape, device=device) for shape in ((3, 6), (4, 6), (2, 6), (4, 2)))
     apt_kernels.reset_calls()
     assert apt_kernels.calls() == {}
     for _ in range(2):
@@ -52,7 +55,7 @@ def test_calls_are_counted_and_a_forced_backend_never_falls_back(monkeypatch: py
             call()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend 'triton' is not available: the tensor is on cpu"):
-        masked_lora_linear(*inputs, scale=1.0)
+        masked_lora_linear(*(t.cpu() for t in inputs), scale=1.0)
     assert apt_kernels.calls() == counted
 
 
@@ -82,3 +85,57 @@ def test_chosen_tells_what_would_run(forced: str | None, monkeypatch: pytest.Mon
     apt_kernels.gate(x, x[0])
     masked_lora_linear(x, torch.zeros_like(x), x[:2], x[:, :2], scale=1.0)
     assert apt_kernels.calls() == {op: {name: 1} for op, name in named.items()}
+
+
+@pytest.fixture
+def tf32_as_before() -> Iterator[None]:
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def allow_by_old_flag() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def allow_by_new_setting() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def allow_for_all_but_products() -> None:
+    torch.backends.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one setting yet")
+@pytest.mark.usefixtures("tf32_as_before")
+@pytest.mark.parametrize(
+    ("allow", "wanted"),
+    [
+        (lambda: None, "ieee"),
+        (allow_by_old_flag, "tf32"),
+        (allow_by_new_setting, "tf32"),
+        (lambda: enable_tf32(True), "tf32"),  # what `TrainingArguments(tf32=True)` does
+        (lambda: enable_tf32(False), "ieee"),
+        (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
+        (allow_for_all_but_products, "ieee"),
+    ],
+)
+def test_tf32_is_taken_where_torch_takes_it(allow: Callable[[], None], wanted: str, device: str) -> None:
+    allow()
+    assert _triton.precision(torch.float32) == wanted
+    assert _triton.precision(torch.float16) == "ieee"
+    weight, a, b = (torch.zeros(*shape, device=device) for shape in ((4, 8), (2, 8), (4, 2)))
+    per_column, _ = weight_kurtosis(weight, a, b, backend="triton")
+    assert (per_column == -3).all()
+
+
+def test_dropout_in_a_captured_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors say they are on a GPU, and are none."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode():
+        inputs = [torch.zeros(*shape, device="cuda") for shape in ((3, 6), (4, 6), (2, 6), (4, 2))]
+        with pytest.raises(ValueError, match=r"masked_lora_linear: dropout=0\.5 in a CUDA graph would drop the same"):
+            masked_lora_linear(*inputs, scale=1.0, dropout=0.5, seed=1)
+    on_cpu = [torch.zeros(*shape) for shape in ((3, 6), (4, 6), (2, 6), (4, 2))]
+    assert masked_lora_linear(*on_cpu, scale=1.0, dropout=0.5, seed=1).shape == (3, 4)  # that is not captured
