@@ -211,5 +211,10 @@ def described(unit: int, *operands: Tensor) -> bool:
         _triton.arch(device) == "sm_90"
         and dtype in (torch.float16, torch.bfloat16)
         and unit == 8
-        and all(operand.data_ptr() % 16 == 0 and operand.numel() > 0 for operand in operands)
+        and all(describable(operand) for operand in operands)
     )
+
+
+def describable(operand: Tensor) -> bool:
+    """Whether it begins at 16 bytes and its rows do not overlap, as those of an expanded gradient do (stride 0)."""
+    return operand.data_ptr() % 16 == 0 and operand.numel() > 0 and operand.stride(0) >= operand.shape[1]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from check import close
+from check import close, no_worse_than_eager
 from lora_cases import (
     EVERYTHING,
     LEARNT,
@@ -135,6 +135,36 @@ def test_tensor_descriptors(options: dict[str, Any], device: str, monkeypatch: p
     described = {products.forward_tma, products.backward_tma}
     expected = {products.forward_tma} if options["mask_out"] else {products.backward_tma}
     assert described & set(launched) == (expected if options["mask_in"] or options["mask_out"] else described)
+
+
+@pytest.mark.parametrize("what", ["upstream", "x", "weight", "a base between addresses"])
+def test_what_has_no_descriptor_goes_by_pointers(what: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor's rows begin at 16 bytes and do not overlap, as those of an expanded tensor (stride 0) do."""
+    from apt_kernels import _triton, masked_lora
+
+    bases: list[Tensor] = []
+    true_descriptor = masked_lora.described_by
+    monkeypatch.setattr(
+        masked_lora, "described_by", lambda tensor, *block: (bases.append(tensor), true_descriptor(tensor, *block))[1]
+    )
+    monkeypatch.setattr(_triton, "arch", lambda _: "sm_90")
+    options = {"mask_in": 0, "mask_out": 0, "bias": 0, "gate": None}
+    inputs = cast(make_inputs((130,), 136, 264, 24, device, **options), torch.float16)
+    given = inputs | {"upstream": upstream_of(inputs)}
+    if what in given:
+        given[what] = given[what].detach()[:1].expand_as(given[what])
+    else:
+        room = given["x"].new_empty(given["x"].numel() + 1)
+        given["x"] = room[1:].view_as(given["x"]).copy_(given["x"].detach())
+    given["x"] = given["x"].detach().requires_grad_()
+    upstream = given.pop("upstream")
+    got = run(masked_lora_linear, given, upstream, backend="split_triton")
+    eager = run(reference.masked_lora_linear, given, upstream)
+    truth = run(reference.masked_lora_linear, cast(given, torch.float64), upstream)
+    for name in truth:
+        no_worse_than_eager(name, got[name], eager[name], truth[name])
+    assert all(base.stride(0) >= base.shape[1] and base.data_ptr() % 16 == 0 for base in bases)
+    assert bool(bases) == (what != "weight")  # which both directions read
 
 
 def test_tokens_in_chunks_under_a_small_workspace(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
