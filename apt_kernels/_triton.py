@@ -89,12 +89,27 @@ def programs(device: torch.device) -> int:
 
 @functools.cache
 def arch(device: torch.device) -> str:
-    """The kind of machine that tiles are chosen for: interpreter, sm_80, sm_90 or gfx942."""
+    """The kind of machine that tiles are chosen for: interpreter, gfx942, or what `nvidia_arch` says."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+    from triton.runtime import driver  # torch 2.6 does not tell the shared memory
+
+    properties = driver.active.utils.get_device_properties(device.index)
+    return nvidia_arch(torch.cuda.get_device_capability(device)[0], properties["max_shared_mem"])
+
+
+def nvidia_arch(major: int, shared_bytes: int) -> str:
+    """Whose tiles a chip gets, by the first number of its capability and the shared memory a program may have.
+
+    sm_90 and sm_100 have 227 KB, sm_80 has 163 KB; sm_86, sm_89 and sm_120, whatever their generation, have 99 KB.
+    """
+    if shared_bytes < 160 * 1024:
+        return "sm_89"
+    if shared_bytes < 227 * 1024:
+        return "sm_80"
+    return "sm_90" if major == 9 else "sm_100"
 
 
 def on_own_device(function: Launcher) -> Launcher:

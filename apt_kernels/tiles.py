@@ -20,7 +20,9 @@ class Tiles(NamedTuple):
 
 PRODUCT = {  # of forward, one_kernel and backward, from large to small
     "sm_90": (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 4, 3)),
+    "sm_100": (Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 4, 3)),  # 128 x 256 spills, by descriptors too
     "sm_80": (Tiles(128, 128, 32, 8, 4), Tiles(64, 128, 32, 4, 4)),
+    "sm_89": (Tiles(128, 128, 32, 8, 4), Tiles(64, 128, 32, 4, 4)),
     "gfx942": (Tiles(128, 128, 64, 8, 2), Tiles(64, 128, 64, 4, 2)),
     "interpreter": (Tiles(32, 32, 32, 4, 1),),
 }
@@ -36,6 +38,7 @@ UP_BACKWARD = {
     "interpreter": Tiles(32, 32, 0, 4, 1),
     "gfx942": Tiles(64, 128, 0, 4, 2),
     "sm_80": Tiles(64, 128, 0, 8, 3),  # with 4 warps it spills
+    "sm_89": Tiles(64, 128, 0, 8, 3),
     "": Tiles(64, 128, 0, 4, 3),
 }
 DOWN_BACKWARD = {"interpreter": Tiles(32, 0, 32, 4, 1), "gfx942": Tiles(64, 0, 128, 4, 2), "": Tiles(64, 0, 128, 4, 3)}

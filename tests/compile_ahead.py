@@ -3,32 +3,57 @@
     PYTHONPATH=. python tests/compile_ahead.py            every tile that selection can choose
     PYTHONPATH=. python tests/compile_ahead.py --full     all flags, dtypes and alignments
 
-Default: the linear's kernels with every tile, in bfloat16 (and on sm_80 in float32 and unaligned), masks and bias on;
-every tile of the other kernels on sm_90, one on the other machines. All as their launchers launch them.
+Default: on sm_90 every tile of every kernel, in bfloat16, masks and bias on; on sm_80 and gfx942 every tile of the
+linear's (on sm_80 in float32 and unaligned too) and one of the others; on the other machines the largest of those that
+take most. All as their launchers launch them.
 TRITON_INTERPRET must not be set.
 """
 
 import json
 import sys
 from itertools import product
+from typing import Any
+from unittest import mock
 
 from lora_launches import BF16, FP16, FP32, MASKED, PLAIN, backward, forward, group_step, step
-from pass_launches import each_tile, every_variant
+from pass_launches import ROWS, each_tile, every_variant, norm_backward, norm_forward, weight_kurtosis
 from stub_driver import MACHINES, compiling_for, resources
 
+from apt_kernels import passes
+
 SIZE, UNALIGNED = (8192, 4096, 4096, 16), (8191, 4093, 4099, 16)
+LARGEST = (8192, 4096, 4096, 64)  # takes the largest tiles and rank block
+WHOLE = ("sm_90", "sm_80", "gfx942")
 
 
 def default_launches(machine: str) -> None:
     """Each tile and rank block of each kernel: a launch compiles for all of them the first time."""
     step("split_triton", SIZE)
-    forward("one_kernel", SIZE)
-    if machine == "sm_90":  # without the mask inside the loop, loads go by descriptors; the rows' gate rides along
+    if machine != "sm_90":
+        with launched_alone():
+            forward("one_kernel", LARGEST)
+    else:  # without the mask inside the loop, loads go by descriptors; the rows' gate rides along
+        forward("one_kernel", SIZE)
         forward("split_triton", SIZE, {**MASKED, "mask_in": False, "gate": "row", "dropout": 0.1})
         backward("split_triton", SIZE, {**MASKED, "mask_out": False, "gate": "row", "dropout": 0.1})
     if machine == "sm_80":
-        step("split_triton", SIZE, MASKED, FP32)
-        step("split_triton", UNALIGNED)
+        with launched_alone():
+            step("split_triton", LARGEST, MASKED, FP32)
+            step("split_triton", (*UNALIGNED[:3], LARGEST[3]))
+
+
+def largest_launches() -> None:
+    """The kernels that take most registers and shared memory, each once."""
+    with launched_alone():
+        step("split_triton", LARGEST)
+    norm_forward(ROWS[-1])
+    norm_backward(ROWS[-1])
+    weight_kurtosis(4096, 4096, 16)
+
+
+def launched_alone() -> Any:
+    """Inside, a first launch compiles what it launches and no other choice."""
+    return mock.patch.object(passes, "compile_only")
 
 
 def full_launches() -> None:
@@ -49,11 +74,14 @@ def full_launches() -> None:
 def main(full: bool) -> None:
     for machine in MACHINES:
         with compiling_for(machine) as compiled:
-            default_launches(machine)
-            each_tile(machine)
             if full:
                 full_launches()
                 every_variant()
+            if full or machine in WHOLE:
+                default_launches(machine)
+                each_tile(machine)
+            else:
+                largest_launches()
         for kernel, binary in compiled:
             print(json.dumps(resources(machine, kernel, binary, disassemble=full)._asdict()), flush=True)
 

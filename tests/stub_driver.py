@@ -28,11 +28,21 @@ class Machine(NamedTuple):
     programs: int
     shared_bytes: int
 
+    @property
+    def tiles(self) -> str:
+        """The kind of machine that tiles are chosen for."""
+        if self.target.backend == "hip":
+            return str(self.target.arch)
+        return _triton.nvidia_arch(self.target.arch // 10, self.shared_bytes)
+
 
 MACHINES = {
     "sm_90": Machine(GPUTarget("cuda", 90, 32), 132, 232448),
     "sm_80": Machine(GPUTarget("cuda", 80, 32), 108, 166912),
     "gfx942": Machine(GPUTarget("hip", "gfx942", 64), 304, 65536),
+    "sm_89": Machine(GPUTarget("cuda", 89, 32), 128, 101376),
+    "sm_100": Machine(GPUTarget("cuda", 100, 32), 148, 232448),
+    "sm_120": Machine(GPUTarget("cuda", 120, 32), 170, 101376),
 }
 
 
@@ -70,7 +80,8 @@ def compiling_for(machine: str) -> Iterator[list[Compilation]]:
 
     driver.set_active(StubDriver(machine))
     JITFunction.run = run
-    _triton.arch, _triton.programs = (lambda device: machine), (lambda device: MACHINES[machine].programs)
+    chosen_for = MACHINES[machine]
+    _triton.arch, _triton.programs = (lambda device: chosen_for.tiles), (lambda device: chosen_for.programs)
     try:
         yield found
     finally:

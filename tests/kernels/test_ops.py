@@ -1,6 +1,7 @@
 """The public face of the ops: every refusal names the dimensions, counters prove what ran."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,26 @@ def test_tf32_is_taken_where_torch_takes_it(allow: Callable[[], None], wanted: s
     weight, a, b = (torch.zeros(*shape, device=device) for shape in ((4, 8), (2, 8), (4, 2)))
     per_column, _ = weight_kurtosis(weight, a, b, backend="triton")
     assert (per_column == -3).all()
+
+
+@pytest.mark.parametrize(
+    ("major", "shared_bytes", "tiles"),
+    [
+        (9, 232448, "sm_90"),
+        (10, 232448, "sm_100"),
+        (8, 166912, "sm_80"),
+        (8, 101376, "sm_89"),  # and sm_86
+        (12, 101376, "sm_89"),  # younger than sm_90, with less than half its shared memory
+    ],
+)
+def test_tiles_are_chosen_by_shared_memory(
+    major: int, shared_bytes: int, tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("triton.runtime")
+    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": shared_bytes})
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert _triton.arch.__wrapped__(torch.device("cuda", 0)) == tiles
 
 
 def test_dropout_in_a_captured_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
