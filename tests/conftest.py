@@ -9,13 +9,35 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 import numpy as np
 import pytest
 import torch
+from pairs import with_few
 from torch import Tensor
+
+from apt_kernels import _triton
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     torch.set_num_threads(1)  # at toy shapes threads only wait for each other
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pairs", action="store_true", help="of tests marked `pairs` run the few cases that a GPU gets")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU a case may cost a compilation or more, in the interpreter none."""
+    if few_cases(config):
+        items[:] = with_few(items)
+
+
+def few_cases(config: pytest.Config) -> bool:
+    return DEVICE == "cuda" or config.getoption("--pairs")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and DEVICE != "cuda":
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture
@@ -51,6 +73,13 @@ def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
     for owner, name in fresh:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def no_tile_compiles_unasked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel's first launch compiles all its tiles, for numbers of tokens to come: on a GPU most of the time here."""
+    if few_cases(request.config) and _triton.INSTALLED:
+        monkeypatch.setattr("apt_kernels.passes.compile_only", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ def run(
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(dtype))]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
@@ -53,6 +54,7 @@ def test_output_and_gradients(
         no_worse_than_eager(f"{kind} {name}", *triple)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
@@ -111,6 +113,7 @@ def test_strides_do_not_matter_and_inputs_stay_as_they_were(backend: str, device
         assert y.data_ptr() not in {leaf.data_ptr() for leaf in leaves}
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pruned_neurons_are_zero_and_the_rest_is_the_shrunk_op(backend: str, device: str) -> None:
     given, upstream = operands((5, 33), torch.float32, device), torch.randn(5, 33, device=device)
@@ -165,6 +168,7 @@ def test_what_backward_keeps_is_g_and_u(device: str) -> None:
         assert kept == {0, g.data_ptr(), u.data_ptr()}
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
 def test_registered_ops_keep_the_rules(gated: bool, device: str) -> None:
     g, u, dy = (torch.randn(5, 24, device=device) for _ in range(3))
@@ -174,6 +178,7 @@ def test_registered_ops_keep_the_rules(gated: bool, device: str) -> None:
     torch.library.opcheck(ops.gated_activation_backward, (dy, *given, "silu", gated, True, gated, "triton"))
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("collecting", [True, False], ids=["collecting", "bare"])
 def test_one_graph_under_compile(backend: str, collecting: bool, device: str) -> None:

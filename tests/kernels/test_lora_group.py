@@ -13,6 +13,8 @@ import apt_kernels
 from apt_kernels import masked_lora_linears, reference, selection
 
 SCALE = 0.7
+# The other tests are in float32, on a GPU too.
+DTYPES = [pytest.param(torch.float32, marks=pytest.mark.interpreted), torch.float16, torch.bfloat16]
 BACKENDS = ("torch", *selection.KERNELS["masked_lora_linears"])
 LAYERS = {  # outputs and rank of each
     "q, k, v": ((24, 5), (16, 0), (16, 20)),
@@ -70,8 +72,9 @@ def one_by_one(group: Group) -> dict[str, Tensor]:
     return results(outputs, group)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layers", LAYERS)
 def test_equals_layer_by_layer(layers: str, dtype: torch.dtype, backend: str, device: str) -> None:
     for lead, I, masked in (((2, 19), 37, True), ((33,), 48, False), ((0,), 16, False)):

@@ -131,6 +131,7 @@ def test_tf32_is_taken_where_torch_takes_it(allow: Callable[[], None], wanted: s
     assert (per_column == -3).all()
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("major", "shared_bytes", "tiles"),
     [

@@ -64,6 +64,7 @@ def test_without_a_fault_the_oracle_is_content(device: str) -> None:
     oracle(device)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_caught(name: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from apt_kernels import masked_lora, passes

@@ -30,6 +30,7 @@ def ran(op: str) -> set[str]:
     return set(apt_kernels.calls()[op])
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "open"])
@@ -56,6 +57,7 @@ def test_gate_meets_the_oracle(
     assert statistics["count"] == (math.prod(shape[:-1]) if valid is None else valid.sum())
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "shape"), [*CASES, (torch.float32, (2100, 5))], ids=str)
 def test_column_sums_meet_the_oracle(backend: str, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
@@ -120,6 +122,7 @@ def test_an_open_gate_passes_bits_through(backend: str, device: str) -> None:
         assert torch.equal(y.view(torch.int32), h.view(torch.int32))
 
 
+@pytest.mark.interpreted
 def test_registered_ops_keep_the_rules(device: str) -> None:
     x, mask, valid = torch.randn(5, 24, device=device), halves(24, device), torch.ones(5, device=device)
     ops = torch.ops.apt_kernels
@@ -130,6 +133,7 @@ def test_registered_ops_keep_the_rules(device: str) -> None:
     assert y.data_ptr() != x.data_ptr()
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("collecting", [True, False], ids=["collecting", "bare"])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "open"])

@@ -29,6 +29,7 @@ def stated(given: dict[str, Tensor], dtype: torch.dtype, group: int) -> tuple[Te
     return reference.weight_kurtosis(weight, *low_rank, scale=0.5, group=group, column_scale=c)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("R", [0, 1, 5, 24])
@@ -116,6 +117,7 @@ def test_strides_do_not_matter_and_two_runs_give_the_same_bits(backend: str, dev
             close("strided", a, b)
 
 
+@pytest.mark.interpreted
 def test_registered_op_keeps_the_rules(device: str) -> None:
     g = operands(20, 24, 5, torch.float32, device)
     arguments = (g["weight"], g["a"], g["b"], 0.5, 4, g["column_scale"], "triton")
