@@ -72,6 +72,7 @@ def tokens(device: str, dtype: torch.dtype) -> Tensor:
     return (4.0 * torch.randn(3, 5, 18, device=device)).to(dtype)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("half", HALVES, ids=str)
@@ -116,6 +117,7 @@ def nothing() -> Iterator[None]:
     yield
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backward_too", [True, False], ids=["both", "forward"])
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("backend", ["torch", "split_cublas", "split_triton", "one_kernel"])
@@ -140,6 +142,7 @@ def _forward_under(half: torch.dtype, backend: str, device: str) -> Callable[...
     return forward
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backward_too", [True, False], ids=["both", "forward"])
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("backend", ["torch", "split_cublas"])
