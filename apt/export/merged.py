@@ -8,6 +8,7 @@ from apt.layers import TRANSFORM
 from apt.layers.fused import FusedLinears, plain_linear, replaced
 from apt.methods import ROW_GATES
 from apt.methods.prompts import PROMPT, placed_prompt
+from apt.progress import progress
 from apt.pruning.dimensions import hidden_group
 from apt.surgery import patch_state
 from apt.surgery.tails import live_views
@@ -24,7 +25,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in progress(model.state_dict().items(), "export", "tensor"):
         parent, _, leaf = name.rpartition(".")
         if parent == TRANSFORM or name.startswith((f"{ROW_GATES}.", f"{PROMPT}.")):
             continue  # it served training alone, has its own file, or comes below

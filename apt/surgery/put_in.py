@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from apt.apt_config import APTConfig
 from apt.families import IGNORED, Anatomy
@@ -17,6 +16,7 @@ from apt.layers import APTAdapter, share_input
 from apt.layers.fused import FusedLinears
 from apt.layers.unit_mask import UnitMask, ValidTokens
 from apt.methods import adapt, rank_and_scale
+from apt.progress import progress
 from apt.pruning.kinds import kind_in
 
 CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # oneDNN's names of one variable
@@ -43,9 +43,7 @@ def put_adapters(model: nn.Module, config: APTConfig, targets: list[str], withou
     """Put an adapted linear in the place of each named one, with rank where it is a target. Returns the seconds."""
     started = time.perf_counter()
     with_rank = set(targets)
-    for name in tqdm(
-        sorted({*targets, *without_rank}), desc=f"{config.method} adapters", unit="layer", delay=2.0, leave=False
-    ):
+    for name in progress(sorted({*targets, *without_rank}), f"{config.method} adapters", "layer"):
         linear = model.get_submodule(name)
         whole = name.rpartition(".")[0]
         called = [name, whole] if isinstance(model.get_submodule(whole), FusedLinears) else [name]

@@ -6,13 +6,24 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from apt.progress import progress
+
 WARM_UPS = 3  # passes before the clock runs: allocations and thread pools settle
 
 
-def medians_ms(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median time of each run in ms, taken in turns, so that a drifting machine touches all alike."""
+def medians_ms(
+    runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, what: str = "timing"
+) -> dict[str, float]:
+    """Median time of each run in ms, taken in turns, so that a drifting machine touches all alike.
+
+    Args:
+        runs: by name.
+        repeats: timed calls of each.
+        device: that they keep busy.
+        what: is timed, for the line that tells progress.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(WARM_UPS + repeats):
+    for repeat in progress(range(WARM_UPS + repeats), what, "turn"):
         for name, run in runs.items():
             wait_for(device)
             started = time.perf_counter()

@@ -14,6 +14,7 @@ from apt.families import Anatomy, Layer
 from apt.families.linears import replace_module
 from apt.layers import APTAdapter
 from apt.layers.modes import evaluating
+from apt.progress import progress
 from apt.pruning.latency_table import LatencyTable
 from apt.pruning.units import UnitGroup, find_units
 from apt.records import PrunePlan
@@ -66,7 +67,7 @@ def measure_latency(anatomy: Anatomy, batch_size: int, length: int, repeats: int
         calls = _calls(model, batch, [group.part.layer for group in widest.values()])
         parts = {}
         adapters = {}
-        for part, group in widest.items():
+        for part, group in progress(widest.items(), "timing layers", "part"):
             layer = group.part.layer
             points, with_adapters = _points(group, calls[layer.name], repeats, device)
             base = points[0][1]

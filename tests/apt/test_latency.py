@@ -36,7 +36,9 @@ def flops(run: Callable[[], object]) -> float:
 def exact_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A millisecond is an operation."""
 
-    def counted(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    def counted(
+        runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, **_: str
+    ) -> dict[str, float]:
         return {name: flops(run) for name, run in runs.items()}
 
     monkeypatch.setattr(apt.training.measure_latency, "medians_ms", counted)

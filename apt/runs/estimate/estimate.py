@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from apt.apt_config import APTConfig
+from apt.progress import progress
 from apt.runs.arguments import choose_device
 from apt.runs.config import RunConfig
 from apt.runs.estimate.dry_run import DryRun, PlannedEvent, build_on_meta, dry_run
@@ -106,8 +109,9 @@ def estimate(config: RunConfig, *, baseline: bool = True) -> Estimate:
     plan = dry_run(config)
     on_cpu = choose_device(config.hardware).type == "cpu"
     try:
-        with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-            predicted = _predict(config, plan)
+        bar = progress((), "estimate", "step", total=_num_steps(config, plan))
+        with FakeTensorMode(), torch.random.fork_rng(devices=[]), bar:
+            predicted = _predict(config, plan, bar.update)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"estimate: {plan.model_type} computes by the values of its input ({error.func}), which are not known here"
@@ -115,11 +119,17 @@ def estimate(config: RunConfig, *, baseline: bool = True) -> Estimate:
     return Estimate(plan=plan, baseline=_baseline() if on_cpu and baseline else None, **predicted)
 
 
-def _predict(config: RunConfig, plan: DryRun) -> dict[str, Any]:
-    """All that follows from shapes."""
+def _num_steps(config: RunConfig, plan: DryRun) -> int:
+    """Training steps that `_predict` looks at, at most: at first, as masks fall, thrice taught, at last, LoRA's."""
+    return 2 + 2 * bool(plan.events) + 3 * config.distillation.use_self_distillation
+
+
+def _predict(config: RunConfig, plan: DryRun, after_step: Callable[[], object]) -> dict[str, Any]:
+    """All that follows from shapes; `after_step` is called when one of the training steps has been looked at."""
     settings = config.apt_config()
     savings = [(event.step, saving) for event in plan.events if (saving := _saving(event)) is not None]
-    start = Simulation(config, settings, plan)
+    simulation = partial(Simulation, config, plan=plan, after_step=after_step)
+    start = simulation(settings)
     first = start.step()
     phases = {"before pruning": first}
     if savings and savings[0][0] > 0:
@@ -128,14 +138,14 @@ def _predict(config: RunConfig, plan: DryRun) -> dict[str, Any]:
     distillation = start.controller.distillation
     taught_flops = 0.0
     if distillation is not None:
-        with_teacher = Simulation(config, settings, plan, taught=True)
+        with_teacher = simulation(settings, taught=True)
         with_teacher.prune(savings[0][1])
         taught = with_teacher.step()
         phases["first with a teacher"] = taught
         steps = len(range(distillation.first, distillation.end, settings.distillation.distill_every))
         taught_flops = (taught.flops - with_teacher.step(taught=False).flops) * steps / plan.total_steps
     teacher_stays = distillation is not None and distillation.end >= plan.total_steps
-    end = Simulation(config, settings, plan, taught=teacher_stays)
+    end = simulation(settings, taught=teacher_stays)
     if plan.events:
         if savings:
             end.prune(savings[-1][1])
@@ -146,7 +156,7 @@ def _predict(config: RunConfig, plan: DryRun) -> dict[str, Any]:
     dense = build_on_meta(config, "cpu")
     small = unpatch_model(end.model)
     inference = batch_for(config, dense, config.evaluation.inference_batch_size, config.evaluation.inference_length)
-    lora = Simulation(config, _lora(settings), plan).step().flops
+    lora = simulation(_lora(settings)).step().flops
     side_by_side = sum(p.numel() * p.element_size() for model in (dense, small) for p in model.parameters())
     trained = sum(last.bytes_of[kind] for kind in ("weights", "adapters", "head", "moments"))
     return {

@@ -1,5 +1,6 @@
 """A patched model of fake tensors at a moment of a run: exact sizes, no numbers."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -30,7 +31,16 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Simulation:
     """A patched model of fake tensors at a moment of a run; where it is `taught`, the model as it begins teaches it."""
 
-    def __init__(self, config: RunConfig, settings: APTConfig, plan: DryRun, *, taught: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: APTConfig,
+        plan: DryRun,
+        *,
+        taught: bool = False,
+        after_step: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.after_step = after_step
         self.config = config
         self.settings = settings
         self.model = build_on_meta(config, "cpu")
@@ -100,7 +110,10 @@ class Simulation:
             "temporaries": list(self.batch.values()),
         }
         self.model.train()
-        return measure_step(self.model, self.optimizer, partial(self._forward, teaching), groups, accumulate=accumulate)
+        forward = partial(self._forward, teaching)
+        found = measure_step(self.model, self.optimizer, forward, groups, accumulate=accumulate)
+        self.after_step()
+        return found
 
     def _forward(self, teaching: Distillation | None) -> tuple[Tensor, list[Tensor]]:
         narrow = AUTOCAST.get(self.config.hardware.precision)

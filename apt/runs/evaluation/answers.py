@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from apt.progress import progress
 from apt.runs.data import Questions
 from apt.runs.evaluation.metrics import span_f1, squad_metrics
 
@@ -39,7 +40,7 @@ def find_answers(model: nn.Module, data: Questions, collator: Any, batch_size: i
     order = sorted(range(len(data)), key=lambda i: -len(data.columns["input_ids"][i]))
     spans = [("", -np.inf)] * len(data.questions)
     nothing = [np.inf] * len(data.questions)
-    for begin in range(0, len(order), batch_size):
+    for begin in progress(range(0, len(order), batch_size), "answers"):
         chosen = order[begin : begin + batch_size]
         batch = {name: value.to(device) for name, value in collator([data[i] for i in chosen]).items()}
         output = model(**{name: value for name, value in batch.items() if not name.endswith("_positions")})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from apt.layers import adapted
 from apt.layers.modes import evaluating
+from apt.progress import progress
 from apt.records import Event
 from apt.runs.data import Examples
 from apt.runs.evaluation.config import EvaluationConfig
@@ -47,7 +48,7 @@ class Evaluator:
         device = next(model.parameters()).device
         chunks = []
         with evaluating(model), torch.inference_mode():
-            for start in range(0, len(order), self.batch_size):
+            for start in progress(range(0, len(order), self.batch_size), "evaluation"):
                 batch = self.collator([data[i] for i in order[start : start + self.batch_size]])
                 inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
                 chunks.append(model(**inputs).logits.float().cpu().numpy())
@@ -82,7 +83,7 @@ def latency_ms(
         return lambda: model(**batch)
 
     with evaluating(*models.values()), torch.inference_mode():
-        return medians_ms({name: forward(model) for name, model in models.items()}, repeats, device)
+        return medians_ms({name: forward(model) for name, model in models.items()}, repeats, device, "timing answers")
 
 
 def time_events(
@@ -107,7 +108,7 @@ def time_events(
     model = make_model().train()
     device = next(model.parameters()).device
     rows = []
-    for event in events:
+    for event in progress(events, "timing events", "event"):
         timed = event.removed >= SMALLEST_TIMED
         models = {"before": copy.deepcopy(model)} if timed else {}
         if event.prune is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.families import IGNORED
+from apt.progress import progress
 from apt.runs.data import Examples, collate_blocks
 from apt.training.clock import wait_for
 
@@ -33,7 +34,7 @@ def perplexity(model: nn.Module, data: Examples, batch_size: int = 8) -> dict[st
     device = next(model.parameters()).device
     total = 0.0
     count = 0
-    for start in range(0, len(data), batch_size):
+    for start in progress(range(0, len(data), batch_size), "perplexity"):
         rows = [data[i] for i in range(start, min(start + batch_size, len(data)))]
         batch = {name: value.to(device) for name, value in collate_blocks(rows).items()}
         targets_BT = batch.pop("labels")[:, 1:]
@@ -67,7 +68,7 @@ def generation_rates(
         B * new_tokens / seconds of each repeat, by name; entries of one position were timed one after the other.
     """
     rates: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(WARM_UPS + repeats):
+    for repeat in progress(range(WARM_UPS + repeats), "timing generation", "turn"):
         for name, model in models.items():
             wait_for(prompts.device)
             started = time.perf_counter()
@@ -111,7 +112,7 @@ def generate(
     device = next(model.parameters()).device
     generator = cast(Any, model)
     made: list[list[int]] = [[] for _ in order]
-    for start in range(0, len(order), batch_size):
+    for start in progress(range(0, len(order), batch_size), "generation"):
         chosen = order[start : start + batch_size]
         rows = [{name: values for name, values in data[i].items() if name != "labels"} for i in chosen]
         batch = {name: value.to(device) for name, value in collator(rows).items() if value is not None}

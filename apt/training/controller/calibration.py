@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.layers.modes import modes_kept
+from apt.progress import progress
 from apt.pruning.salience import not_finite
 
 Scores = dict[str, Tensor]
@@ -27,6 +28,7 @@ def static_scores(
     take_scores: Callable[[float], Scores],
     compute_loss: Loss = model_loss,
     grad_scale: float = 1.0,
+    count: int | None = None,
 ) -> Scores:
     """The plain sum over batches of the scores of each (method.md 7.3), in training mode as a step would give them.
 
@@ -38,6 +40,7 @@ def static_scores(
         take_scores: called after each backward pass with the factor on its gradients; reads and empties the masks.
         compute_loss: from the model and a batch.
         grad_scale: factor on the loss, a power of 2; halved, for good, where a batch overflows with it, down to 1.
+        count: of the batches, at most, where it is known.
 
     Raises:
         FloatingPointError: a loss or score is no number, whatever the factor.
@@ -47,7 +50,7 @@ def static_scores(
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), modes_kept(model):
         model.train()
-        for number, batch in enumerate(batches, 1):
+        for number, batch in enumerate(progress(batches, "calibration", total=count), 1):
             loss, scores = _one_batch(model, batch, take_scores, compute_loss, grad_scale)
             while (wrong := not_finite(scores)) and grad_scale > 1.0:
                 grad_scale /= 2.0

@@ -94,8 +94,9 @@ class Pruning(Phase):
         self.prepare()
         if self.units.from_data:
             self.units.collect(True)
-            taken = itertools.islice(batches, self.config.calibration_batches)
-            self.salience.values = static_scores(self.model, taken, self.units.take, compute_loss, grad_scale)
+            count = self.config.calibration_batches
+            taken = itertools.islice(batches, count)
+            self.salience.values = static_scores(self.model, taken, self.units.take, compute_loss, grad_scale, count)
 
     def before_event(self, progress: Progress) -> None:
         """Move the masks, while units are to go and can be ranked."""
