@@ -25,6 +25,7 @@ from apt.runs.config import RunConfig, load_config
 from apt.runs.data import Examples, TextLoader
 from apt.runs.evaluation.language import perplexity
 from apt.runs.models import build_model, build_tokenizer
+from bench.plan import results
 from bench.rows import append_row, environment, read_rows
 
 KURTOSES = ("off", "paper", "normalized")
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--blocks", type=int, default=16, help="of training text, for the statistics of a seed")
     parser.add_argument("--test-blocks", type=int, default=8, help="of held-out text")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/calibration.csv"))
+    parser.add_argument("--out", type=Path, default=results("calibration"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     study(load_config(arguments.config), arguments.seeds, arguments.blocks, arguments.test_blocks, arguments.out)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from apt.families import IGNORED
+from bench.plan import results
 from bench.rows import append_row, environment, read_rows
 
 PAD, END, SYMBOLS = 0, 1, 30  # ids of padding (and of the decoder's start) and of the end; different symbols
@@ -124,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/copy_task.csv"))
+    parser.add_argument("--out", type=Path, default=results("copy_task"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for seed in arguments.seeds:

@@ -239,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=["step", *CASES], default=["step", *CASES])
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each case")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/cost.csv"))
+    parser.add_argument("--out", type=Path, default=plan.results("cost"))
     against.add_option(parser)
     plan.add_options(parser)
     arguments = parser.parse_args()

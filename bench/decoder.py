@@ -32,6 +32,7 @@ from apt.runs.data import TextLoader
 from apt.runs.evaluation.language import generation_rates, greedy, perplexity
 from apt.runs.models import build_model, build_tokenizer
 from apt.surgery.event import apply_event
+from bench.plan import results
 from bench.rows import append_row, append_rows, environment, quantiles, read_rows
 from bench.timing import Clock
 from bench.training import block_parameters, peft_lora
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("examples/smollm2.yaml"))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/decoder.csv"))
+    parser.add_argument("--out", type=Path, default=results("decoder"))
     parser.add_argument("--scratch", type=Path, default=SCRATCH)
     parser.add_argument("--set", nargs="*", default=[], help="key=value overrides of the config, for every arm")
     parser.add_argument("--speed", action="store_true", help="then time training and generation of these arms in turns")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import apt
 from apt.training.controller.distillation import Stage
 from bench.contestants import LEARNING_RATE, RANK, SCALE
+from bench.plan import results
 from bench.rows import append_rows, environment, quantiles, read_rows
 from bench.shapes import SHAPES
 from bench.timing import Clock
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--runs", type=int, default=12, help="timed steps of each copy")
     parser.add_argument("--only", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/events.csv"))
+    parser.add_argument("--out", type=Path, default=results("events"))
     arguments = parser.parse_args()
     for mode in arguments.only:
         if any((row["shape"], row["mode"]) == (arguments.shape, mode) for row in read_rows(arguments.out)):

@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 
 from bench.arms import run_apart
+from bench.plan import results
 from bench.rows import append_row, read_rows
 
 COLUMNS = ("accuracy", "train_seconds", "sparsity", "speedup")
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("examples/demo.yaml"))
     parser.add_argument("--arms", nargs="+", default=["lora", "apt-60", "apt-80", "full"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/finetune.csv"))
+    parser.add_argument("--out", type=Path, default=results("finetune"))
     parser.add_argument("--set", nargs="*", default=[], help="key=value overrides of the config, for every arm")
     arguments = parser.parse_args()
     for seed in arguments.seeds:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 import apt
+from bench.plan import results
 from bench.rows import append_row, environment, quantiles
 
 # name: (model class, config, targets, batch, length)
@@ -110,7 +111,7 @@ def compare(name: str, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/lora_step.csv"))
+    parser.add_argument("--out", type=Path, default=results("lora_step"))
     arguments = parser.parse_args()
     for name in SHAPES:
         row = compare(name, arguments.steps)

@@ -12,14 +12,26 @@ import torch
 from bench.rows import environment, read_rows
 
 
+def machine(device: str | None = None) -> str:
+    """The name of this machine's folder: "cpu", or the name of its GPU in small letters."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def results_folder() -> Path:
+    """Where every benchmark keeps the rows of this machine: OUT, else its folder in bench/results."""
+    return Path(os.environ.get("OUT") or Path("bench/results") / machine())
+
+
 def results(name: str) -> Path:
-    """Where a benchmark keeps the rows of this machine: OUT, else bench/results/cpu, or the name of the GPU."""
-    if os.environ.get("OUT"):
-        return Path(os.environ["OUT"]) / f"{name}.csv"
-    machine = "cpu"
-    if torch.cuda.is_available():
-        machine = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    return Path("bench/results") / machine / f"{name}.csv"
+    """The rows of one benchmark on this machine."""
+    return results_folder() / f"{name}.csv"
+
+
+def rehearsal_folder(name: str) -> Path:
+    """Where figures go that are no results, as they are of toy sizes: OUT, else a folder in bench/scratch."""
+    return Path(os.environ.get("OUT") or Path("bench/scratch") / name)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from apt.layers.unit_mask import UnitMask, ValidTokens
 from apt.pruning import PruningConfig, UnitSearch
 from apt.pruning.dimensions import Group, HiddenGroup
 from apt.pruning.units import Member, UnitGroup
+from bench.plan import results
 from bench.rows import append_row, environment, quantiles
 
 LAYERS, HEADS, HEAD_DIM, NEURONS = 40, 40, 128, 13824  # LLaMA-13B
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--round-to", type=int, default=8)
     parser.add_argument("--hidden", action="store_true", help="prune hidden dimensions too")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/search.csv"))
+    parser.add_argument("--out", type=Path, default=results("search"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     row = measure(arguments.repeats, arguments.hidden, round_to=arguments.round_to)
