@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class Contestant:
 
     model: nn.Module
     step: Callable[[], None]
+    compiled: bool = False  # by torch.compile, which hides its products from who counts them
+    backend: str = ""  # that every op of ours is forced onto; empty: what selection picks
 
 
 def full(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
@@ -44,14 +47,14 @@ def frozen(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ..
 
 
 def peft_lora(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
-    """PEFT's LoRA at its defaults, on the same modules."""
-    return _plain(peft_model(model, targets), batch)
+    """PEFT's LoRA at its defaults, on the same modules: adapters in float32, so a 16-bit base runs under autocast."""
+    return _plain(peft_model(model, targets), batch, autocast=True)
 
 
 def peft_lora_compiled(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
     """PEFT's LoRA under `torch.compile`."""
     whole = peft_model(model, targets)
-    return _plain(whole, batch, call=torch.compile(whole))
+    return replace(_plain(whole, batch, call=torch.compile(whole), autocast=True), compiled=True)
 
 
 def peft_lora_low(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
@@ -61,7 +64,7 @@ def peft_lora_low(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[
 
 def peft_lora_patched(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
     """PEFT's LoRA by PEFT's own model, its linears on the fused op: `apt.patch_model(peft_model)`."""
-    return _plain(apt.patch_model(peft_model(model, targets)), batch)
+    return _plain(apt.patch_model(peft_model(model, targets)), batch, autocast=True)
 
 
 def lora(model: nn.Module, batch: Mapping[str, Tensor], targets: tuple[str, ...]) -> Contestant:
@@ -168,16 +171,33 @@ def linear_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]
     return list(apt.summary(apt.patch_model(twin, method="lora", target_modules=targets)).ranks)
 
 
-def _plain(model: nn.Module, batch: Mapping[str, Tensor], call: Callable[..., Any] | None = None) -> Contestant:
+def _plain(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    call: Callable[..., Any] | None = None,
+    *,
+    autocast: bool = False,
+) -> Contestant:
+    """A model and its step; with `autocast`, a base of 16 bits computes under it, as the Trainer has it do."""
     optimizer = _optimizer(model.train())
     forward = model if call is None else call
+    device, dtype = _base_of(model)
+    inside = torch.autocast(device, dtype) if autocast and dtype != torch.float32 else nullcontext()
 
     def step() -> None:
-        forward(**batch).loss.backward()
+        with inside:
+            loss = forward(**batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return Contestant(model, step)
+
+
+def _base_of(model: nn.Module) -> tuple[str, torch.dtype]:
+    """Where most of the model is, and in what: adapters may be wider."""
+    largest = max(model.parameters(), key=lambda parameter: parameter.numel())
+    return largest.device.type, largest.dtype
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:

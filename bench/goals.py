@@ -63,6 +63,7 @@ def step(contestant: str, column: str, shape: str | None = None) -> Callable[[Re
 
     def measured(read: Read) -> float | None:
         rows = [r for r in read("train_step") if r["contestant"] == contestant and shape in (None, r["shape"])]
+        rows = [r for r in rows if r.get(column)]  # one that failed has no figure
         return max((float(r[column]) for r in _latest(rows, "shape", "dtype")), default=None)
 
     return measured

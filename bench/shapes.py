@@ -20,9 +20,10 @@ class Shape:
     of: int
     language_model: bool = False
 
-    def model(self, layers: int | None = None) -> nn.Module:
+    def model(self, layers: int | None = None, device: str = "cpu") -> nn.Module:
         torch.manual_seed(0)
-        return self.build(layers or self.layers)
+        with torch.device(device):
+            return self.build(layers or self.layers)
 
     def inputs(self, model: nn.Module, device: str = "cpu") -> dict[str, Tensor]:
         """A batch without padding, labels included."""
@@ -81,7 +82,8 @@ def _t5(hidden: int, heads: int, neurons: int, vocab: int = 32128) -> Callable[[
 
 
 ENCODER, DECODER = ("q", "v", "up"), ("q", "v")
-SHAPES = {
+EVERY_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+CPU_SHAPES = {
     "minilm": Shape(_bert(384, 12), (*ENCODER, "down"), batch=32, tokens=27, layers=6, of=6),
     "bert-base": Shape(_bert(768, 12), ENCODER, batch=16, tokens=64, layers=3, of=12),
     "t5-base": Shape(_t5(768, 12, 3072), ENCODER, batch=8, tokens=32, layers=2, of=12),  # of encoder and decoder each
@@ -89,3 +91,14 @@ SHAPES = {
     "llama-2-7b": Shape(_llama(4096, 32, 32, 11008, 32000), DECODER, 1, 128, layers=1, of=32, language_model=True),
     "deberta-v3-base": Shape(_deberta(768, 12), ENCODER, batch=8, tokens=64, layers=3, of=12),
 }
+GPU_SHAPES = {  # what a GPU is bought for, and a small model, whose step the host is too slow for
+    "llama-2-7b, 4 x 2048": Shape(
+        _llama(4096, 32, 32, 11008, 32000), EVERY_LINEAR, 4, 2048, layers=4, of=32, language_model=True
+    ),
+    "bert-base, 32 x 128": Shape(_bert(768, 12), ENCODER, batch=32, tokens=128, layers=12, of=12),
+}
+TOY_SHAPES = {  # for rehearsals
+    "toy llama": Shape(_llama(32, 4, 2, 64, 50), EVERY_LINEAR, 2, 8, layers=2, of=2, language_model=True),
+    "toy bert": Shape(_bert(32, 4, vocab=50), ENCODER, batch=2, tokens=8, layers=2, of=2),
+}
+SHAPES = CPU_SHAPES | GPU_SHAPES | TOY_SHAPES

@@ -15,10 +15,14 @@ CYCLES_PER_MS = 2_000_000  # of a GPU at 2 GHz; a slower one waits longer, which
 
 @dataclass
 class Times:
-    """Milliseconds of every run of one contestant: on the device, and on the host to enqueue it."""
+    """Milliseconds of every run of one contestant.
+
+    On the device; on the host to enqueue it; and by the clock on the wall, host and device together, where asked for.
+    """
 
     device_ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
+    wall_ms: list[float] = field(default_factory=list)
 
     def columns(self) -> dict[str, float | int]:
         p20, median, p80 = quantiles(self.device_ms)
@@ -31,8 +35,16 @@ class Times:
         return quantiles(self.device_ms)[1]
 
     def over(self, other: "Times") -> float:
-        """The median of the ratios turn by turn."""
-        return round(quantiles([a / b for a, b in zip(self.device_ms, other.device_ms, strict=True)])[1], 4)
+        """The median of the ratios turn by turn, on the device."""
+        return _median_ratio(self.device_ms, other.device_ms)
+
+    def wall_over(self, other: "Times") -> float:
+        """The same by the clock on the wall."""
+        return _median_ratio(self.wall_ms, other.wall_ms)
+
+
+def _median_ratio(mine: list[float], theirs: list[float]) -> float:
+    return round(quantiles([a / b for a, b in zip(mine, theirs, strict=True)])[1], 4)
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Clock:
     runs: int = 50  # timed runs of each contestant
     seconds: float = 8.0  # a case that takes longer stops early, after at least 5 runs
     warmup: int = 3
+    wall: bool = False  # also time each run as a user sees it, from a device that is idle to one that is idle again
 
     def interleaved(self, contestants: dict[str, list[Call]]) -> dict[str, Times]:
         """Time each contestant; its calls are the same work on other copies of the inputs, taken in turn."""
@@ -61,7 +74,16 @@ class Clock:
             for name, (read, host_ms) in pending:
                 times[name].device_ms.append(read())
                 times[name].host_ms.append(host_ms)
+            for name in order if self.wall else ():
+                times[name].wall_ms.append(self._on_the_wall(contestants[name][run % len(contestants[name])]))
         return times
+
+    def _on_the_wall(self, call: Call) -> float:
+        self._synchronise()
+        started = time.perf_counter()
+        call()
+        self._synchronise()
+        return (time.perf_counter() - started) * 1e3
 
     def _warm_up(self, calls: list[Call]) -> float:
         """The longest time in ms that the host took for one call, after the first of each."""
