@@ -1,12 +1,18 @@
-"""What decides between the implementations: the GEMM's speed in both layouts, the cost of beta = 1, the bandwidth."""
+"""What decides between the implementations: the GEMM's speed in both layouts, the cost of beta = 1, the bandwidth.
+
+And what the device says of the kernels that ran on it.
+"""
 
 from functools import partial
 from typing import Any
 
 import torch
 
+from apt_kernels import _triton
 from bench.kernels.session import Session, normal
 from bench.timing import Call
+
+SPILLS = "kernels that ran"
 
 
 def measure_gemm(tokens: int, d_in: int, d_out: int, session: Session) -> None:
@@ -45,3 +51,31 @@ def measure_copy(elements: int, session: Session) -> None:
     moved = 2 * pairs[0][0].numel() * pairs[0][0].element_size()
     row = {"case": "copy", "op": "copy", "implementation": "torch", "what": "forward", **taken.columns()}
     session.write([row | {"value": round(moved / taken.median / 1e6, 1), "unit": "GB/s"}])
+
+
+def measure_spills(session: Session) -> None:
+    """The most registers that any kernel of ours spilled, of those that were loaded here (G20)."""
+    loaded = [compiled for compiled in compiled_kernels() if getattr(compiled, "n_spills", None) is not None]
+    row: dict[str, Any] = {"case": SPILLS, "op": "resources", "implementation": "all kernels", "what": "spilled"}
+    if not loaded:
+        session.write([row | {"status": "unavailable", "note": "no kernel was loaded on a GPU"}])
+        return
+    worst = max(loaded, key=lambda compiled: compiled.n_spills)
+    note = f"{len(loaded)} kernels, the worst is {worst.metadata.name}"
+    session.write([row | {"value": worst.n_spills, "unit": "registers", "note": note}])
+
+
+def compiled_kernels() -> list[Any]:
+    """What Triton holds compiled in this process, of every kernel of ours; nothing in the interpreter."""
+    return [compiled for kernel in jit_functions() for cache, *_ in kernel.device_caches.values()
+            for compiled in cache.values()]  # fmt: skip
+
+
+def jit_functions() -> list[Any]:
+    """Every kernel of ours, none where Triton is missing or interprets."""
+    if not _triton.INSTALLED or _triton.interpreted():
+        return []
+    from apt_kernels import activation, kurtosis, lowrank, norms, products, statistics
+
+    modules = (lowrank, products, statistics, norms, activation, kurtosis)
+    return [kernel for module in modules for kernel in vars(module).values() if hasattr(kernel, "device_caches")]

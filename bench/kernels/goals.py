@@ -1,16 +1,17 @@
-"""The goals with limit, figure and verdict, drawn from the rows of a run. What was not measured says so."""
+"""The goals G1 to G20 with limit, figure and verdict, drawn from the rows of a run. What was not measured says so.
+
+A goal that no row can hold names the tests that check it; those are no figures of a GPU, so it stays unmeasured here.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from apt_kernels import selection
-from bench.kernels.group import OP as GROUP
-from bench.kernels.linear import OP
-from bench.kernels.plan import BIG, ENCODER
+from bench.kernels.plan import BIG, ENCODER, FULL
+from bench.kernels.rows_of_run import AT_BIG, OURS, Rows
 
-Row = dict[str, str]
-OURS = ("torch", *selection.KERNELS[OP])
-BOTH, FORWARD = "forward+backward", "forward"
+COUNTS = "tests: `tests/kernels/test_compile_counts.py`"
+GRAPHS = "tests: `tests/kernels/test_lora_kernels.py`"
+AHEAD = "tests: `tests/kernels/test_compile_ahead.py`"
 LAYERS_OF_A_BLOCK = {"square": 4, "up": 2, "down": 1}  # of a decoder of 7 billion parameters
 GATES_OF_A_BLOCK = {"square": 3, "up": 1}  # by the layer whose output has their width: heads, hidden twice; neurons
 
@@ -22,61 +23,20 @@ class Line(NamedTuple):
     what: str
     limit: float
     figure: float | None
-    by: str = ""  # the implementation
+    by: str = ""  # the implementation; or what checks it instead
     at_least: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.figure is None:
+            return "unmeasured"
+        met = self.figure >= self.limit if self.at_least else self.figure <= self.limit
+        return "met" if met else "**missed**"
 
     def text(self) -> str:
         sign = ">=" if self.at_least else "<="
-        if self.figure is None:
-            return f"| {self.goal} | {self.what} | {sign} {self.limit:g} | unmeasured | {self.by} | |"
-        met = self.figure >= self.limit if self.at_least else self.figure <= self.limit
-        verdict = "met" if met else "missed"
-        return f"| {self.goal} | {self.what} | {sign} {self.limit:g} | {self.figure:.4g} | {self.by} | {verdict} |"
-
-
-class Rows:
-    """The rows of one run, to be asked for medians and values."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.good = [row for row in rows if row["status"] == "ok" and row.get("implementation")]
-        self.linear = [row for row in self.good if row.get("op") == OP]
-        self.grouped = [row for row in self.good if row.get("op") == GROUP and row["what"] == BOTH]
-        layers = [row for row in self.linear if row["layer"] in BIG]
-        self.element = 4 if any(row["dtype"] == "float32" for row in layers) else 2  # bytes
-        self.tokens = sorted({int(row["tokens"]) for row in layers})
-        ranks = sorted({int(row["rank"]) for row in layers})
-        self.ranks = dict(zip(("low", "rank", "high"), ranks, strict=False)) if len(ranks) == 3 else {}
-        if len(ranks) in (1, 2):  # a run that was cut short begins with the middle rank, then takes the high one
-            self.ranks = dict(zip(("rank", "high"), ranks, strict=False))
-
-    def find(self, layer: str, tokens: int, rank: str, what: str, masks: str, graph: bool) -> list[Row]:
-        mode = masks + (" graph" if graph else "")
-        wanted = (layer, str(tokens), str(self.ranks.get(rank, "")), what)
-        return [
-            row
-            for row in self.linear
-            if (row["layer"], row["tokens"], row["rank"], row["what"]) == wanted and row["case"].endswith(" " + mode)
-        ]
-
-    def ms(
-        self, layer: str, tokens: int, rank: str, names: tuple[str, ...] = OURS, *,
-        what: str = BOTH, masks: str = "plain", graph: bool = False,
-    ) -> tuple[float, str] | None:  # fmt: skip
-        """The least median of these contestants, and whose it is."""
-        found = self.find(layer, tokens, rank, what, masks, graph)
-        timed = [(float(row["median_ms"]), row["implementation"]) for row in found if row["implementation"] in names]
-        return min(timed) if timed else None
-
-    def value(self, what: str, layer: str, rank: str, name: str) -> float | None:
-        rows = [row for row in self.linear if row["what"] == what and row["layer"] == layer]
-        rows = [r for r in rows if r["rank"] == str(self.ranks.get(rank, "")) and r["implementation"] == name]
-        return float(rows[-1]["value"]) if rows else None
-
-    def passed(self, kind: str, shape: tuple[int, int]) -> float | None:
-        """The least median of a pass over ``[rows, width]``."""
-        rows = [row for row in self.good if row.get("what") == "pass" and row["layer"] == kind]
-        timed = [float(r["median_ms"]) for r in rows if (int(r["tokens"]), int(r["d_in"])) == shape]
-        return min(timed, default=None)
+        figure = "" if self.figure is None else f"{self.figure:.4g}"
+        return f"| {self.goal} | {self.what} | {sign} {self.limit:g} | {figure} | {self.by} | {self.verdict} |"
 
 
 def over(a: tuple[float, str] | None, b: tuple[float, str] | None) -> float | None:
@@ -87,18 +47,16 @@ def against_frozen(rows: Rows) -> Iterator[Line]:
     limits = {"G1": ("rank", (1.16, 1.12, 1.12)), "G2": ("high", (1.22, 1.16, 1.16))}
     for goal, (rank, each) in limits.items():
         for layer, limit in zip(BIG, each, strict=True):
-            for T in rows.tokens or [0]:
+            for T in rows.tokens:
                 mine = rows.ms(layer, T, rank)
                 figure = over(mine, rows.ms(layer, T, rank, ("frozen",)))
-                yield Line(
-                    goal, f"{layer}, T {T}, rank {rows.ranks.get(rank, '?')}, over frozen", limit, figure, _by(mine)
-                )
+                what = f"{layer}, T {T}, rank {rows.ranks.get(rank, '?')}, over frozen"
+                yield Line(goal, what, limit, figure, _by(mine))
     for layer in BIG:
-        for T in rows.tokens or [0]:
+        for T in rows.tokens:
             high, low = rows.ms(layer, T, "high"), rows.ms(layer, T, "low")
-            yield Line(
-                "G3", f"{layer}, T {T}, time at the high rank over the low one", 1.07, over(high, low), _by(high)
-            )
+            what = f"{layer}, T {T}, time at the high rank over the low one"
+            yield Line("G3", what, 1.07, over(high, low), _by(high))
 
 
 def against_others(rows: Rows) -> Iterator[Line]:
@@ -110,11 +68,11 @@ def against_others(rows: Rows) -> Iterator[Line]:
         ("G6", "up", "plain", "unsloth style", 1.02),
     ]
     for goal, layer, masks, theirs, limit in wanted:
-        T = rows.tokens[0] if rows.tokens else 0
+        T = rows.tokens[0]
         mine = rows.ms(layer, T, "rank", masks=masks)
         figure = over(rows.ms(layer, T, "rank", (theirs,), masks=masks), mine)
         yield Line(goal, f"{layer}, T {T}, {masks}: {theirs} over ours", limit, figure, _by(mine), True)
-    yield Line("G7", "over LoRAFusion's kernels, which are not among the baselines", 1.0, None, at_least=True)
+    yield Line("G7", "LoRAFusion's kernels over ours, on one GPU", 1.0, None, "not among the baselines", True)
     for layers in sorted({row["layer"] for row in rows.grouped}) or ["group of 3"]:
         timed = [(float(r["ratio"]), r["implementation"]) for r in rows.grouped if r["layer"] == layers]
         best = min((pair for pair in timed if pair[1] in OURS), default=None)
@@ -123,7 +81,7 @@ def against_others(rows: Rows) -> Iterator[Line]:
 
 def encoder(rows: Rows) -> Iterator[Line]:
     graphs = [row for row in rows.linear if row["layer"] in ENCODER]
-    T = int(graphs[0]["tokens"]) if graphs else 0
+    T = int(graphs[0]["tokens"]) if graphs else FULL.encoder_tokens
     for layer, limit in zip(ENCODER, (1.7, 1.4, 1.45), strict=True):
         mine = rows.ms(layer, T, "rank", graph=True)
         yield Line("G9", f"{layer}, T {T}, graph, over frozen", limit,
@@ -135,8 +93,8 @@ def encoder(rows: Rows) -> Iterator[Line]:
 
 
 def memory(rows: Rows) -> Iterator[Line]:
-    T = rows.tokens[0] if rows.tokens else 0
-    for name in OURS:
+    T = rows.tokens[0]
+    for name in AT_BIG:
         for layer in BIG:
             saved = rows.value("saved bytes", layer, "rank", name)
             padded = -(-rows.ranks.get("rank", 0) // 16) * 16
@@ -148,11 +106,12 @@ def memory(rows: Rows) -> Iterator[Line]:
         work = [rows.value("workspace", layer, rank, name) for layer in BIG for rank in ("rank", "high")]
         known = [value for value in work if value is not None]
         yield Line("G12", "workspace, MiB, the largest of all shapes", 64, max(known) / 2**20 if known else None, name)
+    yield Line("G11", "activations of a whole layer over the frozen one's", 1.01, None, "no row of this benchmark")
 
 
 def salience(rows: Rows) -> Iterator[Line]:
     """What collecting adds to a block, over its frozen layers: the extra time of all its gates, then the kurtosis."""
-    T = rows.tokens[0] if rows.tokens else 0
+    T = rows.tokens[0]
     widths = {row["layer"]: (int(row["d_in"]), int(row["d_out"])) for row in rows.linear if row["layer"] in BIG}
     frozen = {layer: rows.ms(layer, T, "rank", ("frozen",)) for layer in BIG}
     extra: list[float | None] = []
@@ -173,18 +132,31 @@ def salience(rows: Rows) -> Iterator[Line]:
 
 
 def masks(rows: Rows) -> Iterator[Line]:
-    T = rows.tokens[0] if rows.tokens else 0
+    T = rows.tokens[0]
     plain = rows.ms("square", T, "rank")
     for kind, limit in (("out", 1.03), ("in", 1.15), ("decay", 1.15), ("binary", 1.15)):
         mine = rows.ms("square", T, "rank", masks=kind)
         yield Line("G14", f"square, masks {kind}, over no masks", limit, over(mine, plain), _by(mine))
 
 
+def compiling(rows: Rows) -> Iterator[Line]:
+    """What compiles and when. Nothing is autotuned at a launch, so what a start costs is compiling."""
+    yield Line("G15", "new compilations when ranks, tokens or widths change", 0, None, COUNTS)
+    yield Line("G15", "graphs of torch.compile over six ranks", 2, None, GRAPHS)
+    cold, warm = rows.of_op("compile", "cold"), rows.of_op("compile", "warm")
+    yield Line("G19", "compiling every kernel of the benchmark, nothing cached, s", 60, cold, "threads" if cold else "")
+    yield Line("G19", "the same from the cache on disk, s", 1, warm, "threads" if warm else "")
+    spilled = rows.of_op("resources", "spilled")
+    yield Line("G20", "registers spilled, the most of all kernels that ran here", 0, spilled)
+    yield Line("G20", "the same on sm_80, sm_90, gfx942, and shared memory within the limit", 0, None, AHEAD)
+
+
 def trust(rows: Rows) -> Iterator[Line]:
-    for name in OURS:
+    for name in AT_BIG:
         equal = [float(r["value"]) for r in rows.linear
                  if r["what"] == "runs with equal bits" and r["implementation"] == name]  # fmt: skip
         yield Line("G16", "runs with equal bits, the fewest of all shapes", 20, min(equal, default=None), name, True)
+    yield Line("G16", "atomics in the code of any kernel", 0, None, AHEAD)
     for name in OURS:
         mine = [row for row in rows.linear if row["implementation"] == name and row.get("eager_error")]
         ratios = [float(r["error"]) / float(r["eager_error"]) for r in mine if float(r["eager_error"]) > 0]
@@ -201,48 +173,11 @@ def _by(found: tuple[float, str] | None) -> str:
 
 
 GOALS: tuple[Callable[[Rows], Iterator[Line]], ...] = (
-    against_frozen, against_others, encoder, memory, salience, masks, trust,
+    against_frozen, against_others, encoder, memory, salience, masks, compiling, trust,
 )  # fmt: skip
 
 
-def first_measurements(rows: Rows) -> list[str]:
-    """What decides between the implementations, in TFLOP/s and GB/s."""
-    lines = ["| case | what | median ms | rate | over the plain product or frozen |", "|---|---|---|---|---|"]
-    wanted = [
-        row for row in rows.good if row.get("op") in ("gemm", "copy") or row.get("what") in (BOTH, FORWARD, "pass")
-    ]
-    for row in wanted:
-        rate = f"{row['value']} {row['unit']}"
-        what = f"{row['implementation']}, {row['what']}"
-        lines.append(f"| {row['case']} | {what} | {row['median_ms']} | {rate} | {row.get('ratio', '')} |")
-    return lines
-
-
 def goal_lines(rows: Rows) -> list[Line]:
-    return [line for goal in GOALS for line in goal(rows)]
-
-
-def excuses(rows: list[Row]) -> list[str]:
-    """What was wrong, failed or was left out, a line for each reason."""
-    cases: dict[tuple[str, str, str], list[str]] = {}
-    for row in rows:
-        if row["status"] not in ("ok", "done"):
-            key = (row["status"], row.get("implementation") or "all", row.get("note", "").replace("|", "/"))
-            cases.setdefault(key, []).append(row["case"])
-    return [f"- {status}, {name}: {note} ({', '.join(where)})" for (status, name, note), where in cases.items()]
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown: run, goals, what was wrong, failed or left out, and every time."""
-    if not rows:
-        return "Nothing was measured.\n"
-    asked, first = Rows(rows), rows[0]
-    facts = ", ".join(
-        f"{name} {first.get(name) or 'unknown'}" for name in ("device", "torch", "triton", "commit", "run")
-    )
-    lines = ["# Kernels", "", f"{facts}.", "", "| goal | measure | limit | figure | implementation | |"]
-    lines += ["|---|---|---|---|---|---|"]
-    lines += [line.text() for line in sorted(goal_lines(asked), key=lambda line: int(line.goal[1:]))]
-    lines += ["", "## Not measured", "", *excuses(rows)]
-    lines += ["", "## Times", "", *first_measurements(asked)]
-    return "\n".join(lines) + "\n"
+    """Every line of every goal, in the order of their numbers."""
+    lines = [line for goal in GOALS for line in goal(rows)]
+    return sorted(lines, key=lambda line: int(line.goal[1:]))

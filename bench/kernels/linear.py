@@ -11,7 +11,7 @@ from torch import Tensor
 import apt_kernels
 from apt_kernels import reference
 from bench.baselines import BASELINES, MASKED, Built, Inputs, leaf
-from bench.kernels.session import Session, implementations, normal, relative_error
+from bench.kernels.session import LEFT_OUT, Session, implementations, normal, relative_error, split_off_never
 from bench.timing import Call, Times, as_graph
 
 OP, SCALE = "masked_lora_linear", 0.7
@@ -88,11 +88,15 @@ def referenced(inputs: Inputs) -> Built:
     return forward, [x, a, b, *([] if gate is None else [gate])]
 
 
-def contestants(case: LinearCase, inputs: Inputs) -> tuple[dict[str, Callable[[Inputs], Built]], dict[str, str]]:
-    """Baselines and implementations by name, and those that cannot run here with the reason."""
+def contestants(case: LinearCase, inputs: Inputs, session: Session) -> dict[str, Callable[[Inputs], Built]]:
+    """Baselines and implementations by name. Those that cannot or never should run here get a row that says why."""
     names = [name for name in BASELINES if case.masks == "plain" or name in MASKED]
     usable, reasons = implementations(OP, inputs.x)
-    return {name: BASELINES[name] for name in names} | {name: partial(ours, backend=name) for name in usable}, reasons
+    timed, never = split_off_never(usable, case.d_out, case.rank)
+    for status, said in (("unavailable", reasons), (LEFT_OUT, never)):
+        rows = [{"implementation": name, "status": status, "note": why} for name, why in said.items()]
+        session.write([case.columns() | row for row in rows])
+    return {name: BASELINES[name] for name in names} | {name: partial(ours, backend=name) for name in timed}
 
 
 def gradients(built: Built, dy: Tensor) -> list[Tensor]:
@@ -142,11 +146,10 @@ def judge(
 ) -> dict[str, tuple[Callable[[Inputs], Built], dict[str, Any]]]:
     """Those that are right, with the columns that say how right; the others are written down here."""
     inputs = make_inputs(case, session, 0)
-    entrants, reasons = contestants(case, inputs)
+    entrants = contestants(case, inputs, session)
     shown = {"frozen": make_frozen(inputs), "adapted": inputs}
     oracles = {key == "frozen": oracle(value, session.dtype) for key, value in shown.items()}
     columns, right = case.columns(), {}
-    session.write([columns | {"implementation": n, "status": "unavailable", "note": why} for n, why in reasons.items()])
     for name, build in entrants.items():
         if session.skipped(case.name, name) or (ours_only and name in BASELINES):
             continue

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.kernels.device import measure_copy, measure_gemm
+from bench.kernels.device import SPILLS, measure_copy, measure_gemm, measure_spills
 from bench.kernels.group import GroupCase, measure_group
 from bench.kernels.linear import LinearCase, measure
 from bench.kernels.passes import PassCase, measure_pass
+from bench.kernels.profile import profile_case
 from bench.kernels.promises import measure_compaction, measure_promises
 from bench.kernels.session import Session
+from bench.kernels.sweep import KERNELS, SweepCase, measure_sweep
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def plan(sizes: Sizes, *, quick: bool) -> Plan:
     cases += [_group(sizes, "square", 3), _group(sizes, "up", 2)]
     half = _case(sizes, "up", few[0], rank)
     cases += [("compaction " + half.name, lambda s: measure_compaction(half, s))]
+    cases += [(SPILLS, measure_spills)]
     if quick:
         return cases
     cases += [_linear(sizes, layer, tokens, rank) for tokens in sizes.tokens[1:] for layer in BIG]
@@ -82,6 +85,33 @@ def plan(sizes: Sizes, *, quick: bool) -> Plan:
     cases += [_linear(sizes, layer, sizes.encoder_tokens, rank) for layer in ENCODER]
     cases += [_gemm(sizes, layer, sizes.encoder_tokens) for layer in ENCODER]
     return cases
+
+
+def profile_plan(sizes: Sizes) -> Plan:
+    """One case of each op, the linear also at the width and rank where most is added up, and small (`one_kernel`)."""
+    tokens, (_, rank, high) = sizes.tokens[0], sizes.ranks
+    linears = [_case(sizes, "square", tokens, rank), _case(sizes, "up", tokens, high)]
+    linears += [_case(sizes, "square", tokens, rank, "decay"), _case(sizes, "encoder square", tokens, rank)]
+    groups = [_group_case(sizes, "square", 3)]
+    wanted = ("gate", "gate collecting", "column_sums", "gated_activation", "masked_norm", "weight_kurtosis")
+    shapes = dict(_passes(sizes)) | dict(reversed(_passes(sizes)))  # the first of each kind
+    passes = [PassCase(kind=kind, rows=shapes[kind][0], width=shapes[kind][1]) for kind in wanted]
+    return [(f"profile {case.name}", lambda s, c=case: profile_case(c, s)) for case in (*linears, *groups, *passes)]
+
+
+def sweep_cases(sizes: Sizes) -> list[SweepCase]:
+    """Each skinny kernel at the middle rank on the square layer, at the high one on the wide layer."""
+    _, rank, high = sizes.ranks
+    layers = [(*sizes.layers["square"], rank), (*sizes.layers["up"], high)]
+    return [
+        SweepCase(kernel=kernel, tokens=sizes.tokens[0], d_in=d_in, d_out=d_out, rank=r)
+        for d_in, d_out, r in layers
+        for kernel in KERNELS
+    ]
+
+
+def sweep_plan(sizes: Sizes) -> Plan:
+    return [(case.name, lambda s, c=case: measure_sweep(c, s)) for case in sweep_cases(sizes)]
 
 
 def _case(sizes: Sizes, layer: str, tokens: int, rank: int, masks: str = "plain", graph: bool = False) -> LinearCase:
@@ -114,9 +144,13 @@ def _passes(sizes: Sizes) -> list[tuple[str, tuple[int, int]]]:
     return shapes
 
 
-def _group(sizes: Sizes, layer: str, layers: int) -> tuple[str, Callable[[Session], None]]:
+def _group_case(sizes: Sizes, layer: str, layers: int) -> GroupCase:
     (d_in, d_out), rank = sizes.layers[layer], sizes.ranks[1]
-    case = GroupCase(tokens=sizes.tokens[0], d_in=d_in, d_out=d_out, rank=rank, layers=layers)
+    return GroupCase(tokens=sizes.tokens[0], d_in=d_in, d_out=d_out, rank=rank, layers=layers)
+
+
+def _group(sizes: Sizes, layer: str, layers: int) -> tuple[str, Callable[[Session], None]]:
+    case = _group_case(sizes, layer, layers)
     return case.name, lambda session: measure_group(case, session)
 
 

@@ -1,5 +1,6 @@
 """What is counted and not timed of the linear op: bytes saved, peak memory, workspace, equal bits in every run."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from bench.baselines import Built, Inputs
-from bench.kernels.linear import LinearCase, gradients, judge, make_inputs
-from bench.kernels.session import Session
+from bench.kernels.linear import OP, LinearCase, calls_of, gradients, judge, make_inputs, ours
+from bench.kernels.session import Session, implementations, split_off_never
 
 REPEATS = 20  # runs whose bits must be equal (G16)
 
@@ -74,17 +75,12 @@ def _same_bits(built: Built, inputs: Inputs) -> int:
 
 def measure_compaction(case: LinearCase, session: Session) -> None:
     """Half of the rows kept as a view of the weight, against the dense layer (G18)."""
-    from dataclasses import replace
-
-    from bench.kernels.linear import OP, calls_of, ours
-    from bench.kernels.session import implementations
-
     kept = case.d_out // 2
     calls: dict[str, list[Any]] = {}
     for n in range(2):
         dense = make_inputs(case, session, n)
         half = replace(dense, weight=dense.weight[:kept], b=dense.b[:kept], dy=dense.dy[:, :kept].contiguous())
-        for name in implementations(OP, dense.x)[0]:
+        for name in split_off_never(implementations(OP, dense.x)[0], kept, case.rank)[0]:
             for label, inputs in (("dense", dense), ("half", half)):
                 if session.skipped(case.name, name):
                     continue

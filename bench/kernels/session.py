@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from bench.rows import append_rows, read_rows
 from bench.timing import Clock
 
 BAD = ("wrong", "failed")  # what makes the exit status 1
+LEFT_OUT = "left out"  # the status of what the design says never to run there
+NEVER = (
+    f"never at {selection.ONE_KERNEL_OUTPUTS} outputs or more, or above rank {selection.ONE_KERNEL_RANK}: "
+    "it makes the rank-R product anew in every tile"
+)
 
 
 @dataclass
@@ -28,6 +34,7 @@ class Session:
     facts: dict[str, Any]  # columns of every row: device, versions, commit, run
     deadline: float  # seconds since the epoch
     resumed: bool = False
+    written: Counter[str] = field(default_factory=Counter)  # rows of this process, by status
     planted: set[str] = field(default_factory=set)  # implementations spoilt on purpose, by tests
 
     @property
@@ -43,6 +50,8 @@ class Session:
     def write(self, rows: list[dict[str, Any]]) -> None:
         append_rows(self.path, [{"status": "ok", "dtype": str(self.dtype)[6:], **row, **self.facts} for row in rows])
         for row in rows:
+            if row["implementation"]:
+                self.written[row.get("status", "ok")] += 1
             if row.get("status") in BAD:
                 print(f"{row['status'].upper()} {row['case']}, {row['implementation']}: {row['note']}", flush=True)
 
@@ -78,7 +87,7 @@ class Session:
             self.synchronise()
         except Exception:
             sys.stdout.flush()
-            own = [argument for argument in sys.argv[1:] if not argument.startswith("--resume")]
+            own = [argument for argument in sys.argv[1:] if not argument.startswith(("--resume=", "--run="))]
             resume = f"--resume={self.facts['run']}@{self.deadline}"
             os.execv(sys.executable, [sys.executable, "-m", "bench.kernels", *own, resume])
 
@@ -100,6 +109,13 @@ def implementations(op: str, x: Tensor) -> tuple[list[str], dict[str, str]]:
         else:
             usable.append(name)
     return usable, reasons
+
+
+def split_off_never(names: list[str], outputs: int, rank: int) -> tuple[list[str], dict[str, str]]:
+    """The implementations that are worth timing at this size, and those that never are with the reason."""
+    wide = outputs >= selection.ONE_KERNEL_OUTPUTS or rank > selection.ONE_KERNEL_RANK
+    never = {"one_kernel": NEVER} if wide and "one_kernel" in names else {}
+    return [name for name in names if name not in never], never
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:

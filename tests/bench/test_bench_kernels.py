@@ -12,10 +12,10 @@ from apt_kernels import _triton, reference, selection
 from bench.baselines import BASELINES, MASKED, Inputs
 from bench.kernels import __main__ as command
 from bench.kernels import session as sessions
-from bench.kernels.goals import table
 from bench.kernels.group import OP as GROUP
 from bench.kernels.group import GroupCase, judge_group
 from bench.kernels.linear import MASKS, LinearCase, gradients, judge, make_frozen, make_inputs, measure, referenced
+from bench.kernels.page import table
 from bench.rows import read_rows
 from bench.timing import Clock
 
@@ -62,8 +62,7 @@ def test_a_whole_run(tmp_path: Path, eager_only: None) -> None:
     assert all(float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"]) for row in timed)
     text = (tmp_path / "kernels.md").read_text(encoding="utf-8")
     assert table(rows) == text
-    for goal in (*range(1, 15), 16, 17, 18):
-        assert goal == 15 or f"| G{goal} |" in text
+    assert all(f"| G{goal} |" in text for goal in range(1, 21))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.csv", "kernels.md"]
 
 
@@ -105,6 +104,15 @@ def test_every_implementation_that_selection_lists_takes_part(tmp_path: Path, de
 def test_every_implementation_of_a_group_takes_part(tmp_path: Path, device: str) -> None:
     case = GroupCase(tokens=24, d_in=16, d_out=20, rank=4, layers=3)
     assert set(judge_group(case, make_session(tmp_path, device))) == {"torch", *selection.KERNELS[GROUP]}
+
+
+def test_what_the_design_never_runs_is_left_out_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "one_kernel" in judge(CASE, make_session(tmp_path))
+    monkeypatch.setattr(selection, "ONE_KERNEL_OUTPUTS", CASE.d_out)
+    session = make_session(tmp_path / "wide")
+    assert "one_kernel" not in judge(CASE, session)
+    assert [row["note"] for row in session.rows if row["status"] == "left out"] == [sessions.NEVER]
+    assert sessions.split_off_never(["torch", "one_kernel"], 16, 64)[0] == ["torch"]  # a rank that is too high
 
 
 def test_rows_hold_what_they_depend_on(tmp_path: Path, eager_only: None) -> None:
