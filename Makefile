@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder ratings test check browser harness bench bench-accuracy bench-adapters bench-finetune bench-gpu gpu clean
+.PHONY: help demo decoder ratings test check browser harness bench bench-accuracy bench-adapters bench-finetune gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,21 +65,9 @@ bench-adapters: $(STAMPS)/dev $(STAMPS)/demo ## every adapter method beside PEFT
 bench-finetune: $(STAMPS)/dev $(STAMPS)/demo ## PEFT LoRA, full fine-tuning and APT, three seeds; resumes; ARGS="..."
 	$(PY) -m bench.finetune $(ARGS)
 
-bench-gpu: ## step and answers on a GPU in 9 minutes, with PYTHON, no .venv; into OUT; again: the rest
-	$(PYTHON) -m bench.train_step --dtype bfloat16 --minutes 4 --resume
-	$(PYTHON) -m bench.inference --minutes 1 --resume
-
-TEST_SECONDS ?= 170
-MINUTES      ?= 5
-# Compiling ahead for other GPUs needs none and takes minutes. Tests that take too long are interrupted, which still
-# writes their report; whatever they say, the kernels are measured.
-gpu: ## GPU tests, then kernel benchmarks, in 9 minutes with the PYTHON of this machine, no .venv; results go to OUT
-	@status=0; mkdir -p $(or $(OUT),.); \
-	timeout -s INT -k 20 $(TEST_SECONDS) $(PYTHON) -m pytest tests/kernels -m "gpu or not slow" -q \
-	  --ignore-glob='*aot*' --ignore-glob='*ahead*' --ignore-glob='*resource*' --ignore-glob='*compile*' \
-	  $(if $(OUT),--junitxml=$(OUT)/gpu-tests.xml) || status=1; \
-	$(PYTHON) -m bench.kernels --minutes $(MINUTES) $(if $(OUT),--out $(OUT)) || status=1; \
-	exit $$status
+# `python3 -m bench first_gpu` is all it does, for machines that have no make.
+gpu: ## kernels, a training step and the GPU tests in MINUTES (9), with the PYTHON of this machine, no .venv; into OUT
+	$(PYTHON) -m bench first_gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 clean: ## remove caches and build output; .venv, runs/ and bench/results/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,8 +2,8 @@
 
 For each machine (a folder in bench/results) that has rows of a benchmark, its table and picture are drawn from the CSV
 beside it. In docs/results.md what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` is replaced by the
-command that measures it, and the tables; in README.md by the table alone. Text around the marks stays. What no machine
-has measured reads `unmeasured`.
+command that measures it, and the tables; in README.md by the table alone; in docs/gpu.md by the goals of the kernels.
+Text around the marks stays. What no machine has measured reads `unmeasured`.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from bench import (
     train_step,
 )
 from bench.grid import Rows
+from bench.kernels import page as kernels
 from bench.plots import PICTURES, save
 from bench.rows import read_rows
 
@@ -51,6 +52,7 @@ COMMANDS = {  # where it is not python -m bench.NAME
 ON_README = ("footprints",)
 ROWS = {"ablations": "accuracy"}  # whose rows a table is drawn from, where they are another's
 GOALS = "goals"  # the block of all bars
+KERNEL_GOALS = "kernel_goals"  # the block of those of the kernels, on the page of GPUs
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -119,10 +121,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--gpus", type=Path, default=Path("docs/gpu.md"))
     arguments = parser.parse_args()
     rewrite_results(arguments.page, arguments.results)
     rewrite(arguments.readme, ON_README, lambda name: excerpt(name, arguments.results))
-    print(f"{arguments.page} and {arguments.readme} are up to date with {arguments.results}")
+    rewrite(arguments.gpus, [KERNEL_GOALS], lambda _: kernels.section(arguments.results))
+    print(f"{arguments.page}, {arguments.gpus} and {arguments.readme} are up to date with {arguments.results}")
 
 
 if __name__ == "__main__":
