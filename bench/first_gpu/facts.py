@@ -26,7 +26,7 @@ def facts() -> dict[str, Any]:
     found |= {"cores": os.cpu_count(), "system": platform.platform(), "argv": sys.argv[1:]}
     found["environment"] = {key: value for key, value in os.environ.items() if key.startswith(("TRITON_", "APT_"))}
     if torch.cuda.is_available():
-        found |= {"properties": _properties(), "capability": torch.cuda.get_device_capability(), "driver": _driver()}
+        found |= {"properties": _properties(), "capability": torch.cuda.get_device_capability()}
         found |= {"cudnn": torch.backends.cudnn.version(), "devices": torch.cuda.device_count()}
     return found
 
@@ -38,7 +38,7 @@ def _properties() -> dict[str, Any]:
     return {name: value for name, value in values.items() if isinstance(value, int | float | str)}
 
 
-def _driver() -> dict[str, str]:
+def driver() -> dict[str, str]:
     """Clocks, power and memory by nvidia-smi, where there is one."""
     if shutil.which("nvidia-smi") is None:
         return {"note": "there is no nvidia-smi"}
@@ -50,4 +50,8 @@ def _driver() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    write_json(Path(sys.argv[1]), facts())
+    known = facts()
+    write_json(Path(sys.argv[1]), known)
+    if torch.cuda.is_available():  # may hang, so what is known is on disk by now
+        write_json(Path(sys.argv[1]), known | {"driver": driver()})
+    print(f"{known['device']}, torch {known['torch']}, triton {known['triton'] or 'missing'}")

@@ -36,11 +36,12 @@ class Runner:
     workers: int = 12
 
     def run_all(self, stages: Sequence[Stage]) -> bool:
-        """Every stage; the time that is left is divided by their shares. Returns whether all went well."""
+        """Every stage, with its share of the time that is left, or its floor. Returns whether all went well."""
         well = True
         for place, stage in enumerate(stages):
             shares = sum(later.seconds for later in stages[place:])
-            limit = (self.deadline - time.monotonic()) * stage.seconds / shares
+            left = self.deadline - time.monotonic()
+            limit = min(left, max(stage.floor, left * stage.seconds / shares))
             status = self.run_one(stage, limit) if limit >= LEAST else self._skip(stage)
             well = well and status == OK
         return well

@@ -65,6 +65,7 @@ class Stage:
     command: Callable[[Job], list[str]]
     output: str = ""  # file that keeps what it prints
     grace: float = 8.0  # seconds between the interrupt and the kill, to write reports in
+    floor: float = 25.0  # seconds it gets even where its share is less: a cold disk gives torch slowly
 
 
 STAGES = (

@@ -24,7 +24,7 @@ PLAIN = {key: value for key, value in os.environ.items() if key != "TRITON_INTER
 
 
 def stage(name: str, code: str, **more: object) -> Stage:
-    return Stage(name, 10, "planted", lambda job: [sys.executable, "-c", code], **more)
+    return Stage(name, 10, "planted", lambda job: [sys.executable, "-c", code], **({"floor": 0.0} | more))
 
 
 def run(stages: list[Stage], folder: Path, seconds: float) -> tuple[bool, list[dict[str, str]]]:
@@ -85,6 +85,8 @@ def test_what_the_time_forbids_is_unmeasured_and_what_is_left_goes_on(tmp_path: 
     limits = [int(row["note"].split()[2]) for row in rows if row["status"] == "begun"]
     assert limits[0] == pytest.approx(20, abs=1)
     assert limits[1] > 35
+    _, rows = run([stage("one", "", floor=25.0), stage("two", "")], tmp_path / "floor", 40.0)
+    assert next(int(row["note"].split()[2]) for row in rows if row["status"] == "begun") == 25
 
 
 def test_half_a_file_of_a_killed_stage_goes(tmp_path: Path) -> None:
