@@ -3,6 +3,9 @@
 A file or a folder is written aside, under a temporary name, and renamed when it is complete. A folder that it replaces
 is moved aside first and removed last, so a kill at any moment leaves the old one or the new one: under its name, or,
 between the two renames, under the name that `find_whole` knows.
+
+Only what is ours is removed: a folder that we made or moved aside carries `MARK` until it has its name. Anything else
+under such a name is somebody's, and refused by name. No link is followed to remove what it leads to.
 """
 
 import errno
@@ -16,6 +19,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from apt.manifest import write_manifest
+from apt.reading import read_rows
+
+MARK = ".apt-lm"  # a file in each folder that this package may remove
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 OF_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers tell it, in classes of their own
@@ -87,6 +94,47 @@ def replaced_of(folder: Path) -> Path:
     return folder.with_name(folder.name + ".replaced")
 
 
+def mark(folder: Path) -> None:
+    """Make a folder, if it is not there, and say in it that it is ours to remove."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text("apt-lm writes this folder, and removes or renames it.\n", encoding="utf-8")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder may be removed: it carries our mark, or nothing is lost with it."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return (path / MARK).is_file() or not any(path.iterdir())
+
+
+def check_ours(*folders: Path) -> None:
+    """Raise ValueError for the first that is there and not ours: it stays as it is."""
+    for folder in folders:
+        if os.path.lexists(folder) and not is_ours(folder):
+            raise ValueError(
+                f"{folder} is needed for what is not yet complete, but is not of apt-lm; it stays, move it away"
+            )
+
+
+def remove_ours(folder: Path) -> None:
+    """Remove a folder of ours, where it is there and can be removed; ValueError where it is not ours."""
+    check_ours(folder)
+    if folder.exists():
+        for path in folder.iterdir():
+            if path.name != MARK:
+                _remove(path)
+        # The mark goes last: what a kill leaves of the folder is still ours.
+        _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def write_file_aside(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Lend a temporary name to write a file under; the file gets its own where the block ends without an error.
@@ -96,7 +144,9 @@ def write_file_aside(path: Path, *, shared: bool = False) -> Iterator[Path]:
         shared: other processes may write the same file meanwhile, so each has a temporary name of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path.with_name(f"{path.name}.{os.getpid()}") if shared else path)
+    # A name that nobody else gives to a file.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.apt-lm" if shared else f".{path.name}.apt-lm")
+    partial.unlink(missing_ok=True)  # of a kill, or a link that leads elsewhere
     try:
         yield partial
         os.replace(partial, path)
@@ -107,27 +157,53 @@ def write_file_aside(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def write_folder_aside(folder: Path) -> Iterator[Path]:
-    """Lend an empty folder to write in; it takes the place of `folder` where the block ends without an error."""
+def write_folder_aside(folder: Path, holds: str) -> Iterator[Path]:
+    """Lend an empty folder to write in; it takes the place of `folder` where the block ends without an error.
+
+    The list of its files, by which a reader knows that it has all of them, is written last.
+
+    Args:
+        folder: that is written. One of that name is replaced where it is of the same kind.
+        holds: a file that every folder of this kind has.
+
+    Raises:
+        ValueError: what has the name, or the temporary name, is not ours; it stays.
+    """
+    if os.path.lexists(folder) and not (folder / holds).is_file() and not is_ours(folder):
+        raise ValueError(f"{folder} exists and holds no {holds}; it stays as it is, give another folder")
     partial = partial_of(folder)
-    _remove(partial)
+    check_ours(partial, replaced_of(folder))
+    remove_ours(partial)
     partial.mkdir(parents=True)
+    mark(partial)
     try:
         yield partial
+        write_manifest(partial)
     except Exception:
-        _remove(partial)
+        remove_ours(partial)
         raise
     publish_folder(partial, folder)
 
 
 def publish_folder(written: Path, folder: Path) -> None:
-    """Give a folder that is complete its name. One that has the name is moved aside first, and removed last."""
+    """Give a folder that is complete its name. One that has the name is moved aside first, and removed last.
+
+    Raises:
+        ValueError: what has the name that the older one gets meanwhile is not ours.
+    """
     replaced = replaced_of(written.parent / folder.name)
-    if folder.exists():
-        _remove(replaced)
+    check_ours(replaced)
+    is_link = folder.is_symlink()
+    if is_link or folder.exists():
+        remove_ours(replaced)
+        if not is_link:  # what a link leads to is not ours
+            mark(folder)
         os.rename(folder, replaced)
     os.rename(written, folder)
-    _remove(replaced)
+    (folder / MARK).unlink(missing_ok=True)
+    if is_link:
+        replaced.unlink()
+    remove_ours(replaced)
 
 
 def find_whole(folder: Path) -> Path:
@@ -142,14 +218,6 @@ def find_whole(folder: Path) -> Path:
     return replaced
 
 
-def _remove(path: Path) -> None:
-    """Remove a folder or a file, where it is there and can be removed."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Add one line to a JSON-lines file; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,9 +225,9 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every line of a JSON-lines file, blank ones left out."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def read_jsonl(path: Path, room: str = "files") -> list[dict[str, Any]]:
+    """Every row of a JSON-lines file, blank lines left out; ValueError names the file and the line."""
+    return read_rows(path, room)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

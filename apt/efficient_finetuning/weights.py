@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.files import write_file_aside
+from apt.reading import CONTENT, UnreadableError, check_numbers, content_of, parse_json, read_tensors
 
 SAMPLES = 8  # entries of each frozen tensor that the file keeps, to tell its model from another
 BASE = "base::"  # before the names of these
+FRACTIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a trained tensor may be stored in
 NARROW = 2.0**-7  # relative distance of a number and its bfloat16 form
 
 
@@ -30,7 +31,8 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
     tensors = {name: p.detach().cpu().contiguous() for name, p in trained.items()} | _samples(model)
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if not p.requires_grad}
     with write_file_aside(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt", "frozen": json.dumps(shapes)})
+        told = {"format": "pt", "frozen": json.dumps(shapes), CONTENT: content_of(tensors)}
+        save_file(tensors, partial, metadata=told)
     return path
 
 
@@ -42,26 +44,30 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: the file is no safetensors file, or of another model; the first difference is named.
     """
     path = Path(path)
+    place = f"load_efficient_weights: {path}"
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(
-            f"load_efficient_weights: {path} is no safetensors file ({error}); files that would have to be unpickled "
-            f"are not read"
-        ) from None
+        tensors, metadata = read_tensors(path, "load_efficient_weights")
+    except UnreadableError as error:
+        raise ValueError(f"{error}; files that would have to be unpickled are not read") from None
     if "frozen" not in metadata:
-        raise ValueError(f"load_efficient_weights: {path} was not written by save_efficient_weights")
+        raise ValueError(f"{place} was not written by save_efficient_weights")
+    if CONTENT in metadata and metadata[CONTENT] != content_of(tensors):
+        raise ValueError(f"{place} is corrupt (its checksum differs); copy or save it again")
+    shapes = parse_json(metadata["frozen"], f"{place}: its list of frozen tensors")
+    if not isinstance(shapes, dict):
+        raise UnreadableError(f"{place} is corrupt (its list of frozen tensors is none); copy or save it again")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     stored = {name: list(t.shape) for name, t in tensors.items() if not name.startswith(BASE)}
-    reason = _first_difference(json.loads(metadata["frozen"]), _shapes(frozen), "frozen")
+    reason = _first_difference(shapes, _shapes(frozen), "frozen")
     reason = reason or _first_difference(stored, _shapes(trained), "trained")
     reason = reason or next((why for n, p in frozen.items() if (why := _other_numbers(n, p, tensors))), None)
     if reason is not None:
         raise ValueError(f"load_efficient_weights: {path} holds weights of another model: {reason}")
+    for name, parameter in trained.items():
+        if tensors[name].dtype not in FRACTIONS and tensors[name].dtype != parameter.dtype:
+            raise ValueError(f"{place} is corrupt ({name} holds {tensors[name].dtype}); copy or save it again")
+    check_numbers({name: tensors[name] for name in trained}, place)
     for name, parameter in trained.items():
         parameter.copy_(tensors[name])
 
@@ -95,7 +101,9 @@ def _spread(parameter: Tensor) -> Tensor:
 def _other_numbers(name: str, parameter: Tensor, tensors: dict[str, Tensor]) -> str | None:
     if not parameter.numel():
         return None
-    there = tensors[BASE + name]
+    there = tensors.get(BASE + name)
+    if there is None:
+        return f"no numbers of the frozen {name} are there"
     here = _spread(parameter)
     same = torch.equal(there, here)
     if there.dtype != here.dtype:  # a model in another precision is the same model

@@ -1,13 +1,13 @@
 """The files of an export: which they are, and how they are read and checked."""
 
-import hashlib
-import json
+import itertools
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+
+from apt.manifest import check_manifest, sha256_of
+from apt.reading import UnreadableError, is_finite_number, read_json_table, read_tensors, shown
 
 CARD = "apt_export.json"
 WEIGHTS = "model.safetensors"
@@ -17,33 +17,64 @@ WITH_HIDDEN = 2
 WITH_ROW_GATES = 3
 WITH_PROMPT = 4
 FORMAT = WITH_PROMPT
+AGAIN = "export the model again"
 
 
 def read_card(folder: Path) -> dict[str, Any]:
     """What an export tells of itself; ValueError where it is none, is corrupt or newer than this version."""
+    path = folder / CARD
+    if not path.exists():
+        raise ValueError(f"load_model: {folder} is not an export of apt; it has no {CARD}")
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"load_model: {folder} is not an export of apt; it has no {CARD}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"load_model: {folder / CARD} is corrupt ({error}); export the model again") from None
-    if not isinstance(card, dict) or not isinstance(card.get("format"), int):
-        raise ValueError(f"load_model: {folder / CARD} is corrupt (no format number); export the model again")
-    if card["format"] <= FORMAT and any(card.get(key) is None for key in ("class", "units", "bytes", "sha256")):
-        raise ValueError(f"load_model: {folder / CARD} is corrupt (an entry is missing); export the model again")
-    if card["format"] > FORMAT:
+        card = read_json_table(path, "load_model")
+    except UnreadableError as error:
+        raise ValueError(f"{error}; {AGAIN}") from None
+    number = card.get("format")
+    if not isinstance(number, int):
+        raise ValueError(f"load_model: {path} is corrupt (no format number); {AGAIN}")
+    if number > FORMAT:
         raise ValueError(
-            f"load_model: {folder} has format {card['format']}, written by apt-lm {card.get('apt_version')}; this "
+            f"load_model: {folder} has format {number}, written by apt-lm {card.get('apt_version')!s:.20}; this "
             f"version reads up to {FORMAT}; upgrade apt-lm"
         )
+    if any(card.get(key) is None for key in ("class", "units", "bytes", "sha256")):
+        raise ValueError(f"load_model: {path} is corrupt (an entry is missing); {AGAIN}")
+    reason = _first_wrong(card)
+    if reason is not None:
+        raise ValueError(f"load_model: {path} is corrupt ({reason}); {AGAIN}")
+    check_manifest(folder, "load_model", checked=(WEIGHTS,))
     return card
+
+
+def _first_wrong(card: dict[str, Any]) -> str | None:
+    """The first entry of a card that says nothing a model could have, in words."""
+    units, hidden = card["units"], card.get("hidden")
+    if not isinstance(card["class"], str) or not card["class"].isidentifier():
+        return f"class is {shown(card['class'])}"
+    if not isinstance(units, dict) or not all(_is_count(count) for count in units.values()):
+        return f"units are {shown(units)}"
+    if hidden is not None and not (_is_count(hidden) and hidden >= 1):
+        return f"hidden is {shown(hidden)}"
+    orders = card.get("head_order", {})
+    if not isinstance(orders, dict):
+        return f"head_order is {shown(orders)}"
+    for name, order in orders.items():
+        right = isinstance(order, list) and all(_is_count(place) for place in order)
+        # Heads stay in their order, each once.
+        if not right or any(later <= earlier for earlier, later in itertools.pairwise(order)):
+            return f"head_order of {shown(name)} is {shown(order)}"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and is_finite_number(value) and value >= 0
 
 
 def read_weights(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of an export by name; ValueError where the file is not the one that its card describes."""
     path = folder / WEIGHTS
-    if not path.exists():
-        raise ValueError(f"load_model: {path} is missing; export the model again")
+    if not path.is_file():
+        raise ValueError(f"load_model: {path} is missing; {AGAIN}")
     size = path.stat().st_size
     if size != card["bytes"]:
         raise ValueError(
@@ -51,21 +82,4 @@ def read_weights(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
         )
     if sha256_of(path) != card["sha256"]:
         raise ValueError(f"load_model: {path} is corrupt (its checksum differs); copy or export it again")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"load_model: {path} is corrupt ({error}); export the model again") from None
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    """`hashlib.file_digest` of Python 3.11, for 3.10."""
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+    return read_tensors(path, "load_model")[0]

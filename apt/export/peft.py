@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.export.row_gate_files import has_row_gates
@@ -14,7 +14,9 @@ from apt.families.linears import is_linear
 from apt.files import find_whole, write_folder_aside
 from apt.layers import APTAdapter, adapted, exchange
 from apt.layers.fused import FusedLinears, replaced, scaled_factors
+from apt.manifest import check_manifest
 from apt.methods.prompts import placed_prompt
+from apt.reading import UnreadableError, check_numbers, is_finite_number, read_json_table, read_tensors, shown
 from apt.surgery import patch_state, summary
 from apt.surgery.task_head import task_head
 
@@ -22,6 +24,12 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # servers take an adapter of one of these ranks
+FRACTIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what an adapter may be stored in
+# Of a pattern in a file of somebody: what makes a regular expression search for longer than anyone waits.
+MOST_PATTERN = 300  # characters
+MOST_REPEATS = 3  # of an unknown number of characters
+REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{?]")
+REPEAT = re.compile(r"(?<!\\)[*+{]")
 TASKS = {
     "SequenceClassification": "SEQ_CLS",
     "TokenClassification": "TOKEN_CLS",
@@ -71,7 +79,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         parts = model.get_submodule(head).state_dict()
         tensors |= {f"{PREFIX}{head}.{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
     config = _config_of(model, set(adapters), rank, own_ranks, heads)
-    with write_folder_aside(folder) as partial:
+    with write_folder_aside(folder, holds=CONFIG) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
@@ -155,6 +163,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     folder = find_whole(Path(folder))
     patch_state(model)
     config, tensors = _read(folder)
+    place = f"load_adapter: {folder / WEIGHTS}"
     modules = {name: module for name, module in adapted(model) if module.rank}
     if any(module.delta is not None for module in modules.values()):
         raise ValueError(
@@ -171,7 +180,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         else:
             heads[key.removeprefix(PREFIX)] = tensor
     for name, factors in found.items():
-        factors["B"] = factors["B"] * _scale(config, name, factors["A"])
+        _check_factors(name, factors, place)
+    for name, factors in found.items():
+        factors["B"] = factors["B"] * _scale(config, name, factors["A"], folder)
     _split(model, found)
     missing = sorted(set(found) - set(modules))
     if missing:
@@ -187,6 +198,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     for name, tensor in heads.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ValueError(f"load_adapter: {folder} holds {name} {list(tensor.shape)}, which the model does not have")
+        if not parameters[name].requires_grad:
+            raise ValueError(f"load_adapter: {folder} holds {name}, which is frozen in the model; it stays as it is")
     for name, factors in found.items():
         _set(modules[name], factors["A"], factors["B"] / modules[name].scale)
     for name, tensor in heads.items():
@@ -194,26 +207,65 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and the tensors of a LoRA folder; whatever is no plain LoRA of numbers is refused."""
     if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
         raise ValueError(f"load_adapter: {folder} holds no {CONFIG} and {WEIGHTS}")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    check_manifest(folder, "load_adapter")
+    config = read_json_table(folder / CONFIG, "load_adapter")
     more = [name for name in ("use_dora", "lora_bias", "use_qalora") if config.get(name)]
     if config.get("peft_type") != "LORA":
-        more.append(config.get("peft_type"))
+        more.append(shown(config.get("peft_type")))
     if config.get("bias", "none") != "none":
         more.append("bias")
     if more:
         raise ValueError(f"load_adapter: {folder} is more than a plain LoRA ({more[0]}); merge it with PEFT first")
-    return config, load_file(folder / WEIGHTS)
+    tensors, _ = read_tensors(folder / WEIGHTS, "load_adapter")
+    place = f"load_adapter: {folder / WEIGHTS}"
+    if not tensors:
+        raise UnreadableError(f"{place} holds no tensor; save the adapter again")
+    whole = next((name for name, tensor in tensors.items() if tensor.dtype not in FRACTIONS), None)
+    if whole is not None:
+        raise UnreadableError(f"{place} is corrupt ({whole} holds {tensors[whole].dtype}); save the adapter again")
+    check_numbers(tensors, place)
+    return config, tensors
 
 
-def _scale(config: dict[str, Any], name: str, a: Tensor) -> float:
+def _check_factors(name: str, factors: dict[str, Tensor], place: str) -> None:
+    """Raise ValueError unless there are an A and a B, and of one rank."""
+    if factors.keys() != {"A", "B"}:
+        side = next(iter({"A", "B"} ^ factors.keys()))
+        what = "lacks" if side in "AB" else "has"
+        raise UnreadableError(f"{place} {what} lora_{side} of {name}; save the adapter again")
+    a, b = factors["A"], factors["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not len(a):
+        told = f"A of {name} is {list(a.shape)}, and B {list(b.shape)}"
+        raise UnreadableError(f"{place} is corrupt ({told}); save the adapter again")
+
+
+def _scale(config: dict[str, Any], name: str, a: Tensor, folder: Path) -> float:
     """PEFT's scaling of one module: alpha over its rank, or over the root of it."""
     patterns = config.get("alpha_pattern") or {}
-    matching = (value for key, value in patterns.items() if re.match(rf"^(.*\.)?({key})$", name))
-    alpha = float(next(matching, config["lora_alpha"]))
+    place = f"load_adapter: {folder / CONFIG}"
+    if not isinstance(patterns, dict):
+        raise UnreadableError(f"{place} is corrupt (alpha_pattern is {shown(patterns)})")
+    matching = (value for key, value in patterns.items() if _matches(key, name, place))
+    alpha = next(matching, config.get("lora_alpha"))
+    if alpha is None or not is_finite_number(alpha):
+        raise UnreadableError(f"{place} is corrupt (lora_alpha of {name} is {shown(alpha)}, no number)")
     rank = a.shape[0]
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _matches(pattern: str, name: str, place: str) -> bool:
+    """Whether PEFT means a module by a pattern, which is a regular expression for the end of its name."""
+    if len(pattern) > MOST_PATTERN or REPEATED_GROUP.search(pattern) or len(REPEAT.findall(pattern)) > MOST_REPEATS:
+        raise UnreadableError(
+            f"{place}: the pattern {shown(pattern)} could be searched for without end; write the names out"
+        )
+    try:
+        return re.match(rf"^(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise UnreadableError(f"{place}: the pattern {shown(pattern)} is no regular expression: {error}") from None
 
 
 def _split(model: nn.Module, found: dict[str, dict[str, Tensor]]) -> None:

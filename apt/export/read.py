@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.export.files import CARD, WEIGHTS, read_card, read_weights
+from apt.export.files import AGAIN, CARD, WEIGHTS, read_card, read_weights
 from apt.export.resize import resize_dimensions
 from apt.export.row_gate_files import load_row_gates
 from apt.families import Anatomy, Attention, anatomy_of
+from apt.families.config_files import UNUSABLE, check_model_folder, reason_of
 from apt.families.linears import features, is_conv1d, make_linear, replace_module, weight_and_bias
 from apt.files import find_whole
 from apt.layers.fused import restore_plain, split_fused
@@ -36,17 +37,26 @@ def load_model(folder: str | Path) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
+    if not (folder / "config.json").exists():
+        raise ValueError(f"load_model: {folder / 'config.json'} is missing; {AGAIN}")
+    check_model_folder(folder, "load_model")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"load_model: {folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from None
+    except UNUSABLE as error:
+        raise ValueError(f"load_model: {folder / 'config.json'} cannot be read: {reason_of(error)}") from None
     state = read_weights(folder, card)
+    kind = _model_class(card["class"], folder)
     with init_empty_weights(include_buffers=False):
-        model = _model_class(card["class"])(config)
+        try:
+            model = kind(config)
+        except UNUSABLE as error:
+            raise ValueError(
+                f"load_model: {folder / 'config.json'} makes no {card['class']}: {reason_of(error)}"
+            ) from None
         if card["units"]:
-            _resize(anatomy_of(model), card)
+            _resize(anatomy_of(model), card, folder)
         if card.get("prompt") is not None:
-            place_plain_prompt(anatomy_of(model), *_prompt_of(card["prompt"]))
+            place_plain_prompt(anatomy_of(model), *_prompt_of(card["prompt"], folder))
     try:
         unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
@@ -64,33 +74,39 @@ def load_model(folder: str | Path) -> nn.Module:
     return plain
 
 
-def _prompt_of(entry: Any) -> tuple[str, int]:
+def _prompt_of(entry: Any, folder: Path) -> tuple[str, int]:
     """Method and virtual tokens of what `_describe` wrote. Raises ValueError where it is corrupt."""
     if isinstance(entry, dict):
         method = entry.get("method")
         count = entry.get("virtual_tokens")
         if method in METHODS and METHODS[method].prompt and isinstance(count, int) and count >= 1:
             return str(method), count
-    raise ValueError(f"load_model: {CARD} is corrupt (prompt is off); export the model again")
+    raise ValueError(f"load_model: {folder / CARD} is corrupt (prompt is off); {AGAIN}")
 
 
-def _model_class(name: str) -> Any:
+def _model_class(name: str, folder: Path) -> Any:
     import transformers
 
     found = getattr(transformers, name, None)
     if found is None:
         raise ValueError(f"load_model: transformers {transformers.__version__} has no class {name!r}; upgrade it")
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise ValueError(f"load_model: {folder / CARD} is corrupt (class {name} is no model); {AGAIN}")
     return found
 
 
-def _resize(anatomy: Anatomy, card: dict[str, Any]) -> None:
+def _resize(anatomy: Anatomy, card: dict[str, Any], folder: Path) -> None:
     """Give the linears of an empty model the sizes of an export; the weights follow."""
     units = card["units"]
     orders = card.get("head_order", {})
     hidden = card.get("hidden")
     parts = {part.name: part for part in anatomy.parts}
     if units.keys() != parts.keys():
-        raise ValueError(f"load_model: {CARD} is corrupt (it lists {len(units)} unit groups); export the model again")
+        raise ValueError(f"load_model: {folder / CARD} is corrupt (it lists {len(units)} unit groups); {AGAIN}")
+    over = next((name for name, part in parts.items() if units[name] > part.num_units), None)
+    if over is not None:
+        told = f"{over} has {units[over]} of {parts[over].num_units} units"
+        raise ValueError(f"load_model: {folder / CARD} is corrupt ({told}); {AGAIN}")
     split_fused(anatomy)
     if hidden is not None:
         resize_dimensions(anatomy, hidden)
@@ -107,8 +123,8 @@ def _resize(anatomy: Anatomy, card: dict[str, Any]) -> None:
         if isinstance(table, Attention):
             order = torch.tensor(orders[name]) if name in orders else None
             lacks = order is None and table.follow is not None and 0 < units[name] < before
-            if lacks or (order is not None and order.shape != (units[name],)):
-                raise ValueError(f"load_model: {CARD} is corrupt (head_order of {name} is off); export the model again")
+            if lacks or (order is not None and (order.shape != (units[name],) or (order >= before).any())):
+                raise ValueError(f"load_model: {folder / CARD} is corrupt (head_order of {name} is off); {AGAIN}")
             table.set_heads(layer, before, units[name], order)
             if units[name] == 0:
                 table.remove(layer)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from apt.apt_config import APTConfig
 from apt.layers import adapted
 from apt.methods import METHODS, ROW_GATES, DynamicSpectral, HyperNetwork, MethodConfig
+from apt.reading import UnreadableError, check_numbers, read_tensors
 from apt.surgery import patch_model, patch_state
 
 FILE = "apt_gates.safetensors"
@@ -53,26 +53,56 @@ def load_row_gates(model: nn.Module, folder: Path, card: dict[str, Any]) -> None
     Raises:
         ValueError: the file is missing, or does not fit the model.
     """
+    path = folder / FILE
     try:
-        tensors = load_file(folder / FILE)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise ValueError(f"load_model: {folder / FILE} cannot be read ({error}); export the model again") from None
-    settings = MethodConfig(**card["adapter"])
-    config = APTConfig(**{key: card[key] for key in ("method", "prune", "rank", "target_modules")}, adapter=settings)
-    patch_model(model, config)
+        tensors, _ = read_tensors(path, "load_model")
+        check_numbers(tensors, f"load_model: {path}")
+    except (FileNotFoundError, UnreadableError) as error:
+        raise ValueError(f"{error}; export the model again") from None
+    try:
+        settings = MethodConfig(**card["adapter"])
+        named = {key: card[key] for key in ("method", "prune", "rank", "target_modules")}
+        patch_model(model, APTConfig(**named, adapter=settings))
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"load_model: the card of {folder} is corrupt (gates: {error}); export the model again"
+        ) from None
     known = {name.rpartition(".")[0] for name in tensors}
     for name, linear in adapted(model):
         if name not in known:  # its layer was empty when it was saved
             linear.drop_adapter()
             continue
         delta = linear.delta
-        assert isinstance(delta, DynamicSpectral)
-        for key in BUFFERS:
-            setattr(delta, key, tensors[f"{name}.{key}"].to(getattr(delta, key)))
+        if not isinstance(delta, DynamicSpectral):
+            raise ValueError(
+                f"load_model: {path} has gates for {name}, where the model has none; export the model again"
+            )
+        found = {key: _tensor(path, tensors, f"{name}.{key}") for key in BUFFERS}
+        count = found["S"].numel()
+        wanted = {"U": (linear.n_out, count), "S": (count,), "Vh": (count, linear.n_in)}
+        for key, tensor in found.items():
+            _check_shape(path, f"{name}.{key}", tensor, wanted[key])
+            setattr(delta, key, tensor.to(getattr(delta, key)))
     hyper = model.get_submodule(ROW_GATES)
     assert isinstance(hyper, HyperNetwork)
+    width = hyper.read.in_features
     with torch.no_grad():
         for layer, kind in ((hyper.read, "read"), (hyper.open, "open")):
-            weight, bias = tensors[f"{ROW_GATES}.{kind}.weight"], tensors[f"{ROW_GATES}.{kind}.bias"]
+            weight, bias = (_tensor(path, tensors, f"{ROW_GATES}.{kind}.{part}") for part in ("weight", "bias"))
+            _check_shape(path, f"{ROW_GATES}.{kind}.weight", weight, (len(bias), width))
+            width = len(bias)
             layer.weight, layer.bias = nn.Parameter(weight.to(layer.weight)), nn.Parameter(bias.to(layer.bias))
             layer.out_features, layer.in_features = weight.shape
+
+
+def _tensor(path: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
+    """A tensor of the file of gates; ValueError where it is not there, or holds no fractions."""
+    if name not in tensors or not tensors[name].is_floating_point():
+        raise ValueError(f"load_model: {path} is corrupt ({name} is missing, or no fractions); export the model again")
+    return tensors[name]
+
+
+def _check_shape(path: Path, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != wanted:
+        told = f"{name} is {list(tensor.shape)}, and the model has {list(wanted)}"
+        raise ValueError(f"load_model: {path} does not fit the model: {told}; export the model again")

@@ -10,13 +10,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apt.export.files import CARD, PLAIN, WEIGHTS, WITH_HIDDEN, WITH_PROMPT, WITH_ROW_GATES, sha256_of
+from apt.export.files import CARD, PLAIN, WEIGHTS, WITH_HIDDEN, WITH_PROMPT, WITH_ROW_GATES
 from apt.export.merged import merged_state
 from apt.export.model_card import README, CardFacts, model_card
 from apt.export.row_gate_files import has_row_gates, save_row_gates
 from apt.export.stock import first_difference, stock_config
 from apt.families.hidden_parts import hidden_size
 from apt.files import find_whole, write_folder_aside
+from apt.manifest import sha256_of
 from apt.methods.prompts import PTuningEmbedding, placed_prompt
 from apt.surgery import Summary, patch_state, summary, uncompiled
 from apt.version import __version__
@@ -50,6 +51,12 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         raise ValueError(f"export: {counts.masked} units are masked but not removed yet; train past the next event")
     if not overwrite and (found := find_whole(folder)).exists():
         raise ValueError(f"export: {found} exists; give another folder or overwrite=True")
+    if (step := patch_state(model).next_event) is not None:
+        warnings.warn(
+            f"export: an event is still to come, after step {step}: the model is not yet as small as it was to be; in "
+            f"a loop of your own call run.after_backward() and run.after_step() at every step",
+            stacklevel=2,
+        )
     tensors = merged_state(model)
     counts = _with_sizes(model, counts, tensors)
     config, reason = _config(model, counts, tensors)
@@ -59,7 +66,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
             "apt.load_model can",
             stacklevel=2,
         )
-    with write_folder_aside(folder) as partial:
+    with write_folder_aside(folder, holds=CARD) as partial:
         config.save_pretrained(partial)
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from apt.reading import is_finite_number, shown
+
 ALLOCATIONS = ("uniform", "importance", "magnitude")
 CONTEXTS = ("first", "mean")
 
@@ -47,7 +49,11 @@ class MethodConfig:
         if self.l1_weight < 0.0:
             raise ValueError(f"methods: l1_weight must be at least 0, got {self.l1_weight}")
         numbers = [*([] if self.lora_alpha is None else [self.lora_alpha]), *(self.alpha_pattern or {}).values()]
-        if any(number <= 0.0 for number in numbers) or any(rank < 1 for rank in (self.rank_pattern or {}).values()):
+        ranks = (self.rank_pattern or {}).values()
+        wrong = next((value for value in (*numbers, *ranks) if not is_finite_number(value)), None)
+        if wrong is not None:
+            raise ValueError(f"methods: lora_alpha and the values of patterns must be numbers, got {shown(wrong)}")
+        if any(number <= 0.0 for number in numbers) or any(rank < 1 for rank in ranks):
             raise ValueError("methods: lora_alpha must be above 0 and ranks at least 1, in patterns too")
         if self.use_rslora and not numbers:
             raise ValueError("methods: use_rslora needs lora_alpha, which it divides by the root of the rank")

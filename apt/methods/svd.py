@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from apt.files import write_file_aside
+from apt.reading import CONTENT, UnreadableError, content_of, read_tensors
+from apt.telling import tell
 
 CACHED_FROM = 2**16  # entries of a weight; smaller ones are decomposed sooner than read
 FAR_BELOW = 16  # the randomised decomposition pays where so many times k is still below min(O, I)
@@ -64,18 +66,29 @@ def _digest(weight: Tensor, count: int) -> str:
 
 
 def _read(path: Path) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The triplets in a file; None where there is none or it is broken, and so is written anew."""
+    """The triplets in a file; None where there is none, or it is not what was written, and so is written anew."""
+    if not path.is_file():
+        return None
     try:
-        stored = load_file(path)
-    except (OSError, SafetensorError):
+        stored, told = read_tensors(path, "svd_cache")
+    except (OSError, UnreadableError) as error:
+        _tell(path, error)
+        return None
+    if told.get("name") != path.stem or told.get(CONTENT) != content_of(stored):
+        _tell(path, "its content is not what was written")
         return None
     return stored["U"], stored["S"], stored["Vh"]
 
 
+def _tell(path: Path, why: object) -> None:
+    tell(f"the decomposition kept in {path} is read no more ({why}); it is made again")
+
+
 def _write(path: Path, found: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keep the triplets; where that fails a warning says so, and the next run computes them again."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in zip(("U", "S", "Vh"), found, strict=True)}
     try:
         with write_file_aside(path, shared=True) as partial:
-            save_file({name: t.cpu().contiguous() for name, t in zip(("U", "S", "Vh"), found, strict=True)}, partial)
+            save_file(tensors, partial, metadata={"name": path.stem, CONTENT: content_of(tensors)})
     except (OSError, SafetensorError) as error:
         warnings.warn(f"svd_cache: nothing is kept in {path.parent}: {error}", stacklevel=2)

@@ -26,6 +26,7 @@ class PatchState:
     init_seconds: float = 0.0  # that the adapters' start took, decompositions included
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the task head before the patch, where widened
     hidden: bool = False  # whether the masks of hidden dimensions are in
+    next_event: int | None = None  # step of the event that a controller of this model has still to carry out
     hooks: list[Any] = field(default_factory=list)
     distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again
 

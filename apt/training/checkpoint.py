@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.distillation import DistillationConfig, place_transform, release
 from apt.files import find_whole, write_folder_aside, write_json, write_jsonl
+from apt.manifest import check_manifest, sha256_of
+from apt.reading import UnreadableError, check_numbers, read_json_table, read_tensors
 from apt.records import Event
 from apt.surgery import patch_state, uncompiled
 from apt.surgery.event import apply_event
@@ -25,6 +27,8 @@ TENSORS = "apt_state.safetensors"
 RUN, MODEL, OPTIMIZER = "apt_run.json", "model.safetensors", "optimizer.safetensors"  # of a loop of one's own
 TENSOR = "tensor"  # stands in JSON for a tensor, beside its name in a safetensors file
 TABLES = ("salience", "importance", "masks", "teacher")  # of the controller's state: name -> tensor
+SUM = "tensors_sha256"  # in the first file, of the second: a save that was stopped between the two is seen
+ADVICE = "take an older checkpoint, or start anew"
 
 
 def save_checkpoint(controller: Controller, folder: str | Path) -> Path:
@@ -53,7 +57,7 @@ def save_checkpoint(controller: Controller, folder: str | Path) -> Path:
         "scaler": None if controller.scaler is None else controller.scaler.state_dict(),
         "random": RandomState().to_json(),
     }
-    with write_folder_aside(folder) as partial:
+    with write_folder_aside(folder, holds=RUN) as partial:
         save_controller(controller, partial)
         # Copies, as names may share memory, which a safetensors file cannot say.
         weights = controller.model.state_dict().items()
@@ -90,10 +94,16 @@ def resume_checkpoint(
     plain = uncompiled(model)
     if not (folder / RUN).exists():
         raise ValueError(f"checkpoint: {folder} holds no {RUN}; it was not written by apt.save_checkpoint")
-    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    check_manifest(folder, "checkpoint")
+    run = _read_run(folder)
+    weights, _ = read_tensors(folder / MODEL, "checkpoint")
+    moments, _ = read_tensors(folder / OPTIMIZER, "checkpoint")
+    check_numbers(weights, f"checkpoint: {folder / MODEL}")
+    check_numbers(moments, f"checkpoint: {folder / OPTIMIZER}")
+    random_state = _read_random(folder, run)
     restore_shapes(plain, folder, bare_optimizer(optimizer))
     try:
-        plain.load_state_dict(load_file(folder / MODEL))
+        plain.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(
@@ -101,13 +111,34 @@ def resume_checkpoint(
         ) from None
     controller = Controller(model, optimizer, run["total_steps"], **settings)
     load_controller(controller, folder)
-    controller.optimizer.load_state_dict(_optimizer_state(run["optimizer"], load_file(folder / OPTIMIZER)))
+    try:
+        controller.optimizer.load_state_dict(_optimizer_state(run["optimizer"], moments))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"checkpoint: {folder / OPTIMIZER} does not fit the optimizer: {error}; {ADVICE}") from None
     if controller.scaler is not None and run["scaler"] is not None:
         controller.scaler.load_state_dict(run["scaler"])
     if controller.event_log is not None:  # what came after the checkpoint will come again
         write_jsonl(controller.event_log, [event.to_json() for event in controller.events])
-    RandomState.from_json(run["random"]).restore()
+    random_state.restore()
     return controller
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """What a loop's checkpoint tells beside the controller."""
+    run = read_json_table(folder / RUN, "checkpoint")
+    missing = [key for key in ("total_steps", "optimizer", "scaler", "random") if key not in run]
+    if missing or not isinstance(run["total_steps"], int):
+        raise UnreadableError(
+            f"checkpoint: {folder / RUN} is corrupt ({(missing or ['total_steps'])[0]} is off); {ADVICE}"
+        )
+    return run
+
+
+def _read_random(folder: Path, run: dict[str, Any]) -> "RandomState":
+    try:
+        return RandomState.from_json(run["random"])
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UnreadableError(f"checkpoint: {folder / RUN} is corrupt (random: {error}); {ADVICE}") from None
 
 
 def save_controller(controller: Controller, folder: Path) -> None:
@@ -116,7 +147,7 @@ def save_controller(controller: Controller, folder: Path) -> None:
     tensors = {f"{table}/{name}": value for table in TABLES for name, value in state.pop(table).items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
-    write_json(folder / STATE, state)
+    write_json(folder / STATE, {**state, SUM: sha256_of(folder / TENSORS)})
 
 
 def restore_shapes(model: nn.Module, folder: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -134,13 +165,14 @@ def restore_shapes(model: nn.Module, folder: Path, optimizer: torch.optim.Optimi
         ValueError: the folder holds no state of a controller, or another model's.
     """
     devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
-    state = _read(folder)
+    state = read_state(folder)
+    events = _read_events(folder, state)
     distillation = state["distillation"]
     taught = distillation is not None and not distillation["over"]
     with torch.random.fork_rng(devices=devices):
-        for number, row in enumerate(state["events"]):
+        for number, event in enumerate(events):
             keep_tail = taught and distillation["since_event"] is not None and number >= distillation["since_event"]
-            apply_event(model, Event.from_json(row), optimizer, keep_tail=keep_tail)
+            apply_event(model, event, optimizer, keep_tail=keep_tail)
     if taught:
         place_transform(model, DistillationConfig(transform_rank=distillation["transform_rank"]))
     else:
@@ -150,13 +182,23 @@ def restore_shapes(model: nn.Module, folder: Path, optimizer: torch.optim.Optimi
 
 def load_controller(controller: Controller, folder: Path) -> None:
     """Give a new controller the state that `save_controller` wrote; the model has the shapes of that step already."""
-    state = _read(folder)
+    state = read_state(folder)
     device = next(controller.model.parameters()).device
     tables: dict[str, dict[str, Tensor]] = {table: {} for table in TABLES}
-    for key, tensor in load_file(folder / TENSORS).items():
+    place = f"checkpoint: {folder / TENSORS}"
+    tensors, _ = read_tensors(folder / TENSORS, "checkpoint")
+    check_numbers(tensors, place)
+    for key, tensor in tensors.items():
         table, _, name = key.partition("/")
+        if table not in tables:
+            raise UnreadableError(f"{place} is corrupt ({key!r:.60} is none of ours); {ADVICE}")
         tables[table][name] = tensor.to(device)
-    controller.load_state_dict({**state, **tables})
+    try:
+        controller.load_state_dict({**state, **tables})
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UnreadableError(
+            f"checkpoint: {folder / STATE} does not fit this run ({error!r:.120}); {ADVICE}"
+        ) from None
 
 
 class RandomState:
@@ -209,13 +251,33 @@ def random_state_kept() -> Iterator[None]:
         state.restore()
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
+    """What the controller was, but for its tensors.
+
+    Raises:
+        ValueError: the folder holds no such state, or one whose files are not of one moment.
+    """
     path = folder / STATE
     if not path.exists():
         raise ValueError(f"checkpoint: {folder} holds no {STATE}; it was not written by APTrainer")
-    state = json.loads(path.read_text(encoding="utf-8"))
-    assert isinstance(state, dict)
-    return state
+    state = read_json_table(path, "checkpoint")
+    distillation = state.get("distillation")
+    if not isinstance(state.get("step"), int) or not isinstance(distillation, dict | None):
+        raise UnreadableError(f"checkpoint: {path} is corrupt (step or distillation is off); {ADVICE}")
+    if not (folder / TENSORS).exists():
+        raise UnreadableError(f"checkpoint: {folder / TENSORS} is missing; {ADVICE}")
+    if SUM in state and state[SUM] != sha256_of(folder / TENSORS):
+        raise UnreadableError(
+            f"checkpoint: {folder / TENSORS} is not of the moment of {STATE}; the save was stopped halfway, {ADVICE}"
+        )
+    return {"distillation": None, **state}
+
+
+def _read_events(folder: Path, state: dict[str, Any]) -> list[Event]:
+    try:
+        return [Event.from_json(row) for row in state["events"]]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UnreadableError(f"checkpoint: {folder / STATE} is corrupt (events: {error!r:.80}); {ADVICE}") from None
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -62,6 +62,7 @@ def test_a_loop_of_ones_own_resumes_bit_for_bit(tmp_path: Path) -> None:
     first = Loop("bert", patched("bert", torch.float32, 0.1), 30, event_log=tmp_path / "first.jsonl", **DROPPED)
     folder = apt.save_checkpoint(first.take(12).run, tmp_path / "checkpoint")
     names = {"apt_run.json", "apt_state.json", "apt_state.safetensors", "model.safetensors", "optimizer.safetensors"}
+    names.add("apt_files.json")
     assert {path.name for path in folder.iterdir()} == names
     first.take(18)
     drawn = torch.rand(3), np.random.rand(3), random.random()

@@ -19,6 +19,7 @@ from tiny_models import GENERATORS, NAMES, fill_adapters, free_heads, random_pla
 import apt
 import apt.export.write
 from apt.export import FORMAT
+from apt.manifest import MANIFEST
 from apt.surgery.prune import apply_prune_plan
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,11 @@ def edit_card(folder: Path, **changes: Any) -> None:
     (folder / CARD).write_text(json.dumps({key: value for key, value in card.items() if value is not None}))
 
 
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def flip_a_byte(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
@@ -181,7 +187,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no card": (lambda f: (f / CARD).unlink(), rf"is not an export of apt; it has no {CARD}"),
     "half a card": (lambda f: (f / CARD).write_text((f / CARD).read_text()[:40]), rf"{CARD} is corrupt"),
     "binary card": (lambda f: (f / CARD).write_bytes(b"\xff\xfe\x00{"), rf"{CARD} is corrupt"),
-    "a list for a card": (lambda f: (f / CARD).write_text("[1]"), rf"{CARD} is corrupt \(no format number\)"),
+    "a list for a card": (lambda f: (f / CARD).write_text("[1]"), rf"{CARD} is corrupt \(it holds no names and values"),
     "card without units": (lambda f: edit_card(f, units=None), rf"{CARD} is corrupt"),
     "card without a checksum": (lambda f: edit_card(f, sha256=None), rf"{CARD} is corrupt"),
     "newer format": (
@@ -193,6 +199,19 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         rf"{CARD} is corrupt \(prompt is off\)",
     ),
     "unknown class": (lambda f: edit_card(f, **{"class": "NoSuchModel"}), "has no class 'NoSuchModel'; upgrade it"),
+    "a class that is no model": (lambda f: edit_card(f, **{"class": "Trainer"}), rf"{CARD} is corrupt \(class Trainer"),
+    "a number for a class": (lambda f: edit_card(f, **{"class": 5}), rf"{CARD} is corrupt \(class is 5"),
+    "units below none": (lambda f: edit_card(f, units=dict.fromkeys(UNITS, -1)), rf"{CARD} is corrupt \(units are"),
+    "units in words": (lambda f: edit_card(f, units=dict.fromkeys(UNITS, "2")), rf"{CARD} is corrupt \(units are"),
+    "more units than there were": (lambda f: edit_card(f, units=dict.fromkeys(UNITS, 999)), rf"{CARD} is corrupt"),
+    "hidden in words": (lambda f: edit_card(f, hidden="31"), rf"{CARD} is corrupt \(hidden is '31'"),
+    "no order of heads": (lambda f: edit_card(f, head_order=3), rf"{CARD} is corrupt \(head_order is 3"),
+    "heads twice": (lambda f: edit_card(f, head_order={"a": [1, 1]}), rf"{CARD} is corrupt \(head_order of 'a'"),
+    "heads turned round": (lambda f: edit_card(f, head_order={"a": [2, 1]}), rf"{CARD} is corrupt \(head_order of 'a'"),
+    "heads in fractions": (lambda f: edit_card(f, head_order={"a": [0.0]}), rf"{CARD} is corrupt \(head_order of 'a'"),
+    "a million layers": (lambda f: edit_config(f, num_hidden_layers=1000000), r"config\.json: num_hidden_layers must"),
+    "a width in words": (lambda f: edit_config(f, hidden_size="32"), r"config\.json: hidden_size must be a whole"),
+    "an activation that nobody has": (lambda f: edit_config(f, hidden_act="evil"), r"config\.json makes no \w+: "),
     "other sizes": (lambda f: edit_card(f, units=dict.fromkeys(UNITS, 2)), "does not fit"),
     "fewer layers": (
         lambda f: edit_card(f, units={"layers.0.heads": 1}),
@@ -212,6 +231,8 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
 def test_a_spoilt_export_is_refused_in_one_line(spoil: Callable[[Path], Any], words: str, good: Path) -> None:
+    """One without the list of its files, as an older version wrote it."""
+    (good / MANIFEST).unlink()
     spoil(good)
     with pytest.raises(ValueError, match="load_model: .*" + words) as caught:
         apt.load_model(good)

@@ -13,7 +13,8 @@ from tiny_models import fill_adapters, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.files import partial_of, replaced_of, write_file_aside, write_folder_aside
+from apt.files import mark, partial_of, replaced_of, write_file_aside, write_folder_aside
+from apt.manifest import MANIFEST
 from apt.runs.run_folder import METRICS, publish_run
 
 
@@ -122,7 +123,7 @@ def test_an_error_leaves_no_temporary_name(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="full"), write_file_aside(tmp_path / "file") as partial:
         fill_the_disk(partial)
-    with pytest.raises(OSError, match="full"), write_folder_aside(tmp_path / "folder") as partial:
+    with pytest.raises(OSError, match="full"), write_folder_aside(tmp_path / "folder", "part") as partial:
         fill_the_disk(partial / "part")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
@@ -139,11 +140,11 @@ def test_two_processes_that_write_one_file_have_a_temporary_name_each(tmp_path: 
 
 def test_what_a_kill_left_under_the_temporary_name_is_in_nobodys_way(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    partial_of(folder).mkdir()
+    mark(partial_of(folder))
     (partial_of(folder) / "half").write_text("ha")
-    with write_folder_aside(folder) as partial:
+    with write_folder_aside(folder, "whole") as partial:
         (partial / "whole").write_text("whole")
-    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "whole"]
     assert list(tmp_path.iterdir()) == [folder]
 
 
@@ -152,9 +153,9 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "mine").write_text("mine")
     folder = tmp_path / "link"
     folder.symlink_to(tmp_path / "elsewhere")
-    with write_folder_aside(folder) as partial:
+    with write_folder_aside(folder, "mine") as partial:
         (partial / "whole").write_text("whole")
-    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "whole"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
     assert (tmp_path / "elsewhere" / "mine").read_text() == "mine"
 

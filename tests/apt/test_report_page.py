@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,63 @@ def test_pictures_follow_the_colour_scheme(page: Path) -> None:
 
 def test_the_same_records_the_same_page(page: Path) -> None:
     folder, first = page.parent, page.read_bytes()
-    (folder / "report" / "stale.png").write_bytes(b"of an older page")
+    pictures = folder / "report"
+    shutil.copy(pictures / "loss.png", pictures / "stale.png")  # of an older page
+    (pictures / "mine.png").write_bytes(b"\x89PNG of somebody")
     assert report(folder).read_bytes() == first
-    assert not (folder / "report" / "stale.png").exists()
-    assert not list(folder.rglob("*.partial"))
+    assert not (pictures / "stale.png").exists()
+    assert (pictures / "mine.png").read_bytes() == b"\x89PNG of somebody"
+    assert not list(folder.rglob("*.apt-lm"))
+
+
+def test_a_link_in_the_place_of_the_pictures_is_not_followed(page: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(page.parent, folder)
+    shutil.rmtree(folder / "report")
+    album = tmp_path / "album"
+    album.mkdir()
+    (album / "mine.png").write_bytes(b"mine")
+    (folder / "report").symlink_to(album)
+    with pytest.raises(ValueError, match=r"report: .*report is a link, and nothing is written where it leads"):
+        report(folder)
+    assert [(path.name, path.read_bytes()) for path in album.iterdir()] == [("mine.png", b"mine")]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("accuracy", None), ("sparsity", [1]), ("latency_shape", [1]), ("active_gates", 3), ("data", 3)],
+)
+def test_a_run_with_an_entry_that_means_nothing_is_left_out_by_name(
+    entry: str, value: Any, page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "odd"):
+        shutil.copytree(page.parent, tmp_path / name)
+    path = tmp_path / "odd" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {entry: value}), encoding="utf-8")
+    assert report(tmp_path).exists()
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out: " in line]
+    assert len(told) == 1
+    assert f"{tmp_path / 'odd'} is corrupt (metrics.json: {entry} is " in told[0]
+
+
+def test_what_a_terminal_would_obey_is_spelt_out(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A title that a model's name sets, in a table and in the name of a folder."""
+    folder = tmp_path / "a\x1b]0;title\x07"
+    shutil.copytree(page.parent, folder)
+    path = folder / "metrics.json"
+    told = json.loads(path.read_text(encoding="utf-8")) | {"method": "\x1b]0;title\x07", "sparsity": [1]}
+    path.write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(ValueError, match="corrupt"):
+        report(folder)
+    assert main(["report", str(folder)]) == 2
+    path.write_text(json.dumps(told | {"sparsity": 0.5}), encoding="utf-8")
+    report(folder)
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert "\\x1b]0;title\\x07" in said.out
+    assert "\\x1b]0;title\\x07" in said.err
 
 
 def test_an_older_run_says_what_it_did_not_record(tmp_path: Path) -> None:
@@ -140,7 +194,7 @@ def test_what_is_shown_is_escaped(tmp_path: Path) -> None:
     ("name", "line", "words"),
     [
         ("metrics.json", "{", "metrics.json: "),
-        ("metrics.json", "[1]", "metrics.json: it holds no table"),
+        ("metrics.json", "[1]", "metrics.json: it holds no names"),
         ("metrics.json", '{"accuracy": "high"}', "metrics.json: accuracy is 'high'"),
         ("efficiency.json", '{"train_seconds": "long"}', "efficiency.json: train_seconds is 'long'"),
         ("steps.jsonl", '{"step": 1', "steps.jsonl: "),

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 SIZE = (4.4, 2.9)  # inches: on a narrow screen a picture is shown at about its own size, and stays legible
@@ -12,6 +13,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3b82c4", "#d9822b", "#2f9e6e", "#cc4f
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)  # middle tones: they show on white and on near-black
 # In an <img> the reader's colour scheme is that of the page.
 DARK = "<style>svg{color:#20262d}@media (prefers-color-scheme:dark){svg{color:#d5dae1}}</style>"
+SOFTWARE = "apt-lm"  # what a PNG of ours says of itself, in its first HEAD bytes
+HEAD = 1024
 STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -70,8 +73,16 @@ def draw(name: str, title: str, alt: str, plot: Callable[[Any], None], height: f
         plot(figure.add_subplot())
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-        figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+        figure.savefig(png, format="png", dpi=150, metadata={"Software": SOFTWARE})
     return Picture(name, title, alt, _follow_scheme(svg.getvalue()), png.getvalue())
+
+
+def is_drawn_here(path: Path) -> bool:
+    """Whether a PNG says that it was drawn by this file; one of an older version does not, and stays."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"Software\x00" + SOFTWARE.encode() in file.read(HEAD)
 
 
 def _follow_scheme(svg: str) -> str:

@@ -1,6 +1,5 @@
 """Reads what a run left in its folder. What is not there is empty; what is broken is one clear error."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from apt.files import read_jsonl
+from apt.reading import UnreadableError, is_finite_number, parse_yaml, read_json_table, read_text, shown
 from apt.records import Event
 from apt.runs.run_folder import CONFIG, EFFICIENCY, EVENTS, METRICS, TIMINGS
 from apt.runs.tasks import TASKS
@@ -15,6 +15,8 @@ from apt.training.recorder import SHAPES, STEPS
 
 # The entries of metrics.json that are text.
 WORDS = ("method", "ablation", "model", "data", "metric", "unit", "device")
+TABLES = ("versions", "self_distillation", "active_gates")
+LISTS = {"latency_shape": 2, "generation_shape": 3}  # how many numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +87,22 @@ def _unfinished(path: Path) -> bool:
 
 
 def _corrupt(path: Path, why: object) -> ValueError:
+    told = str(why).removeprefix(f"report: {path}").lstrip(", ")
+    why = told.removeprefix("is corrupt (").removesuffix(")") if told.startswith("is corrupt (") else told
     return ValueError(f"report: a record in {path.parent} is corrupt ({path.name}: {why}); run the training again")
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return read_json_table(path, "report")
+    except UnreadableError as error:
         raise _corrupt(path, error) from None
-    if not isinstance(content, dict):
-        raise _corrupt(path, "it holds no table of names and values")
-    return content
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows = read_jsonl(path) if path.exists() else []
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnreadableError as error:
         raise _corrupt(path, error) from None
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
@@ -126,10 +127,22 @@ def _check_shape(path: Path, row: dict[str, Any]) -> dict[str, Any]:
 
 def _metrics(path: Path) -> dict[str, Any]:
     metrics = _json(path)
-    wrong = [name for name, value in metrics.items() if isinstance(value, str) != (name in WORDS) and value is not None]
+    wrong = [name for name, value in metrics.items() if not _is_right(name, value)]
     if wrong:
-        raise _corrupt(path, f"{wrong[0]} is {metrics[wrong[0]]!r:.40}")
+        raise _corrupt(path, f"{wrong[0]} is {shown(metrics[wrong[0]])}")
     return metrics
+
+
+def _is_right(name: str, value: Any) -> bool:
+    """Whether an entry is a text where there is to be one, a table or list where there is to be one, else a number."""
+    if name in WORDS:
+        return isinstance(value, str)
+    if name in TABLES:
+        return value is None or isinstance(value, dict)
+    if name in LISTS:
+        return isinstance(value, list) and len(value) == LISTS[name] and all(map(is_finite_number, value))
+    # A score may be NaN; one that is not there is left out.
+    return isinstance(value, int | float) or (value is None and name not in known_scores())
 
 
 def _events(path: Path) -> list[Event]:
@@ -153,8 +166,8 @@ def _config(path: Path) -> str:
     if not path.exists():
         return ""
     try:
-        text = path.read_text(encoding="utf-8")
-        yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = read_text(path, "report")
+        parse_yaml(text)
+    except (yaml.YAMLError, UnreadableError) as error:
         raise _corrupt(path, " ".join(str(error).split())) from None
     return text

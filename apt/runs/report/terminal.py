@@ -9,6 +9,7 @@ from rich.table import Table
 
 from apt.runs.report.records import load_run
 from apt.runs.report.tables import Sheet, sheets
+from apt.telling import printable
 
 WIDTH = 100  # columns, where the output is no terminal and so has no width
 WIDE = 120  # the same of tables that compare runs
@@ -38,12 +39,12 @@ def print_sheets(found: list[Sheet], file: IO[str] | None = None, width: int = W
 
 
 def _table(sheet: Sheet) -> Table:
-    table = Table(title=escape(sheet.title), title_justify="left", show_header=bool(sheet.headers))
+    table = Table(title=escape(printable(sheet.title)), title_justify="left", show_header=bool(sheet.headers))
     for header in sheet.headers:
         table.add_column(escape(header), justify="right", overflow="fold")
     if not sheet.headers:
         table.add_column("what")
         table.add_column("value", justify="right")
     for row in sheet.rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     return table

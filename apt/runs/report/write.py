@@ -1,16 +1,16 @@
 """Writes the page and its pictures where the run is."""
 
-import sys
 from pathlib import Path
 
 from apt.files import write_file_aside, writing
 from apt.runs.report.compare import comparisons
 from apt.runs.report.page import PAGE, Page, folder_page, run_page
-from apt.runs.report.pictures import check_drawing
+from apt.runs.report.pictures import check_drawing, is_drawn_here
 from apt.runs.report.records import RunRecord, find_runs, load_run
 from apt.runs.report.tables import sheets
 from apt.runs.report.terminal import WIDE, print_sheets
 from apt.runs.run_folder import METRICS
+from apt.telling import tell
 
 PICTURES = "report"  # the folder of the PNGs, beside the page
 ADVICE = "only the page is missing; free space there, or copy the folder to where it can be written"
@@ -45,7 +45,7 @@ def report(folder: str | Path) -> Path:
         page = folder_page(folder, runs, unread)
     with writing(folder, "report", ADVICE):
         path = _write(folder, page)
-    print(f"apt: {path} shows this, with {len(page.pictures)} pictures", file=sys.stderr)
+    tell(f"{path} shows this, with {len(page.pictures)} pictures")
     return path
 
 
@@ -54,23 +54,34 @@ def _load_all(folder: Path) -> tuple[list[RunRecord], list[str]]:
     runs, unread = [], []
     for path in find_runs(folder):
         try:
-            runs.append(load_run(path, label=path.relative_to(folder).as_posix()))
+            run = load_run(path, label=path.relative_to(folder).as_posix())
+            sheets(run)
+            runs.append(run)
         except ValueError as error:
             unread.append(str(error))
+        except (LookupError, TypeError, AttributeError) as error:  # an entry that no table can show
+            unread.append(f"report: a record in {path} is corrupt ({error!r:.80}); run the training again")
     if not runs:
         raise ValueError(unread[0])
     for line in unread:
-        print(f"apt: left out: {line}", file=sys.stderr)
+        tell(f"left out: {line}")
     return runs, unread
 
 
 def _write(folder: Path, page: Page) -> Path:
-    """The pictures, then the page; each appears whole or not at all, and pictures of an older page go."""
+    """The pictures, then the page; each appears whole or not at all, and our pictures of an older page go.
+
+    Raises:
+        ValueError: the folder of the pictures is a link.
+    """
+    pictures = folder / PICTURES
+    if pictures.is_symlink():
+        raise ValueError(f"report: {pictures} is a link, and nothing is written where it leads; remove or rename it")
     for picture in page.pictures:
-        _replace(folder / PICTURES / f"{picture.name}.png", picture.png)
+        _replace(pictures / f"{picture.name}.png", picture.png)
     drawn = {f"{picture.name}.png" for picture in page.pictures}
-    for path in (folder / PICTURES).glob("*.png"):
-        if path.name not in drawn:
+    for path in pictures.glob("*.png"):
+        if path.name not in drawn and is_drawn_here(path):
             path.unlink()
     _replace(folder / PAGE, page.html.encode("utf-8"))
     return folder / PAGE

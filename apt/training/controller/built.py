@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from apt.apt_config import APTConfig
 
@@ -37,3 +38,14 @@ def check_one_process() -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
         raise ValueError("controller: this version prunes in one process; train on one device")
+
+
+def check_holds_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where an optimizer holds no parameter of the model that trains: it is another model's."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if trained and not trained & held:
+        raise ValueError(
+            "controller: the optimizer holds none of the parameters of this model that train; make it after "
+            "patch_model, over [p for p in model.parameters() if p.requires_grad]"
+        )

@@ -18,7 +18,7 @@ from apt.records import Event, Plan, Target
 from apt.surgery import forget_graphs, patch_state, uncompiled
 from apt.surgery.event import apply_plan
 from apt.surgery.moments import bare_optimizer, check_optimizer
-from apt.training.controller.built import check_built, check_one_process
+from apt.training.controller.built import check_built, check_holds_trained, check_one_process
 from apt.training.controller.calibration import Loss, model_loss
 from apt.training.controller.distillation import Distillation, HeldOut
 from apt.training.controller.finite import gradients_are_finite, task_loss
@@ -82,6 +82,7 @@ class Controller:
         self.scaler = scaler
         self.event_log = event_log
         self.optimizer = bare_optimizer(optimizer)
+        check_holds_trained(model, self.optimizer)
         self._check = LogitCheck(model, self.config.verify_events)
         self.timeline = Timeline.of(self.config, total_steps)
         self.progress = Progress(self.timeline)
@@ -106,6 +107,7 @@ class Controller:
         halves = (self.distillation, self.pruning, self.growth)
         self._scheduled: list[Phase] = [phase for phase in halves if phase is not None]
         self.phases = [*self._unscheduled, *self._scheduled]
+        self._note_next_event()
 
     def _begin_distillation(self, held_out: HeldOut | None) -> Distillation:
         """The distillation of this run; over already where a checkpoint from after its end is being taken up."""
@@ -300,10 +302,15 @@ class Controller:
     def _log_event(self, event: Event) -> None:
         """Note an event that was carried out, here and in the log."""
         self.events.append(event)
+        self._note_next_event()
         forget_graphs()  # shapes are static between events; start the recompile count anew
         give_back(self._device)
         if self.event_log is not None:
             append_jsonl(self.event_log, event.to_json())
+
+    def _note_next_event(self) -> None:
+        """Leave on the model the step of the event that is still to come: an export before it says so."""
+        patch_state(self.model).next_event = self.progress.next_event if self.active else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside model and optimizer: JSON values and tensors."""
@@ -320,3 +327,4 @@ class Controller:
         self.progress.events = [Event.from_json(row) for row in state["events"]]
         for phase in self.phases:
             phase.load_state_dict(state, self.progress)
+        self._note_next_event()
