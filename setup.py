@@ -23,6 +23,7 @@ setup(
         "safetensors",
         "numpy",
         "pyyaml",
+        "psutil",
         "rich",
         "tqdm",
         'triton>=3.4; platform_system == "Linux"',

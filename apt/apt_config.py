@@ -1,6 +1,7 @@
 """APTConfig: everything about the method, the overriding of a leaf by its name, and the paper's ablations."""
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -92,6 +93,9 @@ class APTConfig:
             )
         if self.rank < 1:
             raise ValueError(f"config: rank must be at least 1, got {self.rank}")
+        _check_finite(self)
+        if self.scale == 0.0:
+            raise ValueError("config: scale must not be 0, as no adapter would learn anything")
         if not 0.0 <= self.momentum_salience < 1.0:
             raise ValueError(f"config: momentum_salience must be in [0, 1), got {self.momentum_salience}")
         if self.target_modules is not None:
@@ -141,6 +145,19 @@ class APTConfig:
         top = changes.pop("", {})
         nested = {section: replace(getattr(self, section), **leaves) for section, leaves in changes.items()}
         return replace(self, **top, **nested)
+
+
+def _check_finite(config: Any) -> None:
+    """Raise ValueError for the first number of a config or its sections that is NaN or infinite."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            _check_finite(value)
+            continue
+        numbers = value.values() if isinstance(value, dict) else (value,)
+        wrong = next((number for number in numbers if isinstance(number, float) and not math.isfinite(number)), None)
+        if wrong is not None:
+            raise ValueError(f"config: {entry.name} must be a finite number, got {wrong}")
 
 
 def _section_of(config: APTConfig, name: str) -> str:

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from apt.stopping import AT_ONCE, Stopped, signals, stop_at_once
+from apt.telling import tell
+
 if TYPE_CHECKING:
     from apt.runs.config import RunConfig
 
@@ -32,20 +35,24 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 after an error of the user, or 130 where the user stopped it.
+    """Run a command; the exit code is 0, 2 after an error of the user, or 128 and its number where a signal stopped it.
 
     That of ``doctor`` is 1 where no run can work.
     """
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        return COMMANDS[arguments.command](arguments)
+        with signals(stop_at_once):
+            return COMMANDS[arguments.command](arguments)
     except USER_ERRORS as error:
         if os.environ.get("APT_TRACEBACK") == "1":
             raise
-        print("apt: error:", " ".join(str(error).split()), file=sys.stderr)
+        tell(f"error: {' '.join(str(error).split())}")
         return 2
+    except Stopped as stopped:
+        tell(str(stopped))
+        return stopped.exit_code
     except KeyboardInterrupt:
-        print("apt: stopped; with checkpoints (training.save_steps) --resume goes on", file=sys.stderr)
+        tell(AT_ONCE)
         return 130
 
 

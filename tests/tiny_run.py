@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 WORDS = ["good", "bad", *(f"word{i}" for i in range(40))]
+SHORT = {"training.max_steps": 12, "evaluation.event_timing_steps": 0, "evaluation.inference_repeats": 1}  # of a grid
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -89,6 +90,18 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
         "hardware": {"num_threads": 1, "device": "cpu"},
     }
     return save_config(folder, document, sections)
+
+
+def write_grid(folder: Path, **keys: Any) -> Path:
+    """A file of a grid with its config; `keys` go on top, and those that are None are left out."""
+    import yaml
+
+    write_config(folder)
+    path = folder / "grid.yaml"
+    grid = {"output_dir": str(folder / "grid"), "config": "config.yaml", "settings": SHORT, **keys}
+    text = yaml.safe_dump({key: value for key, value in grid.items() if value is not None}, sort_keys=False)
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def metrics_of(run: Path) -> dict[str, Any]:

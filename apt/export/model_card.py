@@ -1,20 +1,26 @@
 """The model card of an export: what it is made of, what was removed, how good and how fast it is, how to load it."""
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+import yaml
+from huggingface_hub import ModelCardData, try_to_load_from_cache
 
 from apt.families.locate import resolve_model
+from apt.reading import UnreadableError, parse_yaml, read_text
 from apt.records import UnitName
 from apt.surgery import Summary
+from apt.telling import markdown, printable
 from apt.version import versions_used
 
 README = "README.md"
+FRONT_MATTER = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+MOST_CARD = 4 << 20  # bytes
 NOT_FIGURES = ("method", "ablation", "model", "data", "metric", "unit", "device", "versions", "self_distillation")
 
 
@@ -38,7 +44,10 @@ def public_name(name: str) -> str:
 
 
 def licence_of(base: str) -> str:
-    """The licence that the card of a base model names, where that card lies on this machine; else "unknown"."""
+    """The licence that the card of a base model names, where that card lies on this machine; else "unknown".
+
+    Whatever else is wrong with that card is nothing to us: it was written by somebody, by hand.
+    """
     try:
         folder = Path(resolve_model(base)).expanduser()
     except (ValueError, ImportError, OSError):
@@ -48,7 +57,13 @@ def licence_of(base: str) -> str:
         card = try_to_load_from_cache(base, README)
     if not isinstance(card, str | Path) or not Path(card).is_file():
         return "unknown"
-    return str(ModelCard(Path(card).read_text(encoding="utf-8")).data.to_dict().get("license") or "unknown")
+    try:
+        head = FRONT_MATTER.match(read_text(Path(card), "export", MOST_CARD))
+        entries = parse_yaml(head[1]) if head is not None else None
+    except (OSError, UnreadableError, yaml.YAMLError):
+        return "unknown"
+    found = entries.get("license") if isinstance(entries, dict) else None
+    return found if isinstance(found, str) and found else "unknown"
 
 
 def model_card(
@@ -63,22 +78,24 @@ def model_card(
         command: that began it.
     """
     metrics = metrics or {}
-    base = public_name(facts.base)
+    base = printable(public_name(facts.base))
     data = ModelCardData(
         license=licence_of(facts.base),
         base_model=None if base == "unknown" else base,
         library_name="transformers",
         pipeline_tag=hub_tag,
-        datasets=[public_name(str(metrics["data"]))] if "data" in metrics else None,
+        datasets=[printable(public_name(str(metrics["data"])))] if "data" in metrics else None,
         metrics=[metrics["metric"]] if "metric" in metrics else None,
         tags=["apt-lm", facts.method, *(["pruned"] if facts.counts.sparsity > 0.0 else [])],
     )
-    parts = [f"# {base}, by apt-lm ({facts.method})", _text(facts, base, metrics)]
+    parts = [f"# {markdown(base)}, by apt-lm ({facts.method})", _text(facts, base, metrics)]
     parts += ["## How to load it", _loading(facts), "## What was removed, and what is left", _structure(facts.counts)]
     if metrics:
         parts += ["## Scores and efficiency", _figures(metrics)]
     if command is not None:
-        parts += ["## How it was made", f"```\n{command}\n```"]
+        longest = max(map(len, re.findall("`+", command)), default=0)
+        fence = "`" * max(3, longest + 1)
+        parts += ["## How it was made", f"{fence}\n{printable(command)}\n{fence}"]
     versions = metrics.get("versions") or versions_used()
     parts += ["## Versions", _table(versions, ("package", "version"))]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
@@ -98,8 +115,8 @@ def command_of(arguments: list[str]) -> str:
 def _text(facts: CardFacts, base: str, metrics: Mapping[str, Any]) -> str:
     counts = facts.counts
     share = 1.0 - counts.params_after / counts.params_before
-    lines = f"{facts.kind}, fine-tuned from {base} by the method {facts.method} of apt-lm"
-    lines += f" on {public_name(str(metrics['data']))}" if "data" in metrics else ""
+    lines = f"{facts.kind}, fine-tuned from {markdown(base)} by the method {facts.method} of apt-lm"
+    lines += f" on {markdown(public_name(str(metrics['data'])))}" if "data" in metrics else ""
     return (
         f"{lines}. {counts.sparsity:.1%} of its block parameters (attention, FFN, norms) and {share:.1%} of all are "
         f"gone; the adapters are merged. The licence is that of the base model."
@@ -138,4 +155,10 @@ def _figures(metrics: Mapping[str, Any]) -> str:
 
 def _table(rows: Mapping[str, Any], head: tuple[str, str]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join([*lines, *(f"| {markdown(name)} | {_cell(value)} |" for name, value in rows.items())])
+
+
+def _cell(value: Any) -> str:
+    """A value in a table; numbers, and lists of them, hold nothing that Markdown reads."""
+    is_shape = isinstance(value, list) and all(isinstance(number, int | float) for number in value)
+    return str(value) if is_shape else markdown(value)

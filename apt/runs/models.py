@@ -1,16 +1,17 @@
 """The model and the tokenizer of a run."""
 
 import importlib.util
-import struct
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, GgufConfig
 
+from apt.families.config_files import check_model_folder, is_unusable, reason_of
 from apt.families.locate import GGUF, resolve_model
+from apt.reading import check_regular
 from apt.runs.config import RunConfig
 from apt.runs.data import Loader
 from apt.runs.tasks import TASKS, Task
@@ -76,9 +77,10 @@ def check_shape(config: RunConfig, model: nn.Module) -> None:
 
 def _load_pretrained(kind: Any, name: str, **settings: Any) -> Any:
     path = resolve_model(name)
-    broken: list[type[Exception]] = [OSError, SafetensorError]
+    if Path(path).is_dir():
+        check_model_folder(Path(path), "model")
     if path.endswith(GGUF):
-        broken += [ValueError, LookupError, struct.error]
+        check_regular(Path(path), "model")
         path, _, settings["gguf_file"] = path.rpartition("/")
         if importlib.util.find_spec("gguf") is None:
             raise ImportError(f'model: reading {name} needs gguf; pip install "apt-lm[gguf]"')
@@ -89,14 +91,23 @@ def _load_pretrained(kind: Any, name: str, **settings: Any) -> Any:
         return kind.from_pretrained(path or ".", **settings)
     except FileNotFoundError:
         raise
-    except tuple(broken) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model: {name} cannot be loaded: {reason}") from None
+    except Exception as error:  # whatever the files say; what is no fault of theirs passes
+        if not is_unusable(error):
+            raise
+        raise ValueError(f"model: {name} cannot be loaded: {reason_of(error)}") from error
 
 
 def check_lengths(data: Loader, model: nn.Module) -> None:
-    """Raise ValueError where a row of the data has more tokens than the model has positions."""
+    """Raise ValueError where a row has more tokens than the model has positions, or a token it has no embedding for."""
     rows = [*data.train.columns["input_ids"], *data.test.columns["input_ids"]]
+    find: Any = model.get_input_embeddings
+    known = find().weight.shape[0]
+    highest = max((max(row) for row in rows if row), default=0)
+    if highest >= known:
+        raise ValueError(
+            f"data: the tokenizer makes token {highest}, but the model has embeddings of {known} tokens; take the "
+            f"tokenizer of this model"
+        )
     most = max(map(len, rows))
     limit = positions(model)
     if limit is not None and most > limit:

@@ -1,9 +1,10 @@
 """A whole run: from a config to a folder that holds the small model, its metrics and its events."""
 
 import json
-import sys
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from apt.runs.arguments import choose_device, optimizer_class, training_argument
 from apt.runs.config import RunConfig
 from apt.runs.data import Loader
 from apt.runs.evaluation.evaluate import Evaluator
+from apt.runs.lock import locked
 from apt.runs.measure import measure_run, score_model
 from apt.runs.models import build_model, build_tokenizer, check_lengths, check_shape
 from apt.runs.report import print_report
@@ -31,6 +33,7 @@ from apt.runs.run_folder import (
     METRICS,
     MODEL,
     begin_folder,
+    check_folders,
     find_checkpoint,
     is_done,
     is_whole,
@@ -38,8 +41,10 @@ from apt.runs.run_folder import (
     publish_run,
 )
 from apt.runs.tasks import TASKS, DataRequest
+from apt.stopping import Stopped, StopRequest, signals
 from apt.surgery import patch_model, summary
-from apt.training.checkpoint import random_state_kept
+from apt.telling import tell
+from apt.training.checkpoint import RandomState, random_state_kept
 from apt.training.trainer import APTrainer
 
 ADVICE = (
@@ -62,16 +67,29 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
     """
     output = Path(config.output_dir).expanduser()
     partial = partial_of(output)
+    check_folders(output)
     if is_done(output, config, overwrite=overwrite, resume=resume):
         return output
-    if is_whole(partial, config, resume=resume):
-        return _name_and_report(partial, output)
     check_writable(partial, "train")
+    with locked(partial):
+        # Another process may have finished it until this one came.
+        if is_done(output, config, overwrite=overwrite, resume=resume):
+            return output
+        if not is_whole(partial, config, resume=resume):
+            _fill_folder(config, partial, overwrite=overwrite, resume=resume, command=command)
+        publish_run(partial, output)
+    print_report(output)
+    tell(f"python -m apt report {output} draws a page of this run")
+    return output
+
+
+def _fill_folder(config: RunConfig, partial: Path, *, overwrite: bool, resume: bool, command: str | None) -> None:
+    """Train and measure in the folder of an unfinished run; afterwards it is whole."""
     checkpoint = find_checkpoint(partial, config, overwrite=overwrite, resume=resume)
     _prepare_process(config)
     tokenizer = build_tokenizer(config)
     data = load_data(config, tokenizer)
-    print(f"{len(data.train):,} {data.unit} to train on, {len(data.test):,} to test on", file=sys.stderr)
+    tell(f"{len(data.train):,} {data.unit} to train on, {len(data.test):,} to test on")
     model = build_model(config, data.num_labels, tokenizer, data.label_names)
     check_shape(config, model)
     check_lengths(data, model)
@@ -79,7 +97,8 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
         if checkpoint is None:
             begin_folder(partial, config)
         trainer, seconds = _train_model(config, model, tokenizer, data, partial, checkpoint)
-        metrics, times = measure_run(config, tokenizer, data, partial, trainer)
+        with _checkpoint_kept(trainer):
+            metrics, times = measure_run(config, tokenizer, data, partial, trainer)
         efficiency = {"train_seconds": seconds, **trainer.throughput(), **times}
         if checkpoint is not None:
             # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
@@ -89,7 +108,27 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
         write_json(partial / EFFICIENCY, efficiency)
         # The last of all: it marks the run as whole.
         write_json(partial / METRICS, metrics)
-    return _name_and_report(partial, output)
+
+
+@contextmanager
+def _checkpoint_kept(trainer: APTrainer) -> Iterator[None]:
+    """Where the user stops what comes after the last step, what was trained is saved first."""
+    state = RandomState()
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        step = trainer.state.global_step
+        state.restore()
+        trainer.save_now()
+        number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        raise Stopped(number, _stopped_at(step, trainer.state.max_steps)) from None
+
+
+def _stopped_at(step: int, steps: int) -> str:
+    return (
+        f"stopped after step {step} of {steps}, of which checkpoint-{step} is saved; the same command with --resume "
+        f"goes on"
+    )
 
 
 def load_data(config: RunConfig, tokenizer: Any, *, num_labels: int | None = None) -> Loader:
@@ -114,13 +153,6 @@ def _write_card(
     facts = CardFacts(config.model.name, type(model).__name__, config.model.method, stock, summary(model))
     card = model_card(facts, metrics, TASKS[config.model.task].hub_tag, command)
     (folder / README).write_text(card, encoding="utf-8")
-
-
-def _name_and_report(partial: Path, output: Path) -> Path:
-    publish_run(partial, output)
-    print_report(output)
-    print(f"apt: python -m apt report {output} draws a page of this run", file=sys.stderr)
-    return output
 
 
 def _prepare_process(config: RunConfig) -> None:
@@ -156,6 +188,17 @@ class _Bar(ProgressCallback):
         """End its line, also where training failed: what is printed next starts on a line of its own."""
         if self.training_bar is not None:
             self.training_bar.close()
+
+
+class _Stop(TrainerCallback):
+    """Ends the training with a checkpoint after the step in which a signal came."""
+
+    def __init__(self) -> None:
+        self.request = StopRequest("stopping after this step, with a checkpoint; once more stops at once")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.request.number is not None:
+            control.should_save = control.should_training_stop = True
 
 
 class _Curve(TrainerCallback):
@@ -201,12 +244,17 @@ def _train_model(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = callback.logging_dir or str(partial / "tensorboard")
+    stop = _Stop()
+    trainer.add_callback(stop)
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with signals(stop.request):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         bar.close()
     seconds = time.perf_counter() - started
+    if stop.request.number is not None:
+        raise Stopped(stop.request.number, _stopped_at(trainer.state.global_step, trainer.state.max_steps))
     return trainer, seconds
 
 

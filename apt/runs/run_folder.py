@@ -1,11 +1,14 @@
 """The folder of a run: where it grows, when it gets its name, and what ``--resume`` finds there."""
 
 import shutil
-import sys
 from pathlib import Path
 
-from apt import files
+from apt.files import MARK, check_ours, mark, publish_folder, replaced_of, write_text
+from apt.files import partial_of as aside_of
 from apt.runs.config import RunConfig, load_config
+from apt.runs.lock import LOCK
+from apt.telling import tell
+from apt.training.whole_checkpoints import checkpoints_in
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
@@ -14,6 +17,8 @@ EVENTS = "events.jsonl"
 TIMINGS = "event_timing.json"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
+NAMES = (CONFIG, METRICS, EFFICIENCY, EVENTS, TIMINGS, MODEL, CHECKPOINTS)  # of what a run writes
+MORE_NAMES = ("steps.jsonl", "shapes.jsonl", "tensorboard", "report", "report.html", LOCK, MARK)
 SHAPES_A_RUN = ("model", "data", "training", "pruning", "adapter", "prompt", "tuning", "distillation")  # of the config
 FREE_ON_RESUME = ("training.save_steps", "training.logging_steps", "training.report_to", "data.cache")
 
@@ -26,7 +31,7 @@ def partial_of(output: Path) -> Path:
     """
     if not output.name:
         raise ValueError(f"train: output_dir must name a folder, got {str(output)!r}")
-    return files.partial_of(output)
+    return aside_of(output)
 
 
 def is_done(output: Path, config: RunConfig, *, overwrite: bool, resume: bool) -> bool:
@@ -37,11 +42,11 @@ def is_done(output: Path, config: RunConfig, *, overwrite: bool, resume: bool) -
     """
     finished = (output / METRICS).exists()
     if finished and resume and not overwrite:
-        print(f"apt: {output} holds a finished run; there is nothing to resume", file=sys.stderr)
+        tell(f"{output} holds a finished run; there is nothing to resume")
         if (other := other_settings(output, config)) is not None:
-            print(f"apt: it was made with other settings ({other}); give another output_dir for these", file=sys.stderr)
+            tell(f"it was made with other settings ({other}); give another output_dir for these")
         if _checkpoints(partial_of(output)):
-            print("apt: an unfinished run would replace it; --resume --overwrite goes on with that", file=sys.stderr)
+            tell("an unfinished run would replace it; --resume --overwrite goes on with that")
         return True
     if finished and not overwrite:
         raise ValueError(f"train: {output} holds a finished run; give --overwrite to replace it, or another output_dir")
@@ -77,11 +82,37 @@ def find_checkpoint(partial: Path, config: RunConfig, *, overwrite: bool, resume
     return None
 
 
+def check_folders(output: Path) -> None:
+    """Refuse to run where a name that the run needs belongs to something else; it stays.
+
+    Raises:
+        ValueError: names it.
+    """
+    for folder in (partial_of(output), replaced_of(output)):
+        if _is_old_run(folder):
+            mark(folder)
+        check_ours(folder)
+
+
+def _is_old_run(folder: Path) -> bool:
+    """Whether a folder without our mark is a run that an older version left there: it holds nothing else."""
+    if folder.is_symlink() or not (folder / CONFIG).is_file():
+        return False
+    names = {path.name.removesuffix(".partial").removesuffix(".replaced") for path in folder.iterdir()}
+    return names <= {*NAMES, *MORE_NAMES}
+
+
 def begin_folder(partial: Path, config: RunConfig) -> None:
-    """An empty folder with the settings in it; what was there is gone."""
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    """Empty the folder of an unfinished run, but for its mark and its lock, and put the settings in it."""
+    mark(partial)
+    for path in partial.iterdir():
+        if path.name in (MARK, LOCK):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    write_text(partial / CONFIG, config.to_yaml())
 
 
 def publish_run(partial: Path, output: Path) -> None:
@@ -89,13 +120,13 @@ def publish_run(partial: Path, output: Path) -> None:
     shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     if output.exists() and not (output / METRICS).exists():
         output.rmdir()  # raises where something that is no run was put there meanwhile
-    files.publish_folder(partial, output)
+    publish_folder(partial, output)
+    (output / LOCK).unlink(missing_ok=True)
 
 
 def _checkpoints(partial: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; what a kill left half written has no such name."""
-    found = partial.glob(f"{CHECKPOINTS}/checkpoint-*")
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    """Complete checkpoints, oldest first."""
+    return checkpoints_in(partial / CHECKPOINTS)
 
 
 def _check_same_run(partial: Path, config: RunConfig) -> None:

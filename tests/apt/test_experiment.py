@@ -8,25 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from tiny_run import efficiency_of, metrics_of, write_config
+from tiny_run import SHORT, efficiency_of, metrics_of, write_grid
 
 from apt.cli import main
 from apt.runs.experiment import cells, load_grid, run_experiment
 from apt.runs.experiment.launch import command, folder_of
 from apt.runs.experiment.tables import arms_of, tables
 from apt.runs.report.records import RunRecord
-
-SHORT = {"training.max_steps": 12, "evaluation.event_timing_steps": 0, "evaluation.inference_repeats": 1}
-
-
-def write_grid(folder: Path, **keys: Any) -> Path:
-    write_config(folder)
-    path = folder / "grid.yaml"
-    grid = {"output_dir": str(folder / "grid"), "config": "config.yaml", "settings": SHORT, **keys}
-    text = yaml.safe_dump({key: value for key, value in grid.items() if value is not None}, sort_keys=False)
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def names(path: Path) -> list[str]:
@@ -141,7 +129,7 @@ def test_each_gpu_gets_one_run_at_a_time_by_accelerate(tmp_path: Path, monkeypat
     busy: list[int] = []
     seen: list[tuple[int, ...]] = []
 
-    def run(_grid: Any, cell: Any, gpu: int) -> None:
+    def run(_grid: Any, cell: Any, gpu: int, _children: Any) -> None:
         busy.append(gpu)
         seen.append(tuple(busy))
         folder = folder_of(cell)

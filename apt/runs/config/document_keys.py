@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from apt.reading import shown
+
 # What the documents call a model, and its weights on the hub.
 MODELS = {
     "roberta": "FacebookAI/roberta-base",
@@ -33,7 +35,7 @@ ATTENTION_ROLES = ("q", "v")  # where mha_components is left out
 def _architecture(key: str, value: Any) -> str:
     names = value if isinstance(value, list) else [value]
     if len(names) != 1 or not isinstance(names[0], str):
-        raise ValueError(f"config: {key} must name one model, as a run trains one, got {value!r}")
+        raise ValueError(f"config: {key} must name one model, as a run trains one, got {shown(value)}")
     return MODELS.get(names[0], names[0])
 
 
@@ -42,7 +44,7 @@ def _roles(key: str, value: Any, known: Mapping[str, str]) -> list[str]:
     unknown = [name for name in names if not isinstance(name, str) or name not in known]
     if unknown:
         raise ValueError(
-            f"config: {key} must name some of {', '.join(known)}, got {unknown[0]!r}; for other linears use "
+            f"config: {key} must name some of {', '.join(known)}, got {shown(unknown[0])}; for other linears use "
             f"model.target_modules"
         )
     return list(dict.fromkeys(known[name] for name in names))
@@ -50,7 +52,7 @@ def _roles(key: str, value: Any, known: Mapping[str, str]) -> list[str]:
 
 def _switch(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"config: {key} must be true or false, got {value!r}")
+        raise ValueError(f"config: {key} must be true or false, got {shown(value)}")
     return value
 
 
@@ -71,7 +73,7 @@ def _kurtosis(key: str, value: Any) -> str:
 def _metrics(key: str, value: Any) -> list[str]:
     names = value if isinstance(value, list) else [value]
     if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"config: {key} must name metrics, got {value!r}")
+        raise ValueError(f"config: {key} must name metrics, got {shown(value)}")
     return names
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from apt.reading import parse_yaml, read_yaml, shown
 from apt.runs.config.document_keys import DOCUMENT_KEYS, counterparts, translate
 from apt.runs.config.settings import RunConfig
 
@@ -61,14 +62,9 @@ def read_table(path: Path, room: str, content: str) -> dict[Any, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not YAML, or no table.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{room}: there is no file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{room}: {path} is not YAML: {' '.join(str(error).split())}") from None
+    document = read_yaml(path, room)
     if not isinstance(document, dict):
-        raise ValueError(f"{room}: {path} must hold {content}, got {document!r:.60}")
+        raise ValueError(f"{room}: {path} must hold {content}, got {shown(document)}")
     return document
 
 
@@ -81,7 +77,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             values[_known(str(name), [*TOP, *SECTIONS])] = content
             continue
         if not isinstance(content, dict | None):
-            raise ValueError(f"config: section {name} must hold keys and values, got {content!r:.60}")
+            raise ValueError(f"config: section {name} must hold keys and values, got {shown(content)}")
         values.update(_leaves(name, content or {}))
     translate(values)  # says what is wrong with the file itself, which overrides may hide
     return values
@@ -100,15 +96,15 @@ def _leaves(section: str, content: dict[str, Any]) -> dict[str, Any]:
 def _split(override: str) -> tuple[str, str]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"config: an override is written key=value, got {override!r}")
+        raise ValueError(f"config: an override is written key=value, got {shown(override)}")
     return key.strip(), text.strip()
 
 
 def _yaml_value(key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
-        raise ValueError(f"config: {key} cannot be read from {text!r}; a value is written as in YAML") from None
+        raise ValueError(f"config: {key} cannot be read from {shown(text)}; a value is written as in YAML") from None
 
 
 def _full_key(key: str) -> str:
@@ -129,7 +125,7 @@ def _known(key: str, keys: list[str]) -> str:
     near = difflib.get_close_matches(key, keys, n=3)
     near += [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=2)]
     hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else f"there are {', '.join(keys)}"
-    raise ValueError(f"config: unknown key {key!r}; {hint}")
+    raise ValueError(f"config: unknown key {shown(key)}; {hint}")
 
 
 def _hint(key: str) -> Any:
@@ -157,7 +153,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             number = math.nan
         if math.isfinite(number):
             return number
-    raise ValueError(f"config: {key} must be {' or '.join(map(_describe, options))}, got {value!r}")
+    raise ValueError(f"config: {key} must be {' or '.join(map(_describe, options))}, got {shown(value)}")
 
 
 def _describe(hint: Any) -> str:

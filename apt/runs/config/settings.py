@@ -8,10 +8,12 @@ import yaml
 
 from apt.apt_config import APTConfig, changes_of
 from apt.distillation import DistillationConfig
+from apt.families.config_files import check_sizes
 from apt.methods import METHODS, MethodConfig
 from apt.methods.prompts import PromptConfig
 from apt.pruning import PruningConfig
 from apt.pruning.ranks import TuningConfig
+from apt.reading import shown
 from apt.runs.checks import check_at_least, check_one_of
 from apt.runs.data import DataConfig
 from apt.runs.evaluation import EvaluationConfig
@@ -50,8 +52,10 @@ class ModelConfig:
         check_at_least("model", self, {"num_labels": 2})
         if self.num_labels is not None and not TASKS[self.task].counts_classes:
             raise ValueError(f"config: model.num_labels counts classes, but model.task is {self.task!r}; leave it out")
+        if self.shape is not None:
+            check_sizes(self.shape, "config: model.shape")
         if self.shape is not None and "model_type" not in self.shape:
-            raise ValueError(f"config: model.shape must name the model_type beside the sizes, got {self.shape}")
+            raise ValueError(f"config: model.shape must name the model_type beside the sizes, got {shown(self.shape)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,8 @@ class TrainingSettings:
         for name in self.report_to or ():
             check_one_of("training.report_to", name, REPORTERS)
         check_at_least("training", self, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
+        if self.scaling_factor == 0.0:
+            raise ValueError("config: training.scaling_factor must not be 0, as no adapter would learn anything")
         if not 0.0 <= self.momentum_salience < 1.0 or not self.warmup_ratio < 1.0:
             raise ValueError(
                 f"config: training.momentum_salience and training.warmup_ratio must be in [0, 1), got "

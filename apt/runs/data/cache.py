@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 
 from apt.files import write_file_aside
 from apt.runs.data.config import DataConfig
+from apt.telling import tell
 
 Columns = dict[str, list[Any]]  # each row a whole number, or a list of them
 Make = Callable[[], Columns]
@@ -91,7 +91,7 @@ def _code() -> str:
 
 
 def _read(path: Path, name: str) -> Columns | None:
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         with safe_open(path, framework="numpy") as file:
@@ -108,7 +108,7 @@ def _read(path: Path, name: str) -> Columns | None:
 
 
 def _tell(path: Path, why: object) -> None:
-    print(f"apt: the tokens kept in {path} are read no more ({why}); they are made again", file=sys.stderr)
+    tell(f"the tokens kept in {path} are read no more ({why}); they are made again")
 
 
 def _rows(flat: NDArray[Any], lengths: NDArray[Any] | None) -> list[Any]:
@@ -133,7 +133,7 @@ def _write(path: Path, name: str, columns: Columns) -> None:
         with write_file_aside(path, shared=True) as partial:
             save_file(stored, partial, metadata=told)
     except (OSError, SafetensorError) as error:
-        print(f"apt: tokens cannot be kept in {path.parent} ({error}); data.cache sets where", file=sys.stderr)
+        tell(f"tokens cannot be kept in {path.parent} ({error}); data.cache sets where")
 
 
 def _content(stored: dict[str, NDArray[Any]]) -> str:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from apt.reading import shown
 from apt.runs.data.sources import Table
 
 
@@ -23,6 +24,7 @@ class Labels:
     def __init__(self, train: Table, column: str, num_labels: int | None) -> None:
         self.column = column
         cells = train.column(column)
+        self.truths = all(isinstance(cell, bool) for cell in cells)  # false is class 0, true is class 1
         self.names = train.label_names
         # Whatever most labels are, the others must be too.
         self.by_name = 2 * sum(_is_number(cell) for cell in cells) < len(cells)
@@ -32,7 +34,7 @@ class Labels:
         if num_labels is not None and self.names and len(self.names) > num_labels:
             raise ValueError(f"data: {train.source} has {len(self.names)} labels, but model.num_labels is {num_labels}")
         if num_labels is None and known < 2:
-            raise ValueError(f"data: column {column!r} of {train.source} has one label only, {cells[0]!r}")
+            raise ValueError(f"data: column {column!r} of {train.source} has one label only, {shown(cells[0])}")
         self.num_labels = known if num_labels is None else num_labels
         self.of(train)
 
@@ -42,8 +44,8 @@ class Labels:
         for row, number in enumerate(numbers):
             if not 0 <= number < self.num_labels:
                 raise ValueError(
-                    f"{_place(table, row, self.column)} label {number} is out of range; with {self.num_labels} labels "
-                    f"they go from 0 to {self.num_labels - 1} (model.num_labels sets how many)"
+                    f"{_place(table, row, self.column)} label {shown(number)} is out of range; with {self.num_labels} "
+                    f"labels they go from 0 to {self.num_labels - 1} (model.num_labels sets how many)"
                 )
         return numbers
 
@@ -52,13 +54,18 @@ class Labels:
         for row, cell in enumerate(table.column(self.column)):
             if cell is None or cell == "":
                 raise ValueError(f"{_place(table, row, self.column)} the label is missing")
+            if not isinstance(cell, str | int | float) or isinstance(cell, bool) != self.truths:
+                raise ValueError(
+                    f"{_place(table, row, self.column)} label {shown(cell)} is no text and no number, as the labels of "
+                    f"a column must be"
+                )
             if self.by_name:
                 assert self.names is not None
                 if str(cell) not in self.names:
                     known = ", ".join(self.names[:8])
                     raise ValueError(
-                        f"{_place(table, row, self.column)} label {cell!r} is not one of {known}, the labels of the "
-                        f"training data"
+                        f"{_place(table, row, self.column)} label {shown(cell)} is not one of {known}, the labels of "
+                        f"the training data"
                     )
                 numbers.append(self.names.index(str(cell)))
             # A csv that went through a table of floats says 1.0.
@@ -66,8 +73,8 @@ class Labels:
                 numbers.append(int(float(cell)))
             else:
                 raise ValueError(
-                    f"{_place(table, row, self.column)} label {cell!r} is not a whole number; classes are numbered "
-                    f"from 0, and model.task=regression learns other numbers"
+                    f"{_place(table, row, self.column)} label {shown(cell)} is not a whole number; classes are "
+                    f"numbered from 0, and model.task=regression learns other numbers"
                 )
         return numbers
 
@@ -80,7 +87,7 @@ def numbers(table: Table, column: str) -> list[float]:
             raise ValueError(f"{_place(table, row, column)} the label is missing")
         if isinstance(cell, bool) or not _is_number(cell) or not math.isfinite(float(cell)):
             raise ValueError(
-                f"{_place(table, row, column)} label {cell!r} is no number; model.task=regression needs one"
+                f"{_place(table, row, column)} label {shown(cell)} is no number; model.task=regression needs one"
             )
         found.append(float(cell))
     return found
@@ -93,6 +100,6 @@ def _place(table: Table, row: int, column: str) -> str:
 def _is_number(cell: Any) -> bool:
     try:
         float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return True

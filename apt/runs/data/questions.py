@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from apt.reading import shown
 from apt.runs.data.cache import Columns, kept
 from apt.runs.data.config import DataConfig
 from apt.runs.data.examples import Examples, Loader
@@ -159,8 +160,13 @@ def _spans(flat: list[int]) -> list[Span | None]:
 def _check(answers: Any, context: str, place: str) -> None:
     texts, starts = (answers.get(name) if isinstance(answers, dict) else None for name in ("text", "answer_start"))
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        raise ValueError(f"{place} must be {{'text': [...], 'answer_start': [...]}} of one length, got {answers!r:.60}")
+        raise ValueError(
+            f"{place} must be {{'text': [...], 'answer_start': [...]}} of one length, got {shown(answers)}"
+        )
     for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or type(start) is not int or start < 0:
+            told = f"{shown(text)} at {shown(start)}"
+            raise ValueError(f"{place} an answer is a text and the number of its first character, got {told}")
         if not text or context[start : start + len(text)] != text:
             raise ValueError(f"{place} the answer {text!r:.40} does not stand at character {start} of the context")
 

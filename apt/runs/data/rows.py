@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterable
 
 import numpy as np
 
+from apt.reading import shown
 from apt.runs.data.config import DataConfig
 from apt.runs.data.sources import Table
 
@@ -106,7 +107,7 @@ def optional_text(table: Table, column: str) -> list[str]:
     for row, cell in enumerate(cells):
         if not isinstance(cell, str):
             place = f"data: {table.source}, line {table.lines[row]}, column {column!r}:"
-            raise ValueError(f"{place} the text must be text, got {cell!r:.40}")
+            raise ValueError(f"{place} the text must be text, got {shown(cell)}")
     return cells
 
 
@@ -124,7 +125,7 @@ def chosen_rows(table: Table, config: DataConfig, columns: list[str]) -> Table:
         for name in columns:
             text = table.columns[name][row]
             if not isinstance(text, str) or not text.strip():
-                what = f"must be text, got {text!r:.40}" if text is not None and str(text).strip() else "is missing"
+                what = f"must be text, got {shown(text)}" if text is not None and str(text).strip() else "is missing"
                 raise ValueError(f"data: {table.source}, line {table.lines[row]}, column {name!r}: the text {what}")
         texts.setdefault(tuple(table.columns[name][row] for name in columns), row)
     return table.take(list(texts.values()) if config.drop_duplicates else rows)

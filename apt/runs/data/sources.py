@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from apt.families.locate import PACKAGE, _is_local, _package_path
+from apt.reading import check_regular
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+SPLITS = ("train", "test", "validation")
+MOST_COLUMNS = 1000  # of JSON lines; rows that have a key of their own each would fill the memory
 TRAIN_EXTRA = 'pip install "apt-lm[train]"'
 MAX_FIELD = 1 << 27  # characters; the csv module stops at 131,072, and documents are longer
 
@@ -41,7 +44,7 @@ def read_tables(name: str) -> dict[str, Table]:
     path = _package_path(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     if path.is_dir():
         tables = _read_folder(path)
-    elif path.is_file():
+    elif path.exists():
         tables = {"train": _read_file(path)}
     elif path.suffix in SUFFIXES or _is_local(name):
         raise FileNotFoundError(f"data: there is no file or folder {path}")
@@ -54,7 +57,14 @@ def read_tables(name: str) -> dict[str, Table]:
 
 
 def _read_folder(folder: Path) -> dict[str, Table]:
-    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in SPLITS and path.stem in found:
+            raise ValueError(
+                f"data: {found[path.stem]} and {path.name} are both the {path.stem} split; keep one of them"
+            )
+        found[path.stem] = path
     if "train" not in found:
         raise FileNotFoundError(f"data: {folder} holds no train file, of {', '.join(SUFFIXES)}")
     test = next((found[stem] for stem in ("test", "validation") if stem in found), None)
@@ -65,6 +75,7 @@ def _read_folder(folder: Path) -> dict[str, Table]:
 def _read_file(path: Path) -> Table:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"data: {path} must be one of {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'}")
+    check_regular(path, "data")
     try:
         if path.suffix == ".parquet":
             return _read_parquet(path)
@@ -128,20 +139,39 @@ def _with_line(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _read_jsonl(path: Path) -> Table:
     rows, lines = [], []
+    names: dict[str, None] = {}
     with path.open(encoding="utf-8-sig") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
             try:
                 row = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"data: {path}, line {line} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"data: {path}, line {line} must be an object with columns, got {text.strip():.40}")
+            if "\\ud" in text.lower() and not _is_text(row):
+                raise ValueError(
+                    f"data: {path}, line {line} has half a character (\\ud800 to \\udfff alone), as a text cut in the "
+                    f"middle of one has it; remove or replace it"
+                )
             rows.append(row)
             lines.append(line)
-    names = dict.fromkeys(name for row in rows for name in row)
+            names |= dict.fromkeys(row)
+            if len(names) > MOST_COLUMNS:
+                raise ValueError(
+                    f"data: {path} has more than {MOST_COLUMNS:,} columns up to line {line}; rows must share their keys"
+                )
     return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, lines)
+
+
+def _is_text(row: dict[str, Any]) -> bool:
+    """Whether every text in a row can be written: half of a surrogate pair cannot."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> Table:
@@ -151,7 +181,7 @@ def _read_parquet(path: Path) -> Table:
         frame = pandas.read_parquet(path)
     except ImportError:
         raise ImportError(f"data: reading {path} needs pandas and pyarrow; {TRAIN_EXTRA}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, LookupError) as error:
         raise ValueError(f"data: {path} is not a parquet file: {error}") from None
     columns = {str(name): frame[name].astype(object).where(frame[name].notna(), None).tolist() for name in frame}
     return Table(str(path), columns, list(range(1, len(frame) + 1)))

@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
+from apt.families.config_files import UNUSABLE, check_model_folder, reason_of
 from apt.families.locate import GGUF, resolve_model
 from apt.layers import adapted
 from apt.pruning.ranks import adapter_sizes, total_params
 from apt.pruning.units import unit_masks
+from apt.reading import shown
 from apt.records import Target
 from apt.runs.config import RunConfig
 from apt.runs.tasks import TASKS
@@ -87,22 +90,26 @@ def stock_config(config: RunConfig) -> Any:
     shape = dict(config.model.shape or {})
     if not shape:
         name = resolve_model(config.model.name)
+        if Path(name).is_dir():
+            check_model_folder(Path(name), "dry run")
         path, _, file = name.rpartition("/")
         try:
             if name.endswith(GGUF):
                 return AutoConfig.from_pretrained(path or ".", gguf_file=file)
             return AutoConfig.from_pretrained(name)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
+        except UNUSABLE as error:
             raise ValueError(
-                f"dry run: the configuration of {config.model.name} cannot be read ({reason}); give its sizes in "
-                f"model.shape"
+                f"dry run: the configuration of {config.model.name} cannot be read ({reason_of(error)}); give its "
+                f"sizes in model.shape"
             ) from None
     kind = shape.pop("model_type", None)
     try:
         return AutoConfig.for_model(kind, **shape)
-    except ValueError:
-        raise ValueError(f"dry run: transformers has no model of model_type {kind!r}; see model.shape") from None
+    except UNUSABLE as error:
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            told = f"transformers has no model of model_type {shown(kind)}"
+            raise ValueError(f"dry run: {told}; see model.shape") from None
+        raise ValueError(f"dry run: no {kind} can have this shape ({reason_of(error)}); see model.shape") from error
 
 
 def build_on_meta(config: RunConfig, device: str = "meta") -> nn.Module:
@@ -115,8 +122,13 @@ def build_on_meta(config: RunConfig, device: str = "meta") -> nn.Module:
     hf_config.update(task.head_settings)
     if config.model.num_labels is not None:
         hf_config.num_labels = config.model.num_labels
-    with torch.device(device):
-        model = getattr(transformers, task.head).from_config(hf_config)
+    try:
+        with torch.device(device):
+            model = getattr(transformers, task.head).from_config(hf_config)
+    except UNUSABLE as error:
+        raise ValueError(
+            f"dry run: no {task.head} can have this shape ({reason_of(error)}); see model.shape"
+        ) from error
     assert isinstance(model, nn.Module)
     return model
 

@@ -10,10 +10,18 @@ from typing import Any
 
 from apt.apt_config import ABLATIONS
 from apt.methods import METHODS
+from apt.reading import shown
 from apt.runs.config import RunConfig, load_config, read_table
 
 UNPRUNED = "w/o_Ap"  # the ablation that has no sparsity
 REQUIRED = ("output_dir", "config")
+SET_BY = {  # setting of a run -> what in the grid says it
+    "method": "methods",
+    "target_sparsity": "sparsities",
+    "ablation": "ablations",
+    "seed": "seeds",
+    "output_dir": "output_dir",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +34,7 @@ class Grid:
     sparsities: list[float] = field(default_factory=lambda: [0.6])  # of the methods that prune, [0, 1)
     ablations: list[str] = field(default_factory=lambda: ["full"])  # of method apt, at every sparsity; "full": none
     seeds: list[int] = field(default_factory=lambda: [0])
-    settings: dict[str, Any] = field(default_factory=dict)  # of all runs: key -> setting
+    settings: dict[str, Any] = field(default_factory=dict)  # of all runs: key -> setting, none that the grid sets
     # one run at a time on each, by accelerate launch; []: one after the other
     gpus: list[int] = field(default_factory=list)
 
@@ -37,24 +45,39 @@ class Grid:
         _check_list("gpus", self.gpus, (int,), "a list of whole numbers", least=0)
         methods = {name: {} for name in self.methods} if isinstance(self.methods, list) else self.methods
         if not isinstance(methods, dict) or not all(isinstance(own, dict | None) for own in methods.values()):
-            raise ValueError(f"experiment: methods must be a list of names, or a table of tables, got {methods!r}")
+            raise ValueError(f"experiment: methods must be a list of names, or a table of tables, got {shown(methods)}")
         if not isinstance(self.settings, dict):
-            raise ValueError(f"experiment: settings must be a table of key: value, got {self.settings!r}")
+            raise ValueError(f"experiment: settings must be a table of key: value, got {shown(self.settings)}")
         object.__setattr__(self, "methods", {name: own or {} for name, own in methods.items()})
         _check_names("methods", self.methods, METHODS)
         _check_names("ablations", self.ablations, ABLATIONS)
+        if not self.methods:
+            raise ValueError("experiment: methods is empty; name at least one, or leave it out")
+        for where, settings in (
+            ("settings", self.settings),
+            *((f"methods.{n}", own) for n, own in self.methods.items()),
+        ):
+            _check_settings(where, settings)
+
+
+def _check_settings(where: str, settings: dict[str, Any]) -> None:
+    """Refuse what the grid itself sets in every run: it would be dropped, or be dropped by it, without a word."""
+    for key in settings:
+        leaf = str(key).rpartition(".")[2]
+        if leaf in SET_BY:
+            raise ValueError(f"experiment: {where} has {key!r}, which {SET_BY[leaf]} of the grid sets; leave it out")
 
 
 def _check_list(key: str, values: Any, kinds: tuple[type, ...], words: str, least: int = 1) -> None:
     right = isinstance(values, list) and all(isinstance(v, kinds) and not isinstance(v, bool) for v in values)
     if not right or len(values) < least:
-        raise ValueError(f"experiment: {key} must be {words}, got {values!r}")
+        raise ValueError(f"experiment: {key} must be {words}, got {shown(values)}")
 
 
 def _check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"experiment: {key} has {name!r}; there are {', '.join(known)}")
+            raise ValueError(f"experiment: {key} has {shown(name)}; there are {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +101,7 @@ def load_grid(path: Path) -> Grid:
     for key in document:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1) or known
-            raise ValueError(f"experiment: unknown key {key!r}; did you mean {' or '.join(near)}?")
+            raise ValueError(f"experiment: unknown key {shown(key)}; did you mean {' or '.join(near)}?")
     for key in REQUIRED:
         if not isinstance(document.get(key), str):
             raise ValueError(f"experiment: {key} is missing in {path}; it must be text")
@@ -100,6 +123,10 @@ def cells(grid: Grid) -> list[Cell]:
             folder = Path(grid.output_dir) / f"{name}-seed{seed}"
             pairs += [f"model.method={method}", f"training.seed={seed}", f"output_dir={folder}"]
             found.append(Cell(folder.name, pairs, load_config(grid.config, pairs)))
+    names = [cell.name for cell in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"experiment: two runs would be {twice}; seeds, sparsities and ablations must differ")
     return found
 
 
@@ -107,14 +134,17 @@ def _variants(grid: Grid, method: str) -> list[tuple[str, dict[str, Any]]]:
     """Name and settings of each way a method runs: by sparsity and ablation where it has them."""
     if not _prunes(grid, method):
         return [(method, {} if METHODS[method].adapts else {"model.target_modules": None})]
-    found: dict[str, dict[str, Any]] = {}
+    found: list[tuple[str, dict[str, Any]]] = []
+    unpruned = False
     for sparsity, ablation in itertools.product(grid.sparsities, grid.ablations if method == "apt" else ["full"]):
         if ablation == UNPRUNED:
-            found[f"{method}-{ablation.replace('/', '')}"] = {"ablation": ablation}
+            if not unpruned:  # once, whatever the sparsities
+                found.append((f"{method}-{ablation.replace('/', '')}", {"ablation": ablation}))
+            unpruned = True
         else:
             name = f"{method}-{100 * sparsity:g}" + ("" if ablation == "full" else f"-{ablation.replace('/', '')}")
-            found[name] = {"pruning.target_sparsity": sparsity, "ablation": ablation}
-    return list(found.items())
+            found.append((name, {"pruning.target_sparsity": sparsity, "ablation": ablation}))
+    return found
 
 
 def _prunes(grid: Grid, method: str) -> bool:

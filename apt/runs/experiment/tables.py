@@ -12,6 +12,7 @@ from apt.runs.report import report
 from apt.runs.report.compare import QUANTITIES, Quantity, value
 from apt.runs.report.records import RunRecord, load_run
 from apt.runs.report.tables import number
+from apt.telling import markdown
 
 RUNS, ARMS, TABLES = "runs.csv", "tradeoff.csv", "tables.md"
 BASELINES = ("full", "lora")  # arms that others are given as a percentage of
@@ -124,7 +125,7 @@ def _percent(ratio: float | None) -> str:
 
 def _markdown(title: str, headers: list[str], rows: list[list[str]]) -> str:
     lines = [f"## {title}", "", f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+    return "\n".join([*lines, *(f"| {' | '.join(map(markdown, row))} |" for row in rows)]) + "\n"
 
 
 def _keys() -> list[str]:

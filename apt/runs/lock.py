@@ -1,0 +1,103 @@
+"""One process at a time in the folder of an unfinished run: a file there tells which one, and who comes second."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from apt.files import MARK, mark
+from apt.reading import shown
+from apt.telling import tell
+
+LOCK = "run.lock"
+SLACK = 2.0  # seconds by which two readings of a process's start may differ
+
+
+@contextmanager
+def locked(partial: Path) -> Iterator[None]:
+    """Hold the folder of an unfinished run; where it was not there and nothing was written, it is gone afterwards.
+
+    The lock of a process of this machine that is no more is taken over, and a line says so.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: the folder cannot be written.
+    """
+    path = partial / LOCK
+    mark(partial)
+    _take(path)
+    try:
+        yield
+    finally:
+        # A run that is whole has another name by now, and no lock.
+        if partial.is_dir():
+            path.unlink(missing_ok=True)
+            if {entry.name for entry in partial.iterdir()} <= {MARK}:
+                (partial / MARK).unlink(missing_ok=True)
+                partial.rmdir()
+
+
+def _take(path: Path) -> None:
+    """Write ourselves into the lock, unless somebody who lives stands there."""
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            # Two who find a dead one's lock at once do not both take it. A file system without locks has the rest.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Its owner may have removed it, or given the run its name, since it was opened.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                mark(path.parent)
+                continue
+            _refuse_second(file, path)
+            file.seek(0)
+            file.truncate()
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}, file)
+            return
+
+
+def _refuse_second(file: IO[str], path: Path) -> None:
+    file.seek(0)
+    content = file.read(4096)
+    if not content:
+        return
+    owner = _parse(content)
+    if owner is None:
+        raise ValueError(f"train: {path} says {shown(content)}, which is no lock of ours; remove it where no run is on")
+    host, pid, started = owner
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
+    if host != socket.gethostname():
+        raise ValueError(
+            f"train: process {pid} of {host} has run in {path.parent} since {since}; wait for it, or give another "
+            f"output_dir; where it is no more, remove {path}"
+        )
+    now = _started(pid)
+    if now is not None and abs(now - started) <= SLACK:
+        raise ValueError(
+            f"train: process {pid} has run in {path.parent} since {since}; wait for it, or give another output_dir"
+        )
+    tell(f"process {pid}, which ran in {path.parent}, is no more; this one takes its place")
+
+
+def _parse(content: str) -> tuple[str, int, float] | None:
+    try:
+        owner: Any = json.loads(content)
+        return str(owner["host"]), int(owner["pid"]), float(owner["started"])
+    except (ValueError, LookupError, TypeError, OverflowError):
+        return None
+
+
+def _started(pid: int) -> float | None:
+    """When a process of this machine began, seconds since 1970; None where there is none, or one that only waits to be
+    buried."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except (psutil.Error, ValueError, OverflowError):
+        return None
