@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder ratings test check browser harness bench bench-accuracy bench-adapters bench-finetune gpu clean
+.PHONY: help demo decoder ratings test check browser harness fuzz soak bench bench-accuracy bench-adapters bench-finetune gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,8 +27,8 @@ ratings: $(STAMPS)/demo ## LoRA and APT on reviews with ratings: a number, three
 	$(PY) -m apt experiment examples/sentiment_grid.yaml
 	$(PY) -m bench.ratings
 
-test check browser harness gpu: export HF_HUB_OFFLINE = 1
-test check browser harness: export OMP_NUM_THREADS = 1
+test check browser harness fuzz soak gpu: export HF_HUB_OFFLINE = 1
+test check browser harness fuzz soak: export OMP_NUM_THREADS = 1
 
 WORKERS ?= auto
 PYTEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
@@ -47,6 +47,12 @@ browser: $(STAMPS)/dev ## the page of a report in Chromium (Debian: apt-get inst
 
 harness: $(STAMPS)/harness ## scores by lm-evaluation-harness on tasks of our own (340 MB), which CI runs too
 	$(PY) -m pytest -m harness tests/system/test_harness.py
+
+fuzz: $(STAMPS)/dev ## damage five hundred files and read them, a minute, which CI runs too (FUZZ_SEED draws others)
+	$(PY) -m pytest -m fuzz tests/system/test_fuzz.py
+
+soak: $(STAMPS)/dev ## 5,000 steps with 20 events in one process: memory and descriptors that grow, two minutes
+	PYTHONPATH=.:tests $(PY) tests/soak.py
 
 # The minutes are those in which something is begun; what was begun ends, so the three stay below 25 in all.
 bench: $(STAMPS)/dev ## step, answers and costs on this CPU in 25 minutes, with docs/results.md; again: the rest

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from apt.layers import APTAdapter
     from apt.methods.prompts import PrefixTuning, PTuningEmbedding
     from apt.pruning.schedule import SparsityScheduler
-    from apt.surgery import patch_model, summary, unpatch_model
+    from apt.surgery import patch_model, unpatch_model
+    from apt.surgery.summary import summary
     from apt.training.adaptive_pruner import AdaptivePruner
     from apt.training.adaptive_tuner import AdaptiveTuner
     from apt.training.checkpoint import resume_checkpoint, save_checkpoint

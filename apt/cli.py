@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from apt.stopping import AT_ONCE, Stopped, signals, stop_at_once
-from apt.telling import tell
+from apt.telling import printable, tell
 
 if TYPE_CHECKING:
     from apt.runs.config import RunConfig
@@ -100,7 +100,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from apt.runs.estimate.dry_run import dry_run
 
-        print(dry_run(config))
+        print(printable(dry_run(config), keep="\n"))
         return 0
     from apt.export.model_card import command_of
     from apt.runs.run import train
@@ -157,7 +157,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
     config = read_config(arguments)
     from apt.runs.estimate.estimate import estimate
 
-    print(estimate(config))
+    print(printable(estimate(config), keep="\n"))
     return 0
 
 

@@ -172,7 +172,11 @@ def restore_shapes(model: nn.Module, folder: Path, optimizer: torch.optim.Optimi
     with torch.random.fork_rng(devices=devices):
         for number, event in enumerate(events):
             keep_tail = taught and distillation["since_event"] is not None and number >= distillation["since_event"]
-            apply_event(model, event, optimizer, keep_tail=keep_tail)
+            try:
+                apply_event(model, event, optimizer, keep_tail=keep_tail)
+            except (LookupError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+                told = f"its event of step {event.step} does not fit the model: {error!r:.80}"
+                raise UnreadableError(f"checkpoint: {folder / STATE} is corrupt ({told}); {ADVICE}") from error
     if taught:
         place_transform(model, DistillationConfig(transform_rank=distillation["transform_rank"]))
     else:
@@ -195,7 +199,7 @@ def load_controller(controller: Controller, folder: Path) -> None:
         tables[table][name] = tensor.to(device)
     try:
         controller.load_state_dict({**state, **tables})
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         raise UnreadableError(
             f"checkpoint: {folder / STATE} does not fit this run ({error!r:.120}); {ADVICE}"
         ) from None

@@ -144,12 +144,15 @@ def _quantiles(parts: list[Tensor]) -> list[float]:
 
 def _whole_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file up to the first that is cut off: a process may be killed while it writes."""
-    if not path.exists():
+    if not path.is_file():
         return []
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows

@@ -3,6 +3,8 @@
 What it resumes from is checked first: every file against the list that was written last, and the step that each tells.
 """
 
+import json
+import os
 import pickle
 import re
 import shutil
@@ -26,7 +28,10 @@ TRAINER_STATE = "trainer_state.json"
 WEIGHTS = "model.safetensors"
 NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # beside the weights; the Trainer goes on without a word
 # What torch.load and the Trainer raise for a file that is cut or altered.
-CORRUPT = (EOFError, pickle.UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, OSError)
+CORRUPT = (
+    *(EOFError, pickle.UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, OSError),
+    *(json.JSONDecodeError, UnicodeDecodeError),
+)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -67,11 +72,14 @@ class WholeCheckpoints(Trainer):
 
     _staging: Path | None = None  # stands in for the output folder while a checkpoint is written
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Train, from a checkpoint that was checked, or from the start."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, str):
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             check_checkpoint(Path(resume_from_checkpoint), weights_only=self.args.save_only_model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -12,7 +12,7 @@ from apt.runs.report import report
 from apt.runs.report.compare import QUANTITIES, Quantity, value
 from apt.runs.report.records import RunRecord, load_run
 from apt.runs.report.tables import number
-from apt.telling import markdown
+from apt.telling import markdown, tell
 
 RUNS, ARMS, TABLES = "runs.csv", "tradeoff.csv", "tables.md"
 BASELINES = ("full", "lora")  # arms that others are given as a percentage of
@@ -46,8 +46,14 @@ class Arm:
 
 
 def collect(folder: Path, runs: Iterable[Path]) -> None:
-    """Write ``runs.csv``, ``tradeoff.csv`` and ``tables.md`` of a grid, and its pages."""
-    arms = arms_of([load_run(run) for run in runs])
+    """Write ``runs.csv``, ``tradeoff.csv`` and ``tables.md`` of a grid, and its pages; a corrupt run is left out."""
+    read = []
+    for run in runs:
+        try:
+            read.append(load_run(run))
+        except ValueError as error:
+            tell(f"left out: {error}")
+    arms = arms_of(read)
     _write_csv(folder / RUNS, ["run", "seed", *_keys()], [_run_row(run) for arm in arms for run in arm.runs])
     _write_csv(folder / ARMS, ["arm", *_keys(), *_relative_keys(arms)], [_arm_row(arm, arms) for arm in arms])
     write_text(folder / TABLES, tables(arms))
