@@ -31,35 +31,46 @@ def locked(partial: Path) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     path = partial / LOCK
-    mark(partial)
-    _take(path)
+    us = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    while not _take(path, us):
+        pass
     try:
         yield
     finally:
-        # A run that is whole has another name by now, and no lock.
-        if partial.is_dir():
-            path.unlink(missing_ok=True)
-            if {entry.name for entry in partial.iterdir()} <= {MARK}:
-                (partial / MARK).unlink(missing_ok=True)
-                partial.rmdir()
+        _release(path, us)
 
 
-def _take(path: Path) -> None:
-    """Write ourselves into the lock, unless somebody who lives stands there."""
-    while True:
+def _take(path: Path, us: dict[str, Any]) -> bool:
+    """Write ourselves into the lock, unless somebody who lives stands there; False where it went meanwhile."""
+    mark(path.parent)
+    try:
         with path.open("a+", encoding="utf-8") as file:
             # Two who find a dead one's lock at once do not both take it. A file system without locks has the rest.
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             # Its owner may have removed it, or given the run its name, since it was opened.
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                mark(path.parent)
-                continue
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return False
             _refuse_second(file, path)
             file.seek(0)
             file.truncate()
-            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}, file)
-            return
+            json.dump(us, file)
+            return True
+    except FileNotFoundError:
+        return False
+
+
+def _release(path: Path, us: dict[str, Any]) -> None:
+    """Remove our lock, and the folder where nothing else is in it; a run that is whole has another name by now."""
+    try:
+        if path.read_text(encoding="utf-8") != json.dumps(us):
+            return  # somebody began the next run
+        path.unlink()
+        if {entry.name for entry in path.parent.iterdir()} <= {MARK}:
+            (path.parent / MARK).unlink(missing_ok=True)
+            path.parent.rmdir()
+    except OSError:  # gone, or somebody begins there; a lock of ours that stays is that of a dead process
+        return
 
 
 def _refuse_second(file: IO[str], path: Path) -> None:

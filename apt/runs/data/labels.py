@@ -25,6 +25,7 @@ class Labels:
         self.column = column
         cells = train.column(column)
         self.truths = all(isinstance(cell, bool) for cell in cells)  # false is class 0, true is class 1
+        self._check_kinds(train)
         self.names = train.label_names
         # Whatever most labels are, the others must be too.
         self.by_name = 2 * sum(_is_number(cell) for cell in cells) < len(cells)
@@ -38,8 +39,18 @@ class Labels:
         self.num_labels = known if num_labels is None else num_labels
         self.of(train)
 
+    def _check_kinds(self, table: Table) -> None:
+        """Raise ValueError for the first label that is no text and no number; a column of truths is one of numbers."""
+        for row, cell in enumerate(table.column(self.column)):
+            if cell is not None and (not isinstance(cell, str | int | float) or isinstance(cell, bool) != self.truths):
+                raise ValueError(
+                    f"{_place(table, row, self.column)} label {shown(cell)} is no text and no number, as the labels of "
+                    f"a column must be"
+                )
+
     def of(self, table: Table) -> list[int]:
         """The labels of a table as class numbers, or ValueError for the first row that has none."""
+        self._check_kinds(table)
         numbers = self._numbers(table)
         for row, number in enumerate(numbers):
             if not 0 <= number < self.num_labels:
@@ -54,11 +65,6 @@ class Labels:
         for row, cell in enumerate(table.column(self.column)):
             if cell is None or cell == "":
                 raise ValueError(f"{_place(table, row, self.column)} the label is missing")
-            if not isinstance(cell, str | int | float) or isinstance(cell, bool) != self.truths:
-                raise ValueError(
-                    f"{_place(table, row, self.column)} label {shown(cell)} is no text and no number, as the labels of "
-                    f"a column must be"
-                )
             if self.by_name:
                 assert self.names is not None
                 if str(cell) not in self.names:
