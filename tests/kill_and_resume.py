@@ -68,15 +68,15 @@ def set_trap(place: str, step: int, draw: random.Random) -> None:
     elif place == "before the name":
         before(whole_checkpoints, "publish_folder", lambda _, folder: int(folder.name.rpartition("-")[2]) >= step)
     elif place == "after the name":
-        before(whole_checkpoints, "rotate_checkpoints", lambda output_dir, **_: bool(newest(output_dir) >= step))
+        before(whole_checkpoints.WholeCheckpoints, "_rotate", lambda _, folder: newest(folder) >= step)
     elif place == "measuring":
         before(measure, "export_model", lambda *_, **__: True)
     elif place == "naming":
         before(run, "publish_run", lambda *_: True)
 
 
-def newest(folder: str) -> int:
-    return max(int(path.name.rpartition("-")[2]) for path in Path(folder).glob("checkpoint-*"))
+def newest(folder: Path) -> int:
+    return max(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
 
 
 def half_a_file(step: int, number: int) -> None:
