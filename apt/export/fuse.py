@@ -4,10 +4,11 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apt.export.merged import merged_state
 from apt.export.row_gate_files import has_row_gates
+from apt.families.ties import give_own, say_untied
 from apt.layers import adapted
 from apt.surgery import uncompiled, unpatch_model
 
@@ -43,13 +44,27 @@ def fuse_adapters(models: Sequence[nn.Module], weights: Sequence[float] | None =
         _check_base(plain[0], model)
     states = [merged_state(model) for model in plain]
     fused = unpatch_model(copy.deepcopy(plain[0]), merge=True)
-    own = fused.state_dict()
+    means = {}
     for name, first in states[0].items():
         if first.is_floating_point():
             wide = torch.promote_types(first.dtype, torch.float32)
             total = sum(share / sum(shares) * state[name].to(wide) for share, state in zip(shares, states, strict=True))
-            own[name].copy_(torch.as_tensor(total))
+            means[name] = torch.as_tensor(total)
+    _untie(fused, means)
+    own = fused.state_dict()
+    for name, mean in means.items():
+        own[name].copy_(mean)
     return fused
+
+
+def _untie(model: nn.Module, means: dict[str, Tensor]) -> None:
+    """Give a tied weight one of its own under each name whose mean is not that of the first name."""
+    first_of: dict[int, str] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        first = first_of.setdefault(id(parameter), name)
+        if not torch.equal(means[name], means[first]):
+            give_own(model, name)
+    say_untied(model, means)
 
 
 def _check_base(first: nn.Module, other: nn.Module) -> None:

@@ -15,7 +15,10 @@ from apt.surgery.tails import live_views
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned, a tied tensor once."""
+    """Stock names to tensors of their dtypes before the patch: adapters merged, views cloned.
+
+    A tied tensor stands under each of its names, the same object, unless an adapter of one of them ended the tie.
+    """
     ours = dict(replaced(model))
     done = set()
     dtypes = patch_state(model).dtypes
@@ -24,7 +27,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     live = {id(stored): view for stored, view in live_views(model, group)}
     state: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    seen: set[int] = set()
+    seen: dict[int, str] = {}
     for name, tensor in progress(model.state_dict().items(), "export", "tensor"):
         parent, _, leaf = name.rpartition(".")
         if parent == TRANSFORM or name.startswith((f"{ROW_GATES}.", f"{PROMPT}.")):
@@ -42,9 +45,10 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         if linear is not None and (place != parent or leaf not in ("weight", "bias")):
             continue
         if linear is None or not linear.rank:  # what has an adapter is tied no more
-            if tensor.numel() and tensor.data_ptr() in seen:
+            first = seen.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+            if first != name:
+                state[name] = state[first]
                 continue
-            seen.add(tensor.data_ptr())
         if linear is not None and leaf == "weight":
             tensor = plain_linear(linear, merge=merge).get_parameter("weight")
         elif name in parameters:

@@ -9,6 +9,7 @@ from torch import nn
 from apt.export.files import AGAIN, CARD, WEIGHTS, read_card, read_weights
 from apt.export.resize import resize_dimensions
 from apt.export.row_gate_files import load_row_gates
+from apt.export.ties import tie_what_is_equal
 from apt.families import Anatomy, Attention, anatomy_of
 from apt.families.config_files import UNUSABLE, check_model_folder, reason_of
 from apt.families.linears import features, is_conv1d, make_linear, replace_module, weight_and_bias
@@ -58,11 +59,11 @@ def load_model(folder: str | Path) -> nn.Module:
         if card.get("prompt") is not None:
             place_plain_prompt(anatomy_of(model), *_prompt_of(card["prompt"], folder))
     try:
-        unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"load_model: {folder / WEIGHTS} does not fit the model: {reason}") from None
-    model.tie_weights()
+    tie_what_is_equal(model, state, set(missing))
     absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if absent or unexpected:
         raise ValueError(

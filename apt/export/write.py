@@ -15,6 +15,7 @@ from apt.export.merged import merged_state
 from apt.export.model_card import README, CardFacts, model_card
 from apt.export.row_gate_files import has_row_gates, save_row_gates
 from apt.export.stock import first_difference, stock_config
+from apt.export.ties import settle_ties
 from apt.families.hidden_parts import hidden_size
 from apt.files import find_whole, write_folder_aside
 from apt.manifest import sha256_of
@@ -60,6 +61,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     tensors = merged_state(model)
     counts = _with_sizes(model, counts, tensors)
     config, reason = _config(model, counts, tensors)
+    config, tensors = settle_ties(model, config, tensors)
     if reason is not None and patch_state(model).config.pruning.layout == "uniform":
         warnings.warn(
             f"export: no stock configuration describes this model, so AutoModel cannot load it: {reason}; "

@@ -7,6 +7,7 @@ from torch import nn
 from apt.apt_config import APTConfig
 from apt.distillation import release
 from apt.families import Anatomy, anatomy_of, known_family
+from apt.families.ties import say_untied
 from apt.layers.fused import restore_plain, split_fused
 from apt.layers.gated_activation import put_activations, restore_activations
 from apt.layers.unit_mask import ValidTokens
@@ -179,6 +180,8 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     if state.hidden and state.anatomy is not None:
         remove_dimensions(state.anatomy)
     restore_plain(model, merge=merge)
+    if merge:
+        say_untied(model, model.state_dict())
     for hook in state.hooks:
         hook.remove()
     narrow(model, state.dtypes)
