@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from apt.export.peft_fields import more_than_lora
 from apt.export.row_gate_files import has_row_gates
+from apt.export.saved_whole import endings_in_peft, saved_whole
 from apt.families.linears import is_linear
 from apt.files import find_whole, write_folder_aside
 from apt.layers import APTAdapter, adapted, exchange
@@ -18,7 +20,6 @@ from apt.manifest import check_manifest
 from apt.methods.prompts import placed_prompt
 from apt.reading import UnreadableError, check_numbers, is_finite_number, read_json_table, read_tensors, shown
 from apt.surgery import patch_state, summary
-from apt.surgery.task_head import task_head
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -41,11 +42,12 @@ TASKS = {
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False, overwrite: bool = False) -> Path:
-    """Save the adapters of an unpruned model, and its trained head, as a PEFT LoRA folder.
+    """Save the adapters of an unpruned model, its trained head and what else trains, as a PEFT LoRA folder.
 
     The scale is folded into B, so that the readers, which compute it in different ways, all come to 1. By default every
     adapter is padded with zeros to one rank that servers accept (``r = lora_alpha``); with `compact` each keeps its
-    own, in ``rank_pattern`` and ``alpha_pattern``, which PEFT reads and llama.cpp and older vLLM do not.
+    own, in ``rank_pattern`` and ``alpha_pattern``, which PEFT reads and llama.cpp and older vLLM do not. Embeddings,
+    norms and other modules that you set to train are saved whole, as ``modules_to_save``.
 
     Args:
         model: patched by `apt.patch_model`.
@@ -57,8 +59,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         The folder.
 
     Raises:
-        ValueError: units were pruned or are masked, the update depends on the example, there is no adapter, or the
-            folder exists.
+        ValueError: units were pruned or are masked, the update depends on the example, there is no adapter, a
+            parameter trains that such a folder has no place for, or the folder exists.
     """
     folder = Path(folder)
     _refuse_more_than_lora(model)
@@ -73,12 +75,10 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, padding))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, padding))
     own_ranks = {name: len(a) for name, (a, _) in adapters.items() if compact and len(a) != rank}
-    names = {id(module): name for name, module in model.named_modules()}
-    heads = [names[id(part)] for part in task_head(model) if any(True for _ in part.parameters())]
-    for head in heads:
-        parts = model.get_submodule(head).state_dict()
-        tensors |= {f"{PREFIX}{head}.{key}": value.detach().cpu().contiguous() for key, value in parts.items()}
-    config = _config_of(model, set(adapters), rank, own_ranks, heads)
+    whole = saved_whole(model)
+    for name, parts in whole.items():
+        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in parts.items()}
+    config = _config_of(model, set(adapters), rank, own_ranks, list(whole))
     with write_folder_aside(folder, holds=CONFIG) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -118,7 +118,7 @@ def _adapters_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _config_of(
-    model: nn.Module, names: set[str], rank: int, own_ranks: dict[str, int], heads: list[str]
+    model: nn.Module, names: set[str], rank: int, own_ranks: dict[str, int], whole: list[str]
 ) -> dict[str, Any]:
     """What PEFT must know beside the tensors.
 
@@ -127,7 +127,7 @@ def _config_of(
         names: linears with an adapter, in full.
         rank: of every adapter that `own_ranks` does not name; its alpha too, as the scale is folded into B.
         own_ranks: ranks of the others.
-        heads: modules that are saved in full.
+        whole: modules that are saved in full.
     """
     class_name = type(model).__name__
     return {
@@ -139,7 +139,7 @@ def _config_of(
         "rank_pattern": own_ranks,
         "alpha_pattern": own_ranks,
         "target_modules": _targets(model, names),
-        "modules_to_save": sorted({head.rpartition(".")[2] for head in heads}) or None,
+        "modules_to_save": endings_in_peft(model, whole) or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": all(module.conv1d for name, module in replaced(model) if name in names),
@@ -164,21 +164,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     patch_state(model)
     config, tensors = _read(folder)
     place = f"load_adapter: {folder / WEIGHTS}"
-    modules = {name: module for name, module in adapted(model) if module.rank}
+    modules_of = dict(adapted(model))
+    modules = {name: module for name, module in modules_of.items() if module.rank}
     if any(module.delta is not None for module in modules.values()):
         raise ValueError(
             f"load_adapter: the adapters of method {patch_state(model).config.method!r} are no plain A and B, so they "
             f"cannot start from a LoRA file; patch the model with method='lora' or 'apt'"
         )
-    parameters = dict(model.named_parameters())
-    found: dict[str, dict[str, Tensor]] = {}
-    heads: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-        if name:
-            found.setdefault(name, {})[factor] = tensor
-        else:
-            heads[key.removeprefix(PREFIX)] = tensor
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found, heads = _sorted_by_place(folder, tensors)
     for name, factors in found.items():
         _check_factors(name, factors, place)
     for name, factors in found.items():
@@ -195,11 +189,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         if (factors["B"].shape[0], factors["A"].shape[1]) != want:
             shapes = [list(factors[side].shape) for side in "AB"]
             raise ValueError(f"load_adapter: {name} maps {want[1]} to {want[0]} features, but {folder} has {shapes}")
+    for name in heads:
+        if getattr(modules_of.get(name.rpartition(".")[0]), "conv1d", False) and name.endswith(".weight"):
+            heads[name] = heads[name].T  # which an adapted linear holds the other way round
     for name, tensor in heads.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ValueError(f"load_adapter: {folder} holds {name} {list(tensor.shape)}, which the model does not have")
-        if not parameters[name].requires_grad:
+        if not (parameters[name].requires_grad or _is_saved_whole(name, config)):
             raise ValueError(f"load_adapter: {folder} holds {name}, which is frozen in the model; it stays as it is")
+    _refuse_half_a_tie(folder, config, parameters, heads)
     for name, factors in found.items():
         _set(modules[name], factors["A"], factors["B"] / modules[name].scale)
     for name, tensor in heads.items():
@@ -212,13 +210,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"load_adapter: {folder} holds no {CONFIG} and {WEIGHTS}")
     check_manifest(folder, "load_adapter")
     config = read_json_table(folder / CONFIG, "load_adapter")
-    more = [name for name in ("use_dora", "lora_bias", "use_qalora") if config.get(name)]
-    if config.get("peft_type") != "LORA":
-        more.append(shown(config.get("peft_type")))
-    if config.get("bias", "none") != "none":
-        more.append("bias")
-    if more:
-        raise ValueError(f"load_adapter: {folder} is more than a plain LoRA ({more[0]}); merge it with PEFT first")
+    more = more_than_lora(config)
+    if more is not None:
+        raise ValueError(f"load_adapter: {folder} is more than a plain LoRA ({more}); merge it with PEFT first")
     tensors, _ = read_tensors(folder / WEIGHTS, "load_adapter")
     place = f"load_adapter: {folder / WEIGHTS}"
     if not tensors:
@@ -240,6 +234,55 @@ def _check_factors(name: str, factors: dict[str, Tensor], place: str) -> None:
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not len(a):
         told = f"A of {name} is {list(a.shape)}, and B {list(b.shape)}"
         raise UnreadableError(f"{place} is corrupt ({told}); save the adapter again")
+
+
+def _is_saved_whole(name: str, config: dict[str, Any]) -> bool:
+    """Whether the folder says that it brings the module of this parameter whole, frozen or not."""
+    module = name.rpartition(".")[0]
+    return any(f".{module}".endswith(f".{ending}") for ending in config.get("modules_to_save") or ())
+
+
+def _sorted_by_place(
+    folder: Path, tensors: dict[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """A and B of every linear by its full name, and all other tensors by their full names in the plain model."""
+    found: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if name and factor not in ("A", "B"):
+            raise ValueError(
+                f"load_adapter: {folder} is more than a plain LoRA ({name}.lora_{factor}); merge it with PEFT first"
+            )
+        if name:
+            found.setdefault(name, {})[factor] = tensor
+        else:  # PEFT's own layers call what they adapt their base layer
+            others[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
+    return found, others
+
+
+def _refuse_half_a_tie(
+    folder: Path, config: dict[str, Any], parameters: dict[str, nn.Parameter], heads: dict[str, Tensor]
+) -> None:
+    """Raise ValueError for a weight of its own under one name of a parameter that the model has under two.
+
+    Args:
+        folder: for the message.
+        config: of the folder.
+        parameters: of the model, under every name.
+        heads: what the folder holds of them.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    for name, tensor in heads.items():
+        for other in names[id(parameters[name])]:
+            theirs = heads.get(other, tensor if config.get("ensure_weight_tying") else parameters[name])
+            if not torch.equal(theirs.to(tensor), tensor):
+                raise ValueError(
+                    f"load_adapter: {folder} gives {name} a weight of its own, which is that of {other} in this model; "
+                    f"untie the model first: a weight of its own for {other}"
+                )
 
 
 def _scale(config: dict[str, Any], name: str, a: Tensor, folder: Path) -> float:
