@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import apt_kernels
 from apt.families.linears import is_conv1d, is_linear
+from apt.families.plain import find_obstacle
 from apt.methods import LowRank, MethodConfig, RankImportance, new_factors
 
 
@@ -128,6 +129,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         if not is_linear(original_layer) or is_conv1d(original_layer):
             raise ValueError(f"LoRALinear: original_layer must be nn.Linear, got {type(original_layer).__name__}")
+        obstacle = find_obstacle(original_layer, "")
+        if obstacle is not None:
+            raise ValueError(f"LoRALinear: original_layer {obstacle.text}; {obstacle.advice}")
         self.original_layer = original_layer.requires_grad_(False)
         weight = original_layer.weight
         layer = LoRALayer(weight.shape[1], weight.shape[0], rank, alpha, dropout_probability, bias)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apt.export.peft_fields import more_than_lora
 from apt.export.row_gate_files import has_row_gates
 from apt.export.saved_whole import endings_in_peft, saved_whole
-from apt.families.linears import is_linear
+from apt.families.plain import is_linear_like
 from apt.files import find_whole, write_folder_aside
 from apt.layers import APTAdapter, adapted, exchange
 from apt.layers.fused import FusedLinears, replaced, scaled_factors
@@ -340,7 +340,7 @@ def _set(module: APTAdapter, a: Tensor, b: Tensor) -> None:
 def _targets(model: nn.Module, names: set[str]) -> list[str]:
     """The shortest endings that name these modules and no other linear layer."""
     linears = {name for name, _ in replaced(model)}
-    linears |= {name for name, module in model.named_modules() if is_linear(module)}
+    linears |= {name for name, module in model.named_modules() if is_linear_like(module)}
     others = linears - names
     targets = set()
     for name in names:

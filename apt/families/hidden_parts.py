@@ -96,6 +96,15 @@ class HiddenPlaces:
                 raise ValueError(f"hidden dimensions: it is not known whether {name} reads them")
 
 
+def outer_linears(model: nn.Module) -> list[str]:
+    """Full names of the linears outside the layers that read or write hidden dimensions.
+
+    Raises:
+        ValueError: no table fits the model.
+    """
+    return [place.name for place in _outside(model, hidden_table(model)) if place.kind == "linear"]
+
+
 def hidden_size(parts: Iterable[HiddenPart]) -> int:
     """The width of the stream, as it is now."""
     norm: Any = next(part.module for part in parts if part.kind == "norm")

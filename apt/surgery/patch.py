@@ -115,10 +115,12 @@ def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:
     model = anatomy.model
     config = state.config
     split_fused(anatomy, places.split)
-    state.hidden = config.prunes and anatomy.has_hidden
+    # Asked once fused projections are split: as one they are not known to read hidden dimensions.
+    outside = places.outside if config.prunes and anatomy.has_hidden else None
+    state.hidden = outside is not None
     if config.prompts:
         state.hooks += place_prompt(anatomy, config.method, config.prompt)
-    without_rank = [*places.prunable, *(_outside(anatomy, places) if state.hidden else [])]
+    without_rank = [*places.prunable, *(outside or [])]
     state.init_seconds = put_adapters(model, config, places.targets, without_rank)
     share_inputs(anatomy)
     if config.prunes:
@@ -131,13 +133,6 @@ def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:
     if METHODS[config.method].per_example:
         group = hidden_group(anatomy)
         state.hooks += place_row_gates(anatomy, config.adapter, None if group is None else group.mask)
-
-
-def _outside(anatomy: Anatomy, places: Places) -> list[str]:
-    """Linears outside the layers that read or write the hidden dimensions, but for those that train in full."""
-    in_full = {id(module) for part in places.head for module in part.modules()}
-    outer = [part for part in anatomy.hidden_parts() if part.kind == "linear" and part.layer is None]
-    return [part.name for part in outer if id(part.module) not in in_full]
 
 
 def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
