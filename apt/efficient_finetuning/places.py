@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from apt.apt_config import APTConfig
+from apt.families import known_anatomy
 from apt.families.linears import replace_module
 from apt.layers import APTAdapter, adapted
 from apt.layers.fused import plain_linear
@@ -39,10 +40,10 @@ def add_adapters(model: nn.Module, method: str, *, share: bool = False, **settin
         if share:
             _share([module for _, module in adapted(model) if module.rank])
         return
-    state = _open_state(model)
+    _open_state(model)
     config = APTConfig().with_overrides(method=method, **settings)
     new: dict[str, APTAdapter] = {}
-    for name in find_targets(model, config, state.anatomy, {}):
+    for name in find_targets(model, config, known_anatomy(model), {}):
         there = model.get_submodule(name)
         rank, scale = rank_and_scale([name], config.rank, config.scale, config.adapter)
         linear = plain_linear(there, merge=False) if isinstance(there, APTAdapter) else there
@@ -67,10 +68,11 @@ def add_prompt(model: nn.Module, method: str, **settings: Any) -> None:
         patch_model(model, method=method, **settings)
         return
     state = _open_state(model)
-    if placed_prompt(model) is not None or state.anatomy is None:
+    anatomy = known_anatomy(model)
+    if placed_prompt(model) is not None or anatomy is None:
         raise ValueError(f"efficient_finetuning: this model has a prompt already, so {method} cannot be added")
     config = APTConfig().with_overrides(method=method, **settings)
-    state.hooks += place_prompt(state.anatomy, method, config.prompt)
+    state.hooks += place_prompt(anatomy, method, config.prompt)
 
 
 def hold_prompt(model: nn.Module, prompt: Prompt) -> None:

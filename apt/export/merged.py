@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.export.row_gate_files import has_row_gates
+from apt.families import known_anatomy
 from apt.layers import TRANSFORM
 from apt.layers.fused import FusedLinears, plain_linear, replaced
 from apt.methods import ROW_GATES
@@ -23,7 +24,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     done = set()
     dtypes = patch_state(model).dtypes
     merge = not has_row_gates(model)
-    group = hidden_group(patch_state(model).anatomy)
+    group = hidden_group(known_anatomy(model))
     live = {id(stored): view for stored, view in live_views(model, group)}
     state: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -16,6 +16,7 @@ from apt.export.model_card import README, CardFacts, model_card
 from apt.export.row_gate_files import has_row_gates, save_row_gates
 from apt.export.stock import first_difference, stock_config
 from apt.export.ties import settle_ties
+from apt.families import known_anatomy
 from apt.families.hidden_parts import hidden_size
 from apt.files import find_whole, write_folder_aside
 from apt.manifest import sha256_of
@@ -127,7 +128,7 @@ def _readme(model: nn.Module, counts: Summary, *, is_stock: bool) -> str:
 
 def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> Summary:
     """The counts with the sizes of a model that was pruned before it was patched: its config does not say them."""
-    anatomy = patch_state(model).anatomy
+    anatomy = known_anatomy(model)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if anatomy is None or counts.units or first_difference(type(model), model.config, shapes) is None:
         return counts
@@ -147,15 +148,15 @@ def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tu
 
 def _describing_config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tuple[Any, str | None]:
     """A copy of the config that describes the model, or of its own and what that cannot say."""
-    state = patch_state(model)
     if has_row_gates(model):
         return copy.deepcopy(model.config), "it has gates that depend on the example"
     if counts.virtual_tokens:
         return copy.deepcopy(model.config), "a stock configuration has no virtual tokens"
-    if state.anatomy is None or not counts.units:
+    anatomy = known_anatomy(model)
+    if anatomy is None or not counts.units:
         return copy.deepcopy(model.config), None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return stock_config(state.anatomy, counts.units, shapes, counts.hidden)
+    return stock_config(anatomy, counts.units, shapes, counts.hidden)
 
 
 def _describe(prompt: nn.Module) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def _describe(prompt: nn.Module) -> dict[str, Any]:
 
 def _head_order(model: nn.Module, units: dict[str, int]) -> dict[str, list[int]]:
     """Which heads of the model as it came are left, by unit group, where the family's attentions must know."""
-    anatomy = patch_state(model).anatomy
+    anatomy = known_anatomy(model)
     if anatomy is None:
         return {}
     orders = {}

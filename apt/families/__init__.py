@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from apt.families.anatomy import Anatomy, PlacedPart
+from apt.families.anatomy import Anatomy, Found, PlacedPart
 from apt.families.base import FFN, IGNORED, ROLES, Attention, Family, Layer, Stack, base_model
 from apt.families.bert import BERT
 from apt.families.deberta import DEBERTA
@@ -24,12 +24,14 @@ __all__ = [
     "Attention",
     "EmptyAttention",
     "Family",
+    "Found",
     "Layer",
     "PlacedPart",
     "Stack",
     "anatomy_of",
     "base_model",
     "find_family",
+    "known_anatomy",
     "known_family",
 ]
 
@@ -74,10 +76,19 @@ def known_family(model: nn.Module) -> Family | None:
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
-    """Find where things are in a model: what `patch_model` left on it, or, for a plain one, a new `Anatomy`.
+    """Find where things are in a model, plain or patched; of a patched one as they were found when it was.
 
     Raises:
         ValueError: as `find_family`.
     """
-    left = getattr(getattr(model, "_apt", None), "anatomy", None)
-    return left if isinstance(left, Anatomy) else Anatomy(model, find_family(model))
+    inner = getattr(model, "_orig_mod", model)  # of what torch.compile wraps
+    left = getattr(getattr(inner, "_apt", None), "found", None)
+    return Anatomy(inner, left.family, left.hidden) if isinstance(left, Found) else Anatomy(inner, find_family(inner))
+
+
+def known_anatomy(model: nn.Module) -> Anatomy | None:
+    """The same; None for a model of no family."""
+    try:
+        return anatomy_of(model)
+    except ValueError:
+        return None

@@ -1,10 +1,11 @@
-"""Where things are in one model: found once, when it is patched, and asked by every room that acts on it.
+"""Where things are in one model: its layers, parts, linears by role, asked by every room that acts on it.
 
 It holds names and looks modules up by them, so it stays true as linears are replaced, cut, or go with their attention.
+A patched model remembers its family and what was found when it was patched (`Found`), and no anatomy: that refers to
+the model, which the last reference of a user is to free.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -76,17 +77,27 @@ class PlacedPart:
         return columns // (head_size(module) * query_heads)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What is found once in a model, by names alone: any copy of the model can keep it."""
+
+    family: Family
+    hidden: HiddenPlaces | None  # where hidden dimensions are; None where nobody asked, or they cannot be removed
+
+
 class Anatomy:
     """The layers, parts, linears and hidden dimensions of a model of a known family.
 
     Args:
         model: plain or patched; whatever becomes of its modules, their names stay.
         family: of the model.
+        hidden: where its hidden dimensions are, where that was found before.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(self, model: nn.Module, family: Family, hidden: HiddenPlaces | None = None) -> None:
         self.model = model
         self.family = family
+        self._hidden = hidden
         self.layers = family.layers(model)
         self.parts = [PlacedPart(layer, table) for layer in self.layers for table in layer.stack.parts]
 
@@ -100,9 +111,16 @@ class Anatomy:
         """The parts that are attentions."""
         return [part for part in self.parts if isinstance(part.table, Attention)]
 
-    @cached_property
+    @property
+    def found(self) -> Found:
+        """What was found until now, without the model."""
+        return Found(self.family, self._hidden)
+
+    @property
     def _hidden_places(self) -> HiddenPlaces:
-        return HiddenPlaces(self.model, self.layers)
+        if self._hidden is None:
+            self._hidden = HiddenPlaces(self.model, self.layers)
+        return self._hidden
 
     @property
     def has_hidden(self) -> bool:
@@ -123,7 +141,7 @@ class Anatomy:
         Raises:
             ValueError: they cannot be removed from this model; the text says why.
         """
-        return self._hidden_places.parts()
+        return self._hidden_places.parts(self.model, self.layers)
 
     def required_heads(self) -> set[str]:
         """Unit groups that must keep a head (KV group).

@@ -1,7 +1,7 @@
 """What holds the hidden dimensions of one model, by the table of its family."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -46,8 +46,19 @@ class HiddenPart:
         return [(tensor, axis) for tensor, axis in found if tensor is not None]
 
 
+@dataclass(frozen=True)
+class OuterPlace:
+    """A `HiddenPart` outside the layers, without its module."""
+
+    name: str
+    kind: str
+    axes: tuple[str, ...]
+    masked: bool
+    site: bool
+
+
 class HiddenPlaces:
-    """Where a model has its hidden dimensions. What is found once are names; modules may change hands.
+    """Where a model has its hidden dimensions, by names: it holds no module, as those may change hands.
 
     Args:
         model: plain or patched.
@@ -58,40 +69,41 @@ class HiddenPlaces:
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
-        self.model = model
-        self.layers = layers
         self.table = hidden_table(model)
         self._outside = list(_outside(model, self.table))
-        self._refuse_unknown()
+        self._refuse_unknown(model, layers)
 
-    def parts(self) -> list[HiddenPart]:
+    def parts(self, model: nn.Module, layers: list[Layer]) -> list[HiddenPart]:
         """Every part, as it is now: those outside the layers, then layer by layer."""
-        parts = [replace(part, module=self.model.get_submodule(part.name)) for part in self._outside]
+        parts = [
+            HiddenPart(place.name, model.get_submodule(place.name), place.kind, place.axes, place.masked, place.site)
+            for place in self._outside
+        ]
         for name in READERS:
-            reader = find_module(self.model, name)
+            reader = find_module(model, name)
             if reader is not None:
                 parts.append(HiddenPart(name, reader, "linear", ("in",)))
-        for layer in self.layers:
+        for layer in layers:
             parts += _inside(layer, self.table)
         return parts
 
-    def _refuse_unknown(self) -> None:
+    def _refuse_unknown(self, model: nn.Module, layers: list[Layer]) -> None:
         """Raise ValueError for a module as wide as the stream of which the table says nothing."""
-        parts = self.parts()
+        parts = self.parts(model, layers)
         width = hidden_size(parts)
         known = {id(part.module) for part in parts}
         for part in parts:
             if part.kind == "linear":
                 known |= {id(module) for module in part.module.modules()}
         for entry in (*self.table.others, *self.table.unless):
-            known |= {id(self.model.get_submodule(name)) for name in _names(self.model, entry)}
-        inside = {id(module) for layer in self.layers for module in layer.module.modules()}
-        for name, module in self.model.named_modules():
+            known |= {id(model.get_submodule(name)) for name in _names(model, entry)}
+        inside = {id(module) for layer in layers for module in layer.module.modules()}
+        for name, module in model.named_modules():
             wide = any(width in parameter.shape for parameter in module.parameters(recurse=False))
             if not wide or id(module) in known or name.startswith("apt_"):  # put beside the model, for training alone
                 continue
             # What a known linear holds follows it.
-            of_a_known = id(self.model.get_submodule(name.rpartition(".")[0])) in known
+            of_a_known = id(model.get_submodule(name.rpartition(".")[0])) in known
             if not of_a_known and not (id(module) in inside and _of_a_head(name)):
                 raise ValueError(f"hidden dimensions: it is not known whether {name} reads them")
 
@@ -121,7 +133,7 @@ def _names(model: nn.Module, entry: str) -> list[str]:
     return [name for name in (in_base(model, entry), entry) if find_module(model, name) is not None][:1]
 
 
-def _outside(model: nn.Module, table: HiddenTable) -> Iterator[HiddenPart]:
+def _outside(model: nn.Module, table: HiddenTable) -> Iterator[OuterPlace]:
     """What lies outside the layers."""
 
     def named(entries: tuple[str, ...]) -> list[str]:
@@ -133,22 +145,21 @@ def _outside(model: nn.Module, table: HiddenTable) -> Iterator[HiddenPart]:
         return found
 
     for name in named(table.embeddings):
-        yield HiddenPart(name, model.get_submodule(name), "embedding")
+        yield OuterPlace(name, "embedding", (), masked=False, site=False)
     norms = ((table.base_norms, False, False), (table.base_read_norms, True, True), (table.silent_norms, True, False))
     for entries, masked, site in norms:
         for name in named(entries):
-            yield HiddenPart(name, model.get_submodule(name), "norm", masked=masked, site=site)
+            yield OuterPlace(name, "norm", (), masked, site)
     masked_readers = named(table.masked_inputs)
     readers = [*named(table.inputs), *masked_readers]
     writers = named(table.outputs)
     for name in dict.fromkeys((*readers, *writers)):
-        module = model.get_submodule(name)
         # A head of several layers may go under the name of one.
-        if not hasattr(module, "weight"):
+        if not hasattr(model.get_submodule(name), "weight"):
             continue
         axes = [axis for axis, names in (("in", readers), ("out", writers)) if name in names]
         masked = name in masked_readers
-        yield HiddenPart(name, module, "linear", tuple(axes), masked=masked, site=masked)
+        yield OuterPlace(name, "linear", tuple(axes), masked, site=masked)
 
 
 def _inside(layer: Layer, table: HiddenTable) -> Iterator[HiddenPart]:

@@ -101,7 +101,7 @@ def _state_before(model: nn.Module, config: APTConfig, anatomy: Anatomy | None) 
     hf_config = getattr(model, "config", None)
     return PatchState(
         config=config,
-        anatomy=anatomy,
+        found=None if anatomy is None else anatomy.found,
         valid={} if anatomy is None else {stack.name: ValidTokens() for stack in anatomy.stacks},
         requires_grad={name: parameter.requires_grad for name, parameter in model.named_parameters()},
         use_cache=getattr(hf_config, "use_cache", None),
@@ -130,6 +130,7 @@ def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:
             place_dimensions(anatomy, state.valid)
         hook = ValidTokenHook(anatomy, state.valid)
         state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+    state.found = anatomy.found
     if METHODS[config.method].per_example:
         group = hidden_group(anatomy)
         state.hooks += place_row_gates(anatomy, config.adapter, None if group is None else group.mask)
@@ -172,8 +173,8 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     remove_row_gates(model)
     free_tails(model)
     restore_activations(model)
-    if state.hidden and state.anatomy is not None:
-        remove_dimensions(state.anatomy)
+    if state.hidden:
+        remove_dimensions(anatomy_of(model))
     restore_plain(model, merge=merge)
     if merge:
         say_untied(model, model.state_dict())

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from apt.apt_config import APTConfig
-from apt.families import Anatomy
+from apt.families import Found
 from apt.layers.unit_mask import ValidTokens
 
 
@@ -17,7 +17,7 @@ class PatchState:
     """What `patch_model` leaves on the model: how it was built, and what `unpatch_model` and the export put back."""
 
     config: APTConfig
-    anatomy: Anatomy | None  # where things are in the model; None where its family is not known
+    found: Found | None  # where things are, which `anatomy_of` binds to the model; None where its family is not known
     valid: dict[str, ValidTokens]  # by stack
     requires_grad: dict[str, bool]  # of every parameter before the patch
     use_cache: bool | None  # of the model's config before the patch

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from apt.families import known_anatomy
 from apt.layers import TRANSFORM, adapted
 from apt.layers.unit_mask import UnitMask
 from apt.methods.prompts import PROMPT, placed_prompt
@@ -76,7 +77,8 @@ def summary(model: nn.Module) -> Summary:
     model = uncompiled(model)
     state = patch_state(model)
     modules = dict(adapted(model))
-    group = hidden_group(state.anatomy)
+    anatomy = known_anatomy(model)
+    group = hidden_group(anatomy)
     ours = (f"{TRANSFORM}.", f"{PROMPT}.")
     prompt = placed_prompt(model)
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(ours))
@@ -86,10 +88,10 @@ def summary(model: nn.Module) -> Summary:
     of_parts: dict[str, UnitMask | None] = {}
     units: dict[str, int] = {}
     sparsity = 0.0
-    if state.config.prunes and state.anatomy is not None:
-        of_parts = unit_masks(state.anatomy)
-        units = state.anatomy.num_units()
-        sparsity = 1.0 - block_params(state.anatomy) / state.block_params
+    if state.config.prunes and anatomy is not None:
+        of_parts = unit_masks(anatomy)
+        units = anatomy.num_units()
+        sparsity = 1.0 - block_params(anatomy) / state.block_params
     masks = [*of_parts.values(), None if group is None else group.mask]
     return Summary(
         sparsity=sparsity,

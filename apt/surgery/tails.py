@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.families import EmptyAttention
+from apt.families import EmptyAttention, known_anatomy
 from apt.families.hidden_parts import HiddenPart
 from apt.layers import TRANSFORM, APTAdapter, adapted, exchange
 from apt.pruning.dimensions import HiddenGroup, hidden_group
 from apt.surgery.hidden import tell_width
 from apt.surgery.moments import follow
-from apt.surgery.state import patch_state
 
 
 def live_views(model: nn.Module, group: HiddenGroup | None) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -48,7 +47,7 @@ def _beside_linears(group: HiddenGroup) -> list[HiddenPart]:
 def free_tails(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Give back what `keep_tail` left behind: no teacher reads the dense weights any more."""
     transform = getattr(model, TRANSFORM, None)
-    group = hidden_group(patch_state(model).anatomy)
+    group = hidden_group(known_anatomy(model))
     if group is not None:
         free_dimension_tails(group)
         if transform is not None:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.families import known_anatomy
 from apt.files import append_jsonl, write_jsonl
 from apt.layers import APTAdapter
 from apt.pruning.ranks import adapter_sizes, total_params
 from apt.records import Event
-from apt.surgery import patch_state
 from apt.training.controller import Controller
 from apt.training.memory import memory_mb
 
@@ -106,7 +106,7 @@ def event_scalars(event: Event, adapter_params: int) -> dict[str, float]:
 
 def _places(model: nn.Module) -> dict[str, list[Any]]:
     """Where the adapters of prunable layers stand: name -> stack, number of the layer, role; none without a family."""
-    anatomy = patch_state(model).anatomy
+    anatomy = known_anatomy(model)
     if anatomy is None:
         return {}
     found: dict[str, list[Any]] = {}

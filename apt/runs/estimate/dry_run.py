@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig
 
+from apt.families import anatomy_of
 from apt.families.config_files import UNUSABLE, check_model_folder, reason_of
 from apt.families.locate import GGUF, resolve_model
 from apt.layers import adapted
@@ -212,8 +213,7 @@ def _planned_events(controller: Controller) -> tuple[PlannedEvent, ...]:
 
 
 def _units_of_parts(model: nn.Module, controller: Controller) -> dict[str, list[int]]:
-    anatomy = patch_state(model).anatomy
-    assert anatomy is not None
+    anatomy = anatomy_of(model)
     found: dict[str, list[int]] = {}
     for name, mask in unit_masks(anatomy).items():
         stack, _, kind = name.split(".")

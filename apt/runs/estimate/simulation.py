@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from apt.apt_config import APTConfig
+from apt.families import anatomy_of
 from apt.layers import adapted
 from apt.pruning import UnitSearch
 from apt.pruning.ranks import adapter_sizes, plan_ranks
@@ -70,12 +71,11 @@ class Simulation:
         """Let units go as an event does, at random salience in proportion to what a unit costs."""
         groups = self.controller.groups
         state = patch_state(self.model)
-        assert state.anatomy is not None
         draw = np.random.default_rng(0)
         with unset_fake_temporarily():
             scores = {g.name: torch.tensor(g.cost() * (0.5 + draw.random(g.num_units))) for g in groups}
             by_params = UnitSearch(state.block_params, replace(self.settings.pruning, target_speedup=None))
-            plan = by_params.plan(groups, scores, block_params(state.anatomy), 1, saving)
+            plan = by_params.plan(groups, scores, block_params(anatomy_of(self.model)), 1, saving)
         apply_plan(self.model, plan, self.optimizer, keep_tail=self.teaching is not None)
         if self.teaching is not None:
             self.teaching.follow(plan)

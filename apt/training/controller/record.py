@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from apt.families import known_anatomy
 from apt.pruning.units import block_params
 from apt.records import Event, Plan, PrunePlan, RankPlan, Target, TrimPlan
 from apt.surgery import patch_state
@@ -15,7 +16,7 @@ Kind = TypeVar("Kind", PrunePlan, RankPlan, TrimPlan)
 
 def live_params(model: nn.Module) -> int:
     """What is left of the block parameters of a patched model; 0 where its family is not known."""
-    anatomy = patch_state(model).anatomy
+    anatomy = known_anatomy(model)
     return 0 if anatomy is None else block_params(anatomy)
 
 
