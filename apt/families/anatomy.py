@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from apt.families.base import FFN, Attention, Family, Layer, Stack, find_module
-from apt.families.empty import EmptyAttention
+from apt.families.empty import HEAD_SIZES, EmptyAttention
 from apt.families.hidden_parts import HiddenPart, HiddenPlaces
 from apt.families.hidden_tables import HiddenTable
 from apt.families.linears import features
@@ -147,12 +147,15 @@ class Anatomy:
         """Unit groups that must keep a head (KV group).
 
         In a decoder the first layer of each attention type: cached generation reads the cache and mask lengths there.
-        And the last cross-attention, without which nothing of the input would reach the output.
+        An encoder that its config makes a decoder (BERT with ``is_decoder``) is one. And the last cross-attention,
+        without which nothing of the input would reach the output.
         """
-        types = list(getattr(getattr(self.model, "config", None), "layer_types", None) or [])
+        config = getattr(self.model, "config", None)
+        types = list(getattr(config, "layer_types", None) or [])
+        made_decoder = len(self.stacks) == 1 and getattr(config, "is_decoder", False)
         first = {0} | {types.index(kind) for kind in set(types)}
         required = set()
-        for stack in {layer.stack for layer in self.layers if layer.stack.decoder}:
+        for stack in {layer.stack for layer in self.layers if layer.stack.decoder or made_decoder}:
             last = max(layer.index for layer in self.layers if layer.stack == stack)
             for table in stack.parts:
                 if isinstance(table, Attention):
@@ -167,7 +170,7 @@ class Anatomy:
 
 def head_size(attention: nn.Module) -> int:
     """Features of one head of an attention module."""
-    sizes = (getattr(attention, name, None) for name in ("head_dim", "attention_head_size", "key_value_proj_dim"))
+    sizes = (getattr(attention, name, None) for name in HEAD_SIZES)
     size = next((size for size in sizes if size), None)
     assert isinstance(size, int), f"{type(attention).__name__} names no head size"
     return size

@@ -112,7 +112,7 @@ class Attention:
         out = layer.get_submodule(self.linears["o"])
         parent, _, name = self.module.rpartition(".")
         inner = out if self.o.startswith(".") else None
-        empty = self.empty(attention, inner)
+        empty = self.empty(attention, inner, "cross_attentions" if self.cross else "attentions")
         setattr(layer.get_submodule(parent), name, empty)
         return empty
 

@@ -15,11 +15,12 @@ from apt.families.empty import EmptyAttention
 class EmptyGPT2Attention(EmptyAttention):
     """The output projection's bias goes through the dropout inside the attention, as it did before."""
 
-    def __init__(self, attention: nn.Module, out: nn.Module | None = None) -> None:
-        super().__init__(attention, out)
+    def __init__(self, attention: nn.Module, out: nn.Module | None = None, weights: str = "attentions") -> None:
+        super().__init__(attention, out, weights)
         self.resid_dropout = attention.get_submodule("resid_dropout")
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        self.pass_by(hidden_states, kwargs.get("past_key_values"))
         return self.resid_dropout(self.output(hidden_states)), None
 
 

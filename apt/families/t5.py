@@ -52,8 +52,8 @@ class WholeBias:
 class EmptyT5Attention(EmptyAttention):
     """Hands the shared bias on; where it stands in the first layer it makes it, from the table that it keeps."""
 
-    def __init__(self, attention: nn.Module, out: nn.Module | None = None) -> None:
-        super().__init__(attention, out)
+    def __init__(self, attention: nn.Module, out: nn.Module | None = None, weights: str = "attentions") -> None:
+        super().__init__(attention, out, weights)
         table = getattr(attention, "relative_attention_bias", None)
         if table is not None:
             self.relative_attention_bias = table
@@ -68,6 +68,7 @@ class EmptyT5Attention(EmptyAttention):
         if position_bias is None and hasattr(self, "_maker"):
             length = hidden_states.shape[1]  # of an encoder, which has no cache
             position_bias = self._maker[0].compute_bias(length, length, device=hidden_states.device)
+        self.pass_by(hidden_states, kwargs.get("past_key_values"))
         return self.output(hidden_states), position_bias, None
 
 
