@@ -21,6 +21,10 @@ class FusedLoraLinear(Linear):
     so everything that looks at the layer finds PEFT's layer.
     """
 
+    def _get_name(self) -> str:
+        """As `repr` and PEFT's ``get_layer_status`` call it: PEFT's layer, which it is."""
+        return Linear.__name__
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)

@@ -243,3 +243,10 @@ def test_no_warning_where_everything_is_fused() -> None:
         model = apt.patch_model(lora("llama"))
     theirs = [name for name, _ in model.named_modules() if name.endswith(".lora_A")]
     assert len(theirs) == sum(isinstance(module, FusedLoraLinear) for module in model.modules()) > 0
+
+
+def test_layers_are_called_as_peft_calls_them() -> None:
+    theirs, ours = pair("llama")
+    assert repr(ours) == repr(theirs)
+    assert [vars(layer) for layer in ours.get_layer_status()] == [vars(layer) for layer in theirs.get_layer_status()]
+    assert {layer.module_type for layer in ours.get_layer_status()} == {"lora.Linear"}
