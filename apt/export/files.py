@@ -73,6 +73,8 @@ def _is_count(value: Any) -> bool:
 def read_weights(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of an export by name; ValueError where the file is not the one that its card describes."""
     path = folder / WEIGHTS
+    if not path.exists() and (folder / f"{WEIGHTS}.index.json").exists():
+        raise ValueError(f"load_model: {folder} holds its weights in shards, which are not read; export it again")
     if not path.is_file():
         raise ValueError(f"load_model: {path} is missing; {AGAIN}")
     size = path.stat().st_size

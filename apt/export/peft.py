@@ -62,7 +62,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, compact: bool = False,
         ValueError: units were pruned or are masked, the update depends on the example, there is no adapter, a
             parameter trains that such a folder has no place for, or the folder exists.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     _refuse_more_than_lora(model)
     if not overwrite and (found := find_whole(folder)).exists():
         raise ValueError(f"save_adapter: {found} exists; give another folder or overwrite=True")
@@ -160,7 +160,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: the folder holds no LoRA, one that is more than a LoRA (DoRA, biases), or one of another model.
     """
-    folder = find_whole(Path(folder))
+    folder = find_whole(Path(folder).expanduser())
     patch_state(model)
     config, tensors = _read(folder)
     place = f"load_adapter: {folder / WEIGHTS}"

@@ -46,7 +46,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     Raises:
         ValueError: the model is not patched or still masks units between two events, or the folder exists.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     model = uncompiled(model)
     counts = summary(model)
     if counts.masked:
@@ -62,6 +62,8 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     tensors = merged_state(model)
     counts = _with_sizes(model, counts, tensors)
     config, reason = _config(model, counts, tensors)
+    if reason is None and not _is_of_transformers(type(model)):
+        reason = f"{type(model).__name__} is no class of transformers"
     config, tensors = settle_ties(model, config, tensors)
     if reason is not None and patch_state(model).config.pruning.layout == "uniform":
         warnings.warn(
@@ -79,6 +81,13 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         (partial / README).write_text(_readme(model, counts, is_stock=reason is None), encoding="utf-8")
     return folder
+
+
+def _is_of_transformers(kind: type[nn.Module]) -> bool:
+    """Whether a class is one that AutoModel can find by its name."""
+    import transformers
+
+    return getattr(transformers, kind.__name__, None) is kind
 
 
 def _card(

@@ -17,10 +17,16 @@ from apt.pruning.dimensions import hidden_group
 from apt.pruning.units import block_params
 from apt.surgery.hidden import place_dimensions, remove_dimensions
 from apt.surgery.put_in import ValidTokenHook, keep_few_kernels, put_adapters, put_unit_masks, share_inputs
+from apt.surgery.save_notice import place_notice, remove_notice
 from apt.surgery.state import PatchState, forget_graphs, patch_state, uncompiled
 from apt.surgery.tails import free_tails
 from apt.surgery.targets import Places, find_places
 from apt.surgery.task_head import narrow, widen
+
+NOTICE = (
+    "apt: this model is patched, so only apt can read what save_pretrained writes: adapters and masks lie beside the "
+    "weights, and pruned layers have sizes of their own; for others save it with apt.export_model(model, folder)"
+)
 
 
 def patch_model(
@@ -78,6 +84,9 @@ def patch_model(
     state.dtypes, hooks = widen(model, places.head)
     state.hooks += hooks
     model._apt = state  # type: ignore[assignment]
+    remove_notice(model)
+    if config.method != "full" or config.prunes:
+        place_notice(model, NOTICE)
     return given
 
 
@@ -184,6 +193,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, False))
     del model._apt
+    remove_notice(model)
     return given
 
 
