@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from apt.training.adaptive_tuner import AdaptiveTuner
     from apt.training.checkpoint import resume_checkpoint, save_checkpoint
     from apt.training.controller import Controller
-    from apt.training.trainer import APTrainer
+    from apt.training.trainer import APTrainer, trainer_class
 
 _HOMES = {
     "APTAdapter": "layers",
@@ -47,6 +47,7 @@ _HOMES = {
     "save_adapter": "export.peft",
     "save_checkpoint": "training.checkpoint",
     "summary": "surgery",
+    "trainer_class": "training.trainer",
     "unpatch_model": "surgery",
 }
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "summary",
+    "trainer_class",
     "unpatch_model",
 ]
 

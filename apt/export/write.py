@@ -21,7 +21,7 @@ from apt.families.hidden_parts import hidden_size
 from apt.files import find_whole, write_folder_aside
 from apt.manifest import sha256_of
 from apt.methods.prompts import PTuningEmbedding, placed_prompt
-from apt.surgery import Summary, patch_state, summary, uncompiled
+from apt.surgery import Summary, bare_model, patch_state, summary
 from apt.version import __version__
 
 
@@ -47,7 +47,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         ValueError: the model is not patched or still masks units between two events, or the folder exists.
     """
     folder = Path(folder).expanduser()
-    model = uncompiled(model)
+    model = bare_model(model)
     counts = summary(model)
     if counts.masked:
         raise ValueError(f"export: {counts.masked} units are masked but not removed yet; train past the next event")

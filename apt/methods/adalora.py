@@ -143,7 +143,13 @@ class RankBudget:
             raise ValueError(f"methods: target_r {target} is above the rank {rank} that every adapter starts with")
 
     def _deltas(self) -> dict[str, AdaLoRA]:
-        return {name: m.delta for name, m in adapted(self.model) if isinstance(m.delta, AdaLoRA)}
+        """Those whose ranks are not chosen yet; an earlier run of the model may have settled them."""
+        found = {name: m.delta for name, m in adapted(self.model) if isinstance(m.delta, AdaLoRA)}
+        return {name: delta for name, delta in found.items() if delta.sensitivity_E is not None}
+
+    def settled(self, step: int) -> bool:
+        """Whether no rank goes after that step."""
+        return step >= self.last or not self._deltas()
 
     def budget(self, step: int) -> int:
         """Ranks of all adapters together that may be used after that step."""

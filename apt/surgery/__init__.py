@@ -1,13 +1,14 @@
 """The only place where a shape changes: patches a plain model, carries out plans, and undoes the patch."""
 
 from apt.surgery.patch import patch_model, unpatch_model
-from apt.surgery.state import PatchState, forget_graphs, patch_state, uncompiled
+from apt.surgery.state import PatchState, bare_model, forget_graphs, patch_state, uncompiled
 from apt.surgery.summary import Summary, summary
 from apt.surgery.targets import find_targets
 
 __all__ = [
     "PatchState",
     "Summary",
+    "bare_model",
     "find_targets",
     "forget_graphs",
     "patch_model",

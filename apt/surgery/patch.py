@@ -18,7 +18,7 @@ from apt.pruning.units import block_params
 from apt.surgery.hidden import place_dimensions, remove_dimensions
 from apt.surgery.put_in import ValidTokenHook, keep_few_kernels, put_adapters, put_unit_masks, share_inputs
 from apt.surgery.save_notice import place_notice, remove_notice
-from apt.surgery.state import PatchState, forget_graphs, patch_state, uncompiled
+from apt.surgery.state import PatchState, bare_model, forget_graphs, patch_state
 from apt.surgery.tails import free_tails
 from apt.surgery.targets import Places, find_places
 from apt.surgery.task_head import narrow, widen
@@ -44,6 +44,7 @@ def patch_model(
 
     Args:
         model: a Hugging Face model, any module where nothing is pruned, or a PEFT LoRA model; compiled already or not.
+            Of a model of sentence-transformers it is the transformer inside; what stands behind that is left as it is.
         config: None is the default; `method` and `overrides` apply on top.
         method: "apt", "lora", "adalora", "adalora_simple", "gsa", "spectral_a", "spectral_r" or "dynacsg";
             or "p_tuning" or "prefix_tuning": no adapter, but a prompt and the task head train; or "full": nothing is
@@ -58,7 +59,7 @@ def patch_model(
             nothing, or a setting is unknown or out of range.
     """
     given = model
-    model = uncompiled(model)
+    model = bare_model(model)
     if isinstance(getattr(model, "_apt", None), PatchState):
         raise ValueError("patch_model: this model is patched already; call apt.unpatch_model(model) first")
     if given is not model:
@@ -81,6 +82,7 @@ def patch_model(
         _put_parts(anatomy, places, state)
     for module in places.head:
         module.requires_grad_(True)
+    state.targets = sorted(places.targets)
     state.dtypes, hooks = widen(model, places.head)
     state.hooks += hooks
     model._apt = state  # type: ignore[assignment]
@@ -160,7 +162,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
         ValueError: it is not patched, or what is to be merged depends on the example or is a prompt.
     """
     given = model
-    model = uncompiled(model)
+    model = bare_model(model)
     if given is not model:
         forget_graphs()
     if _of_peft(model):

@@ -10,6 +10,7 @@ from torch import nn
 from apt.apt_config import APTConfig
 from apt.families import Found
 from apt.layers.unit_mask import ValidTokens
+from apt.records import Event
 
 
 @dataclass
@@ -28,13 +29,42 @@ class PatchState:
     hidden: bool = False  # whether the masks of hidden dimensions are in
     next_event: int | None = None  # step of the event that a controller of this model has still to carry out
     hooks: list[Any] = field(default_factory=list)
+    past: list[Event] = field(default_factory=list)  # the events that were carried out on this model
+    targets: list[str] = field(default_factory=list)  # full names of the linears that got an adapter
+    adapter_params: int | None = None  # when tuning started, before any rank grew
     distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the model that takes it up, as JSON."""
+        return {"method": self.config.method, "rank": self.config.rank, "target_modules": self.targets}
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model itself, where ``torch.compile`` has wrapped it: parts are named and replaced there."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model that a patch goes into, out of what is around it: ``torch.compile``, sentence-transformers.
+
+    Raises:
+        ValueError: it is spread over devices, or a model of sentence-transformers holds no transformer.
+    """
+    model = uncompiled(model)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"this model is in {type(model).__name__}; this version trains on one device: give model.module, unwrapped"
+        )
+    if not any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__):
+        return model
+    from transformers import PreTrainedModel
+
+    found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if found is None:
+        raise ValueError(f"this {type(model).__name__} holds no transformer; there is nothing to patch in it")
+    return found
 
 
 def forget_graphs() -> None:
@@ -46,6 +76,12 @@ def forget_graphs() -> None:
 def patch_state(model: nn.Module) -> PatchState:
     """The state that `patch_model` left. Raises ValueError on a model that is not patched."""
     state = getattr(model, "_apt", None)
-    if not isinstance(state, PatchState):
-        raise ValueError("this model is not patched; call apt.patch_model(model) first")
-    return state
+    if isinstance(state, PatchState):
+        return state
+    if isinstance(getattr(model, "peft_config", None), dict):
+        raise ValueError(
+            "this is a model of PEFT, of which apt.patch_model replaces the op under its LoRA layers and nothing else: "
+            "train it with the trainer you have, and export it with merge_and_unload(); to prune it while it trains, "
+            "give apt.patch_model(model.unload())"
+        )
+    raise ValueError("this model is not patched; call apt.patch_model(model) first")

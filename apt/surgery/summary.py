@@ -11,7 +11,7 @@ from apt.methods.prompts import PROMPT, placed_prompt
 from apt.pruning.dimensions import hidden_group
 from apt.pruning.units import block_params, unit_masks
 from apt.records import UnitName
-from apt.surgery.state import patch_state, uncompiled
+from apt.surgery.state import bare_model, patch_state
 from apt.surgery.tails import live_views
 
 
@@ -74,7 +74,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         ValueError: it is not patched.
     """
-    model = uncompiled(model)
+    model = bare_model(model)
     state = patch_state(model)
     modules = dict(adapted(model))
     anatomy = known_anatomy(model)

@@ -52,7 +52,21 @@ def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
     return Subset(rows, parts[0]), Subset(rows, parts[1])
 
 
-def micro_batch_weights(batches: Sequence[Mapping[str, Any]], shifted: bool) -> list[float]:
+def count_tokens(inputs: Any) -> int:
+    """Tokens of a batch, padding included; 0 where it has none by name, as rows of prompts have none yet.
+
+    Args:
+        inputs: tensors by name, a text a row or several (``anchor_input_ids``, ``positive_input_ids``).
+    """
+    if not isinstance(inputs, Mapping):
+        return 0
+    texts = [name for name in inputs if name == "input_ids" or name.endswith("_input_ids")]
+    read = [name for name in texts if name != "decoder_input_ids"] or ["inputs_embeds"]
+    found = [inputs[name] for name in read if isinstance(inputs.get(name), torch.Tensor)]
+    return sum(tokens.shape[0] * tokens.shape[1] for tokens in found)
+
+
+def micro_batch_weights(batches: Sequence[Any], shifted: bool) -> list[float]:
     """What to multiply each micro-batch's mean loss by, so that their mean is the mean over all labels of the step.
 
     All are 1 where the micro-batches have as many labels each, or no labels.
@@ -61,7 +75,8 @@ def micro_batch_weights(batches: Sequence[Mapping[str, Any]], shifted: bool) -> 
         batches: the micro-batches of one optimizer step.
         shifted: whether the loss drops the first label of each row, as a decoder's does.
     """
-    if len(batches) < 2 or not all(isinstance(_labels(batch, shifted), torch.Tensor) for batch in batches):
+    named = len(batches) > 1 and all(isinstance(batch, Mapping) for batch in batches)  # else rows, still to be batched
+    if not (named and all(isinstance(_labels(batch, shifted), torch.Tensor) for batch in batches)):
         return [1.0] * len(batches)
     counts = [int(_labels(batch, shifted).ne(IGNORED).sum()) for batch in batches]
     total = sum(counts)

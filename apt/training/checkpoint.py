@@ -17,7 +17,7 @@ from apt.files import find_whole, write_folder_aside, write_json, write_jsonl
 from apt.manifest import check_manifest, sha256_of
 from apt.reading import UnreadableError, check_numbers, read_json_table, read_tensors
 from apt.records import Event
-from apt.surgery import patch_state, uncompiled
+from apt.surgery import bare_model, patch_state
 from apt.surgery.event import apply_event
 from apt.surgery.moments import bare_optimizer
 from apt.training.controller import Controller
@@ -91,7 +91,7 @@ def resume_checkpoint(
         ValueError: the folder holds no such checkpoint, or one of a model that was patched in another way.
     """
     folder = find_whole(Path(folder))
-    plain = uncompiled(model)
+    plain = bare_model(model)
     if not (folder / RUN).exists():
         raise ValueError(f"checkpoint: {folder} holds no {RUN}; it was not written by apt.save_checkpoint")
     check_manifest(folder, "checkpoint")
@@ -166,27 +166,87 @@ def restore_shapes(model: nn.Module, folder: Path, optimizer: torch.optim.Optimi
     """
     devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
     state = read_state(folder)
-    events = _read_events(folder, state)
+    _check_fresh(model, folder, state)
+    past = _read_events(folder, state, "past")  # of earlier runs, which left no teacher
+    events = _read_events(folder, state, "events")
     distillation = state["distillation"]
     taught = distillation is not None and not distillation["over"]
     with torch.random.fork_rng(devices=devices):
+        for event in past:
+            _replay(model, event, folder, optimizer, keep_tail=False)
         for number, event in enumerate(events):
             keep_tail = taught and distillation["since_event"] is not None and number >= distillation["since_event"]
-            try:
-                apply_event(model, event, optimizer, keep_tail=keep_tail)
-            except (LookupError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
-                told = f"its event of step {event.step} does not fit the model: {error!r:.80}"
-                raise UnreadableError(f"checkpoint: {folder / STATE} is corrupt ({told}); {ADVICE}") from error
+            _replay(model, event, folder, optimizer, keep_tail=keep_tail)
     if taught:
         place_transform(model, DistillationConfig(transform_rank=distillation["transform_rank"]))
     else:
         release(model)
-    patch_state(model).distilled = distillation is not None and distillation["over"]
+    patched = patch_state(model)
+    patched.distilled = distillation is not None and distillation["over"]
+    patched.past = [*past, *events]
+
+
+def _check_fresh(model: nn.Module, folder: Path, state: dict[str, Any]) -> None:
+    """Raise ValueError where a model does not have its first shapes, or was patched in another way than the run's."""
+    patched = patch_state(model)
+    if patched.past:
+        raise ValueError(
+            f"checkpoint: this model has been through {len(patched.past)} events already, and {folder} is taken up "
+            f"from the first shapes: load the pretrained model and patch it anew"
+        )
+    for name, value in state.get("built", {}).items():
+        ours = patched.built[name]
+        if value != ours:
+            shown = f"{name}={value!r}, this one with {ours!r}"
+            if name == "target_modules":
+                shown = f"adapters on {_differing(value, ours)}, this one on {_differing(ours, value)}"
+            raise ValueError(f"checkpoint: the model of {folder} was patched with {shown}; patch it as that run did")
+
+
+def _differing(names: list[str], others: list[str]) -> str:
+    """Those of the names that are not among the others, the first few."""
+    left = [name for name in names if name not in others]
+    return ", ".join([*left[:4], *(["..."] if len(left) > 4 else [])]) or "none of these"
+
+
+def load_live(model: nn.Module, folder: Path) -> bool:
+    """Load the weights of a checkpoint of this run into its model, whose shapes are those of the checkpoint or later.
+
+    Where a teacher was there, its part of each weight lies behind the live one, and is left; so is Tr.
+
+    Args:
+        model: what the Trainer trains.
+        folder: the checkpoint, from after the last event.
+
+    Returns:
+        Whether the weights lay there as one file; otherwise nothing is done.
+
+    Raises:
+        ValueError: the checkpoint is from before an event.
+    """
+    path = folder / MODEL
+    if not path.exists():
+        return False
+    patched = bare_model(model)
+    state = read_state(folder)
+    at_save = len(state["events"]) + len(state["past"])
+    if at_save != len(patch_state(patched).past):
+        raise ValueError(f"checkpoint: {folder} is from before an event of the run, its weights have other shapes")
+    own = model.state_dict()
+    saved = {name: tensor for name, tensor in read_tensors(path, "checkpoint")[0].items() if name in own}
+    live = {name: tensor[tuple(map(slice, own[name].shape))] for name, tensor in saved.items()}
+    model.load_state_dict(live, strict=False)
+    return True
 
 
 def load_controller(controller: Controller, folder: Path) -> None:
     """Give a new controller the state that `save_controller` wrote; the model has the shapes of that step already."""
     state = read_state(folder)
+    taught = state["distillation"] is not None and not state["distillation"]["over"]
+    if taught and controller.distillation is None:
+        raise ValueError(
+            "distillation: the checkpoint is of a run with a teacher; resume with use_self_distillation=True, as it was"
+        )
     device = next(controller.model.parameters()).device
     tables: dict[str, dict[str, Tensor]] = {table: {} for table in TABLES}
     place = f"checkpoint: {folder / TENSORS}"
@@ -274,14 +334,24 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UnreadableError(
             f"checkpoint: {folder / TENSORS} is not of the moment of {STATE}; the save was stopped halfway, {ADVICE}"
         )
-    return {"distillation": None, **state}
+    return {"distillation": None, "past": [], **state}
 
 
-def _read_events(folder: Path, state: dict[str, Any]) -> list[Event]:
+def _read_events(folder: Path, state: dict[str, Any], key: str) -> list[Event]:
     try:
-        return [Event.from_json(row) for row in state["events"]]
+        return [Event.from_json(row) for row in state[key]]
     except (LookupError, TypeError, AttributeError) as error:
-        raise UnreadableError(f"checkpoint: {folder / STATE} is corrupt (events: {error!r:.80}); {ADVICE}") from None
+        raise UnreadableError(f"checkpoint: {folder / STATE} is corrupt ({key}: {error!r:.80}); {ADVICE}") from None
+
+
+def _replay(
+    model: nn.Module, event: Event, folder: Path, optimizer: torch.optim.Optimizer | None, *, keep_tail: bool
+) -> None:
+    try:
+        apply_event(model, event, optimizer, keep_tail=keep_tail)
+    except (LookupError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        told = f"its event of step {event.step} does not fit the model: {error!r:.80}"
+        raise UnreadableError(f"checkpoint: {folder / STATE} is corrupt ({told}); {ADVICE}") from error
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -85,6 +85,16 @@ def _shape(controller: Controller) -> dict[str, Any]:
     }
 
 
+def planned_sparsity(controller: Controller) -> float | None:
+    """The sparsity that the schedule asks for now; None where nothing is pruned, or time is the goal."""
+    config = controller.config
+    if not config.prunes or config.pruning.target_speedup is not None:
+        return None
+    if config.pruning.prune_before_tuning:
+        return config.pruning.target_sparsity
+    return config.pruning.schedule(controller.total_steps).get_current_sparsity(controller.step)
+
+
 def event_scalars(event: Event, adapter_params: int) -> dict[str, float]:
     """What is logged of an event."""
     kept = {} if event.prune is None else event.prune.kept

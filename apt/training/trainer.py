@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from apt.apt_config import APTConfig
@@ -15,22 +15,35 @@ from apt.distillation import place_transform
 from apt.files import write_jsonl
 from apt.layers import TRANSFORM, LayerTransform
 from apt.pruning.ranks import adapter_sizes, total_params
-from apt.surgery import patch_state, uncompiled
+from apt.surgery import bare_model, patch_state, uncompiled
 from apt.surgery.moments import bare_optimizer
-from apt.training.batches import EpochOrder, hold_out, micro_batch_weights
-from apt.training.checkpoint import RandomState, load_controller, random_state_kept, restore_shapes, save_controller
+from apt.training.any_trainer import arguments_by_name, beside, known_arguments
+from apt.training.batches import EpochOrder, count_tokens, hold_out, micro_batch_weights
+from apt.training.checkpoint import (
+    RandomState,
+    load_controller,
+    load_live,
+    random_state_kept,
+    restore_shapes,
+    save_controller,
+)
 from apt.training.clock import StepClock
 from apt.training.controller import Controller, adopt
-from apt.training.recorder import Recorder, event_scalars
+from apt.training.controller.built import check_one_device
+from apt.training.drive import Drive
+from apt.training.recorder import Recorder, event_scalars, planned_sparsity
 from apt.training.whole_checkpoints import WholeCheckpoints
+from apt.training.whole_loss import StepLoss, loss_is_scaled, loss_with
 
 
 class APTrainer(WholeCheckpoints):
     """Trains a patched model and prunes it on the way; every argument of `transformers.Trainer` works.
 
+    It stands before any other trainer too (`trainer_class`), and takes the arguments of all classes of its own.
+
     Args:
-        model: patched by `apt.patch_model`.
-        args: the ``TrainingArguments``.
+        model: patched by `apt.patch_model`; or ``model_init=``, a function that returns such a model for each run.
+        args: the ``TrainingArguments``. With ``predict_with_generate`` it is a ``Seq2SeqTrainer`` as well.
         config: None means the one `patch_model` stored.
         event_log: a JSON-lines file that gets each event.
         record_to: a folder that gets what a report draws: `steps.jsonl` and `shapes.jsonl`.
@@ -39,51 +52,96 @@ class APTrainer(WholeCheckpoints):
         overrides: leaves of the config by name, e.g. ``target_sparsity=0.6``.
 
     Raises:
-        ValueError: the model is not patched, or a setting is unknown or out of range.
+        ValueError: the model is not patched, or a setting is unknown or out of range, or several devices are asked for.
     """
 
     controller: Controller
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "APTrainer":
+        settings = kwargs.get("args", args[1] if len(args) > 1 else None)
+        kind: Any = cls
+        # The Trainer itself passes over that setting.
+        if getattr(settings, "predict_with_generate", False) and not issubclass(cls, Seq2SeqTrainer):
+            kind = beside(cls, Seq2SeqTrainer)
+        return super().__new__(kind)
+
     def __init__(
         self,
-        model: nn.Module,
-        args: Any = None,
-        *,
+        *args: Any,
         config: APTConfig | None = None,
         event_log: Path | None = None,
         record_to: Path | None = None,
         **kwargs: Any,
     ) -> None:
+        given = arguments_by_name(type(self), APTrainer, args, kwargs)
+        names = known_arguments(type(self))
+        self._asked = config
+        self._overrides = {name: given.pop(name) for name in list(given) if name not in names}
+        self.event_log = event_log
+        self._recorder = None if record_to is None else Recorder(Path(record_to))
+        self._resume_from: Path | None = None
+        self._num_resumed = 0  # events of the run before it was resumed
+        self._random = RandomState()  # at the end of the latest step, where a checkpoint would save it
+        self._step_loss = StepLoss(self)
+        self._took_gradients = False  # of the step in the making
+        self._clock = StepClock()
+        self._held_out: Any = None
+        if given.get("model_init") is None:
+            self._read_config(given.get("model"))
+            given = self._hold_out(given)
+        super().__init__(**given)
+        check_one_device(self.args.n_gpu)
+        self._place_transform(self._module())
+        # The mean of each micro-batch, weighed here, but where the trainer says that it divides by the step's labels.
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and loss_is_scaled(self)
+        self.add_callback(Drive(self))
+
+    def _read_config(self, model: Any) -> None:
+        """Find the config of a run of this model.
+
+        Raises:
+            ValueError: the model is not patched, or compiled, or a setting is unknown or out of range.
+        """
+        if isinstance(model, str):
+            raise ValueError(f"trainer: give a model that apt.patch_model has patched, not its name {model!r}")
         if uncompiled(model) is not model:
             raise ValueError(
                 "trainer: give the model itself, and torch_compile=True in the arguments, which compile it"
             )
-        names = _trainer_arguments()
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
-        self.apt_config = (config or patch_state(model).config).with_overrides(**overrides)
-        self.event_log = event_log
-        self._recorder = None if record_to is None else Recorder(Path(record_to))
-        self._resume_from: Path | None = None
-        self._random = RandomState()  # at the end of the latest step, where a checkpoint would save it
-        self._weights: list[float] = []  # of the micro-batches of this step that are still to come
-        self._clock = StepClock()
-        self._held_out: Any = None
+        self.apt_config = (self._asked or patch_state(bare_model(model)).config).with_overrides(**self._overrides)
+
+    def _hold_out(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with part of the training data taken out, where a teacher is to be compared on it."""
+        settings = self.apt_config.distillation
+        if not settings.teacher_refresh:
+            return given
+        seed = getattr(given.get("args"), "seed", 0)
+        rows, self._held_out = hold_out(given.get("train_dataset"), settings.held_out_share, seed)
+        return {**given, "train_dataset": rows}
+
+    def _place_transform(self, model: nn.Module) -> None:
+        """Put Tr into a model before there is an optimizer, which is to have it."""
+        if self.apt_config.distillation.use_self_distillation:
+            place_transform(bare_model(model), self.apt_config.distillation, torch.initial_seed())
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make the model of a run, which begins anew: a search for settings calls it before each trial."""
+        model: nn.Module = super().call_model_init(trial)
+        self._read_config(model)
         if self.apt_config.distillation.teacher_refresh:
-            share = self.apt_config.distillation.held_out_share
-            seed = getattr(args, "seed", 0)
-            kwargs["train_dataset"], self._held_out = hold_out(kwargs.get("train_dataset"), share, seed)
-        super().__init__(model=model, args=args, **kwargs)
-        if self.apt_config.distillation.use_self_distillation:  # before the optimizer, which is to have it
-            place_transform(model, self.apt_config.distillation, torch.initial_seed())
-        # The controller adds per-batch means to the loss, so accumulation weighs the whole of it alike.
-        self.model_accepts_loss_kwargs = False
-        self.add_callback(_Drive(self))
+            raise ValueError("trainer: teacher_refresh holds out data for one model; give model=, no model_init")
+        if hasattr(self, "controller"):  # the model of the run before is gone, and with it what was on it
+            del self.controller
+        if getattr(self, "is_in_train", False):
+            self._place_transform(model)
+        return model
 
     def start_controller(self, total_steps: int) -> None:
         """Make the controller once the optimizer exists and the length of the run is known."""
         assert self.optimizer is not None
+        self._end_run()
         self.controller = Controller(
-            self._module(),
+            self._patched(),
             self.optimizer,
             total_steps,
             self.apt_config,
@@ -93,23 +151,41 @@ class APTrainer(WholeCheckpoints):
         )
         if self._resume_from is not None:
             load_controller(self.controller, self._resume_from)
+            self._num_resumed = len(self.controller.events)
             if self.event_log is not None:  # what came after the checkpoint will come again
                 write_jsonl(self.event_log, [event.to_json() for event in self.controller.events])
         if self._recorder is not None:
             self._recorder.begin(self.controller)
         self.controller.prepare()
         if self.controller.awaits_calibration:
-            self.controller.prune_before_tuning(
-                self._calibration_batches(), lambda model, batch: self.compute_loss(model, dict(batch))
-            )
+            self.controller.prune_before_tuning(self._calibration_batches(), self._plain_loss)
             self._log_events(0)
+
+    def _plain_loss(self, _: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        loss: Any = self.compute_loss(self._module(), dict(batch))
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _end_run(self) -> None:
+        """Take back what an earlier run of this trainer has put on the model: it may have been broken off."""
+        if not hasattr(self, "controller"):
+            return
+        taught = self.controller.distillation is not None and not self.controller.distillation.over
+        if self._resume_from is not None and (taught or len(self.controller.events) > self._num_resumed):
+            raise ValueError(
+                f"trainer: memory ran out in a run that was resumed, whose model has changed since; resume from "
+                f"{self._resume_from} in a new process with per_device_train_batch_size={self._train_batch_size}"
+            )
+        self.controller.leave()
+        del self.controller
+        self._clock = StepClock()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer, and add Tr's parameters where there is a Tr, before a saved optimizer state is loaded."""
         optimizer: Any = super().create_optimizer(*args, **kwargs)
-        transform = getattr(self._module(), TRANSFORM, None)
+        transform = getattr(self._patched(), TRANSFORM, None)
         if isinstance(transform, LayerTransform):
-            adopt(transform, self._module(), getattr(optimizer, "optimizer", optimizer))
+            adopt(transform, self._patched(), getattr(optimizer, "optimizer", optimizer))
         return optimizer
 
     def _batches_of(self, dataset: Any) -> list[dict[str, Any]]:
@@ -154,24 +230,19 @@ class APTrainer(WholeCheckpoints):
         assert self.model is not None
         return self.model
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        batch = dict(inputs)  # label smoothing takes the labels out
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training and not self.controller.awaits_calibration:
-            named = {**outputs, "loss": loss} if isinstance(outputs, Mapping) else loss
-            loss = self.controller.loss(named, batch)
-            if self._weights:
-                loss = loss * self._weights.pop(0)
-        return (loss, outputs) if return_outputs else loss
+    def _patched(self) -> nn.Module:
+        """The patched model, out of what is around it."""
+        return bare_model(self._module())
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        self._clock.tokens += 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self._clock.tokens += count_tokens(inputs)
+        # Without a number of items a loss is the mean of its micro-batch, which the weights are made for.
+        items = num_items_in_batch if loss_is_scaled(self) else None
+        with loss_with(self, self._step_loss.whole):
+            loss: Tensor = super().training_step(model, inputs, items)
         if self.accelerator.sync_gradients:
             self.controller.after_backward()
+            self._took_gradients = True
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -179,6 +250,10 @@ class APTrainer(WholeCheckpoints):
 
         What is logged at an event begins with ``event_``.
         """
+        if any(name.startswith("event_") for name in logs):
+            # A trainer beside this one would add its means since the last log, and forget them.
+            Trainer.log(self, logs)
+            return
         if not hasattr(self, "controller") or "loss" not in logs:
             super().log(logs, *args, **kwargs)
             if self._recorder is not None and any(name.startswith("eval_") for name in logs):
@@ -191,26 +266,21 @@ class APTrainer(WholeCheckpoints):
             **logs,
             "sparsity": events[-1].sparsity if events else 0.0,
             "adapter_params": self._adapter_params(),
-            **({"tokens_per_s": tokens / seconds} if seconds else {}),
+            **({"tokens_per_s": tokens / seconds} if tokens and seconds else {}),
             **({} if distillation is None else distillation.report()),
         }
         super().log(logs, *args, **kwargs)
         if self._recorder is not None:
-            more = {"seconds": seconds, "tokens": tokens, "steps": steps, "planned_sparsity": self._planned_sparsity()}
+            more = {
+                "seconds": seconds,
+                "tokens": tokens,
+                "steps": steps,
+                "planned_sparsity": planned_sparsity(self.controller),
+            }
             self._recorder.log(self.state.global_step, logs, self.args.device, **more)
 
     def _adapter_params(self) -> int:
-        return total_params(adapter_sizes(self._module(), {}))
-
-    def _planned_sparsity(self) -> float | None:
-        """The sparsity that the schedule asks for now; None where nothing is pruned, or time is the goal."""
-        config = self.controller.config
-        pruning = self.controller.config.pruning
-        if not config.prunes or pruning.target_speedup is not None:
-            return None
-        if pruning.prune_before_tuning:
-            return pruning.target_sparsity
-        return pruning.schedule(self.controller.total_steps).get_current_sparsity(self.state.global_step)
+        return total_params(adapter_sizes(self._patched(), {}))
 
     def _log_events(self, seen: int) -> None:
         """Scalars of the events beyond the first `seen`, by the Trainer's own way: `report_to` gets them."""
@@ -231,9 +301,7 @@ class APTrainer(WholeCheckpoints):
             self.control.should_training_stop = True
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # A loss function of the user's own is given the number of items, and divides by it.
-        own = self.compute_loss_func is not None
-        self._weights = [] if own else micro_batch_weights(batches, self._loss_shifts_labels)
+        self._step_loss.weights = micro_batch_weights(batches, self._loss_shifts_labels)
         return batches, num_items
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,54 +329,55 @@ class APTrainer(WholeCheckpoints):
         }
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Only a model of the final size may be the best: before the last event there is none."""
-        return not self.controller.active and super()._determine_best_metric(metrics, trial)
+        """Only a model of the final size may be the best: as long as a plan is to come there is none."""
+        return self.controller.settled and super()._determine_best_metric(metrics, trial)
+
+    def _load_best_model(self) -> None:
+        folder = Path(str(self.state.best_model_checkpoint))
+        if not load_live(self._module(), folder):
+            super()._load_best_model()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._random = RandomState()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        if self._patched() is self._module():
+            super()._save(output_dir, state_dict)
+        else:  # what is around the model would read its own folder as a stock model
+            Trainer._save(self, output_dir, state_dict)
         if hasattr(self, "controller"):
             save_controller(self.controller, Path(output_dir or self.args.output_dir or ""))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._end_run()
         self._resume_from = Path(resume_from_checkpoint)
         optimizer = self.optimizer  # where the user gave one, it has the parameters of the model as it came
-        restore_shapes(self._module(), self._resume_from, None if optimizer is None else bare_optimizer(optimizer))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        restore_shapes(self._patched(), self._resume_from, None if optimizer is None else bare_optimizer(optimizer))
+        if self._patched() is self._module():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         self._random = RandomState()
 
 
-class _Drive(TrainerCallback):
-    """Calls the controller where the Trainer has its hooks."""
+def trainer_class(trainer: type[Trainer]) -> type[Any]:
+    """The class of a trainer that prunes the model it trains.
 
-    def __init__(self, trainer: APTrainer) -> None:
-        self.trainer = trainer
+    It is the given one with `APTrainer` before it: ``apt.trainer_class(SFTTrainer)(model, args, target_sparsity=0.5,
+    ...)`` takes the arguments of both. Its loss stays its own, an overridden ``compute_loss`` included; what the method
+    adds is put around it.
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.start_controller(state.max_steps)
-        self.trainer._random = RandomState()
+    Args:
+        trainer: any subclass of `transformers.Trainer`: of transformers, TRL, sentence-transformers or yours.
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._clock.begin()
+    Returns:
+        A subclass of both, the same at every call.
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        trainer._clock.end(state.global_step)
-        seen = len(trainer.controller.events)
-        if trainer._recorder is not None:
-            trainer._recorder.before_step(trainer.controller)
-        trainer.controller.after_step()
-        if len(trainer.controller.events) > seen:
-            trainer._log_events(seen)
-
-
-def _trainer_arguments() -> set[str]:
-    import inspect
-
-    return set(inspect.signature(Trainer.__init__).parameters)
+    Raises:
+        ValueError: it is no such class.
+    """
+    return beside(APTrainer, trainer)

@@ -140,6 +140,9 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
         apt.resume_checkpoint(tmp_path, loop.model, loop.optimizer)
     folder = apt.save_checkpoint(loop.run, tmp_path / "checkpoint")
     other = Loop("bert", apt.patch_model(tiny_model("bert"), rank=2), 0)
+    with pytest.raises(ValueError, match="was patched with rank=3, this one with 2; patch it as that run did"):
+        apt.resume_checkpoint(folder, other.model, other.optimizer, **DROPPED)
+    other = Loop("bert", apt.patch_model(tiny_model("bert", intermediate_size=48), rank=3), 0)
     with pytest.raises(ValueError, match=r"model.safetensors does not fit the model, patch it as the run's was: size"):
         apt.resume_checkpoint(folder, other.model, other.optimizer, **DROPPED)
 

@@ -168,7 +168,7 @@ def test_a_state_has_the_same_keys_whatever_the_run_does(built: dict[str, Any], 
     model = patched("bert", **built, **(settings if built.get("method") == "adalora" else {}))
     loop = Loop("bert", model, 30, **settings).take(1)
     tables = {"importance", "salience", "masks", "teacher"}
-    numbers = {"step", "events", "start_params", "rank_budget", "latency", "distillation"}
+    numbers = {"step", "events", "past", "built", "start_params", "rank_budget", "latency", "distillation"}
     assert loop.run.state_dict().keys() == tables | numbers
 
 

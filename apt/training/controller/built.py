@@ -37,7 +37,7 @@ def check_one_process() -> None:
     """Raise ValueError where training runs in more than one process."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
-        raise ValueError("controller: this version prunes in one process; train on one device")
+        raise ValueError("controller: this version trains in one process, whatever the method; start it on one device")
 
 
 def check_holds_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -48,4 +48,13 @@ def check_holds_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> N
         raise ValueError(
             "controller: the optimizer holds none of the parameters of this model that train; make it after "
             "patch_model, over [p for p in model.parameters() if p.requires_grad]"
+        )
+
+
+def check_one_device(num_gpus: int) -> None:
+    """Raise ValueError where a Trainer would spread each batch over several GPUs of this process."""
+    if num_gpus > 1:
+        raise ValueError(
+            f"trainer: this process sees {num_gpus} GPUs, for which transformers wraps the model in DataParallel; this "
+            f"version trains on one: set CUDA_VISIBLE_DEVICES=0"
         )

@@ -15,7 +15,7 @@ from apt.methods import METHODS, penalty
 from apt.pruning.dimensions import Group
 from apt.pruning.latency_table import LatencyTable
 from apt.records import Event, Plan, Target
-from apt.surgery import forget_graphs, patch_state, uncompiled
+from apt.surgery import bare_model, forget_graphs, patch_state
 from apt.surgery.event import apply_plan
 from apt.surgery.moments import bare_optimizer, check_optimizer
 from apt.training.controller.built import check_built, check_holds_trained, check_one_process
@@ -71,7 +71,7 @@ class Controller:
         latency: LatencyTable | None = None,
         **overrides: Any,
     ) -> None:
-        model = uncompiled(model)
+        model = bare_model(model)
         hand_on_kernels(model)
         state = patch_state(model)
         self.config = (config or state.config).with_overrides(**overrides)
@@ -86,6 +86,7 @@ class Controller:
         self._check = LogitCheck(model, self.config.verify_events)
         self.timeline = Timeline.of(self.config, total_steps)
         self.progress = Progress(self.timeline)
+        self._num_past = len(state.past)  # events of earlier runs of this model, whose shapes it has
         self.growth = Growth(model, self.config, self.timeline)
         self.importance = self.growth.importance
         make_budget = METHODS[self.config.method].budget
@@ -149,6 +150,11 @@ class Controller:
     def active(self) -> bool:
         """Whether an event is still to come."""
         return self.progress.active
+
+    @property
+    def settled(self) -> bool:
+        """Whether the model keeps its size: no event is still to come, of the timeline or beside it."""
+        return not self.active and all(phase.settled(self.step) for phase in self.phases)
 
     @property
     def awaits_calibration(self) -> bool:
@@ -303,6 +309,7 @@ class Controller:
         """Note an event that was carried out, here and in the log."""
         self.events.append(event)
         self._note_next_event()
+        patch_state(self.model).past.append(event)
         forget_graphs()  # shapes are static between events; start the recompile count anew
         give_back(self._device)
         if self.event_log is not None:
@@ -312,9 +319,16 @@ class Controller:
         """Leave on the model the step of the event that is still to come: an export before it says so."""
         patch_state(self.model).next_event = self.progress.next_event if self.active else None
 
+    def leave(self) -> None:
+        """End the run where it stands: masks open, the teacher goes; shapes and weights stay."""
+        for phase in self.phases:
+            phase.leave()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside model and optimizer: JSON values and tensors."""
         state: dict[str, Any] = {"step": self.step, "events": [event.to_json() for event in self.events]}
+        past = patch_state(self.model).past[: self._num_past]
+        state |= {"past": [event.to_json() for event in past], "built": patch_state(self.model).built}
         for kind in (Growth, Trimming, Pruning, Distillation):
             state |= kind.absent
         for phase in self.phases:
@@ -325,6 +339,7 @@ class Controller:
         """Take up where `state_dict` was made; the model must have the shapes of that moment already."""
         self.progress.step = state["step"]
         self.progress.events = [Event.from_json(row) for row in state["events"]]
+        self._num_past = len(state.get("past", []))
         for phase in self.phases:
             phase.load_state_dict(state, self.progress)
         self._note_next_event()

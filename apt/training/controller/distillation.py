@@ -212,6 +212,11 @@ class Distillation(Phase):
             self.distiller.listen(self.teaches(step))
             self._draw = self.distiller.draw_state()
 
+    def leave(self) -> None:
+        """Let the teacher go, and Tr."""
+        if not self.over:
+            self._let_teacher_go()
+
     def _let_teacher_go(self) -> None:
         forget(self.distiller.transform.parameters(), self.optimizer)
         self.distiller.drop()
@@ -236,6 +241,11 @@ class Distillation(Phase):
 
     def load_state_dict(self, state: Mapping[str, Any], progress: Progress) -> None:
         plain = state["distillation"]
+        if plain is None:
+            raise ValueError(
+                "distillation: the checkpoint is of a run without a teacher, and none can be taken up in its middle; "
+                "resume with use_self_distillation=False"
+            )
         self.num_windows = plain["prepared"]
         self.since_event = plain["since_event"]
         self.teacher_score = plain["teacher_score"]

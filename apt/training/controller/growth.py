@@ -36,8 +36,11 @@ class Growth(Phase):
         self.start()
 
     def start(self) -> None:
-        """Tuning starts with the adapters as they are now."""
-        self.start_params = total_params(adapter_sizes(self.model, {}))
+        """Tuning starts with the adapters as they are now, or as they were before a rank grew in an earlier run."""
+        state = patch_state(self.model)
+        if state.adapter_params is None or not any(event.rank is not None for event in state.past):
+            state.adapter_params = total_params(adapter_sizes(self.model, {}))
+        self.start_params = state.adapter_params
 
     @property
     def scored(self) -> bool:
@@ -78,4 +81,5 @@ class Growth(Phase):
 
     def load_state_dict(self, state: Mapping[str, Any], progress: Progress) -> None:
         self.start_params = state["start_params"]
+        patch_state(self.model).adapter_params = self.start_params
         self.importance.values = dict(state["importance"])

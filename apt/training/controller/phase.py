@@ -49,6 +49,10 @@ class Phase:
         """Whether a cut must leave the dense weights behind the student's."""
         return False
 
+    def settled(self, step: int) -> bool:
+        """Whether no plan is to come after `step` optimizer steps but those of the timeline."""
+        return True
+
     def follow(self, plan: Plan) -> None:
         """Bring what is kept beside the model to the shapes that it has after a plan was carried out."""
 
@@ -57,6 +61,9 @@ class Phase:
 
     def after_step(self, step: int) -> None:
         """Get ready for the next pass: called last, after `step` optimizer steps."""
+
+    def leave(self) -> None:
+        """Take back what stands on the model while the run goes on, which ends here; weights stay as they are."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of this phase: the keys of `absent`, with JSON values and tensors."""

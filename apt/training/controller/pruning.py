@@ -156,6 +156,12 @@ class Pruning(Phase):
         if not progress.still_prunes:
             self.units.collect(False)
 
+    def leave(self) -> None:
+        """Open all masks, and keep no statistics."""
+        settle_masks(self.groups, {group.name: range(group.num_units) for group in self.groups})
+        self.units.outliers.reset()
+        self.units.collect(False)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "latency": None if self.goal.table is None else self.goal.table.to_json(),

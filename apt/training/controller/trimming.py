@@ -28,6 +28,9 @@ class Trimming(Phase):
     def decide(self, event: int) -> TrimPlan | None:
         return self.budget.after_step(event)
 
+    def settled(self, step: int) -> bool:
+        return self.budget.settled(step)
+
     def state_dict(self) -> dict[str, Any]:
         return {"rank_budget": [self.budget.start, self.budget.target]}
 
