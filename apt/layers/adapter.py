@@ -133,7 +133,8 @@ class APTAdapter(nn.Module):
         if self.lora_A is None or self.lora_B is None or new_rank <= self.rank:
             raise ValueError(f"APTAdapter: new_rank must be above the present rank {self.rank}, got {new_rank}")
         num = new_rank - self.rank
-        exchange(self.lora_A, torch.cat([self.lora_A.data, self._new_rows(num, init_type)]))
+        rows = self._new_rows(num, init_type).to(self.lora_A.dtype)  # a model may have been cast since
+        exchange(self.lora_A, torch.cat([self.lora_A.data, rows]))
         exchange(self.lora_B, torch.cat([self.lora_B.data, self.lora_B.new_zeros(self.n_out, num)], dim=1))
 
     def drop_adapter(self) -> None:

@@ -98,15 +98,15 @@ def _load_pretrained(kind: Any, name: str, **settings: Any) -> Any:
 
 
 def check_lengths(data: Loader, model: nn.Module) -> None:
-    """Raise ValueError where a row has more tokens than the model has positions, or a token it has no embedding for."""
+    """Raise ValueError where a row of the data is too long for the model, or has a token it does not know."""
     rows = [*data.train.columns["input_ids"], *data.test.columns["input_ids"]]
     find: Any = model.get_input_embeddings
     known = find().weight.shape[0]
-    highest = max((max(row) for row in rows if row), default=0)
+    highest = max((max(row, default=0) for row in rows), default=0)
     if highest >= known:
         raise ValueError(
-            f"data: the tokenizer makes token {highest}, but the model has embeddings of {known} tokens; take the "
-            f"tokenizer of this model"
+            f"data: the tokenizer makes token {highest}, but the model embeds {known} tokens; put the model's own "
+            f"tokenizer beside it, or save the model after model.resize_token_embeddings"
         )
     most = max(map(len, rows))
     limit = positions(model)

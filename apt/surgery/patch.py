@@ -15,6 +15,7 @@ from apt.methods import METHODS, place_row_gates, remove_row_gates
 from apt.methods.prompts import PROMPT, place_prompt, placed_prompt, remove_prompt
 from apt.pruning.dimensions import hidden_group
 from apt.pruning.units import block_params
+from apt.surgery.around import unwatch, watch
 from apt.surgery.hidden import place_dimensions, remove_dimensions
 from apt.surgery.put_in import ValidTokenHook, keep_few_kernels, put_adapters, put_unit_masks, share_inputs
 from apt.surgery.save_notice import place_notice, remove_notice
@@ -83,6 +84,7 @@ def patch_model(
     for module in places.head:
         module.requires_grad_(True)
     state.targets = sorted(places.targets)
+    state.hooks += watch(model)
     state.dtypes, hooks = widen(model, places.head)
     state.hooks += hooks
     model._apt = state  # type: ignore[assignment]
@@ -191,6 +193,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
         say_untied(model, model.state_dict())
     for hook in state.hooks:
         hook.remove()
+    unwatch(model)
     narrow(model, state.dtypes)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, False))

@@ -1,6 +1,8 @@
 """What `patch_model` leaves on a model, for the controller, the export and `unpatch_model`."""
 
+import copy
 import sys
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +34,20 @@ class PatchState:
     past: list[Event] = field(default_factory=list)  # the events that were carried out on this model
     targets: list[str] = field(default_factory=list)  # full names of the linears that got an adapter
     adapter_params: int | None = None  # when tuning started, before any rank grew
+    copies: list[Any] = field(default_factory=list)  # weak references to the states of copies of the model
     distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PatchState":
+        """The state of a copied model; the model remembers that there is one."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__getstate__().items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        self.copies.append(weakref.ref(twin))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "copies": []}
 
     @property
     def built(self) -> dict[str, Any]:

@@ -63,7 +63,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _widen_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    own = next(module.parameters()).dtype  # the model may have been cast since
+
     def wide(value: Any) -> Any:
-        return value.to(_wide(value.dtype)) if isinstance(value, Tensor) else value
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(torch.promote_types(value.dtype, own)) if floats else value
 
     return tuple(map(wide, args)), {name: wide(value) for name, value in kwargs.items()}

@@ -16,6 +16,7 @@ from apt.pruning.dimensions import Group
 from apt.pruning.latency_table import LatencyTable
 from apt.records import Event, Plan, Target
 from apt.surgery import bare_model, forget_graphs, patch_state
+from apt.surgery.around import tell_copies
 from apt.surgery.event import apply_plan
 from apt.surgery.moments import bare_optimizer, check_optimizer
 from apt.training.controller.built import check_built, check_holds_trained, check_one_process
@@ -310,6 +311,7 @@ class Controller:
         self.events.append(event)
         self._note_next_event()
         patch_state(self.model).past.append(event)
+        tell_copies(self.model, event.step)
         forget_graphs()  # shapes are static between events; start the recompile count anew
         give_back(self._device)
         if self.event_log is not None:
