@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder ratings test check browser harness fuzz soak bench bench-accuracy bench-adapters bench-finetune gpu clean
+.PHONY: help demo decoder ratings test check browser harness trainers fuzz soak bench bench-accuracy bench-adapters bench-finetune gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,8 +27,8 @@ ratings: $(STAMPS)/demo ## LoRA and APT on reviews with ratings: a number, three
 	$(PY) -m apt experiment examples/sentiment_grid.yaml
 	$(PY) -m bench.ratings
 
-test check browser harness fuzz soak gpu: export HF_HUB_OFFLINE = 1
-test check browser harness fuzz soak: export OMP_NUM_THREADS = 1
+test check browser harness trainers fuzz soak gpu: export HF_HUB_OFFLINE = 1
+test check browser harness trainers fuzz soak: export OMP_NUM_THREADS = 1
 
 WORKERS ?= auto
 PYTEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
@@ -53,6 +53,9 @@ fuzz: $(STAMPS)/dev ## damage five hundred files and read them, a minute, which 
 
 soak: $(STAMPS)/dev ## 5,000 steps with 20 events in one process: memory and descriptors that grow, two minutes
 	PYTHONPATH=.:tests $(PY) tests/soak.py
+
+trainers: $(STAMPS)/trainers ## pruning with the trainers of TRL and sentence-transformers (220 MB), which CI runs too
+	$(PYTEST) -m trainers tests/system/test_ecosystem_trainers.py
 
 # The minutes are those in which something is begun; what was begun ends, so the three stay below 25 in all.
 bench: $(STAMPS)/dev ## step, answers and costs on this CPU in 25 minutes, with docs/results.md; again: the rest
@@ -101,4 +104,8 @@ $(STAMPS)/dev: requirements/dev.txt $(STAMPS)/train
 
 $(STAMPS)/harness: requirements/harness.txt $(STAMPS)/dev
 	$(PIP) -r requirements/harness.txt
+	@touch $@
+
+$(STAMPS)/trainers: requirements/trainers.txt $(STAMPS)/dev
+	$(PIP) -r requirements/trainers.txt
 	@touch $@

@@ -32,6 +32,7 @@ setup(
         "train": ["datasets", "scikit-learn", "scipy", "rouge-score", "pandas", "pyarrow"],
         "peft": ["peft>=0.21"],
         "harness": ["lm_eval>=0.4.13", "datasets"],  # benchmark tasks: python -m apt harness
+        "trainers": ["trl>=1.16", "sentence-transformers>=6.2", "datasets"],  # apt.trainer_class of theirs
         "gguf": ["gguf"],  # models in GGUF files
         "liger": ["liger-kernel>=0.8"],  # plain norms and losses on a GPU: TrainingArguments(use_liger_kernel=True)
         "bench": ["torch-pruning>=1.6", "peft>=0.21", "matplotlib"],  # what the benchmarks compare with and draw with

@@ -33,6 +33,8 @@ OPTIONAL = {  # distribution -> what it is for, and what installs it
     "scipy": ("scores of numbers", 'pip install "apt-lm[train]"'),
     "rouge-score": ("scores of texts", 'pip install "apt-lm[train]"'),
     "peft": ("baselines, adapters of PEFT", 'pip install "apt-lm[peft]"'),
+    "trl": ("SFT, DPO and other trainers with pruning", 'pip install "apt-lm[trainers]"'),
+    "sentence-transformers": ("their trainer with pruning", 'pip install "apt-lm[trainers]"'),
     "lm_eval": ("scores on benchmark tasks", 'pip install "apt-lm[harness]"'),
 }
 WIDTH = 100  # columns, where the output is no terminal
