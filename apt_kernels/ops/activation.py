@@ -128,7 +128,8 @@ class _GatedActivation(torch.autograd.Function):
         kernels: bool,
         backend: str | None,
     ) -> Tensor:
-        ctx.save_for_backward(g_TD, u_TD, mask, valid_T)
+        ctx.save_for_backward(g_TD, u_TD, mask)
+        ctx.valid_T = valid_T  # not saved, as in `gate`
         ctx.kind, ctx.sums_2D, ctx.count, ctx.kernels, ctx.backend = kind, sums_2D, count, kernels, backend
         given = (g_TD, u_TD, mask, valid_T, kind, sums_2D is not None)
         y_TD, ctx.abs_D = _activation_forward(*given, backend) if kernels else eager.activation_forward(*given)
@@ -137,7 +138,8 @@ class _GatedActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:2]
-        g_TD, u_TD, mask, valid_T = ctx.saved_tensors
+        g_TD, u_TD, mask = ctx.saved_tensors
+        valid_T = ctx.valid_T
         given = (grads[0], g_TD, u_TD, mask, valid_T, ctx.kind, ctx.sums_2D is not None)
         if ctx.kernels:
             dg_TD, du_TD, abs_D = _activation_backward(*given, *needs, ctx.backend)

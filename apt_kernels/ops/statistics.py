@@ -138,14 +138,17 @@ class _Gate(torch.autograd.Function):
         kernels: bool,
         backend: str | None,
     ) -> Tensor:
-        ctx.save_for_backward(mask, valid_T)
+        ctx.save_for_backward(mask)
+        # Not saved: a checkpoint would replace it by that of the forward it runs anew, perhaps in another pass.
+        ctx.valid_T = valid_T
         ctx.sums_2D, ctx.count, ctx.kernels, ctx.backend = sums_2D, count, kernels, backend
         y_TD, ctx.abs_D = _one_pass(ctx, h_TD, mask, valid_T)
         return h_TD.view_as(h_TD) if mask is None else y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        mask, valid_T = ctx.saved_tensors
+        (mask,) = ctx.saved_tensors
+        valid_T = ctx.valid_T
         dh_TD, abs_D = _one_pass(ctx, grads[0], mask, valid_T)
         if ctx.sums_2D is not None:
             add_statistics(ctx, abs_D, grads[0].shape[0], valid_T)
