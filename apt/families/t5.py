@@ -13,6 +13,12 @@ from torch import Tensor, nn
 
 from apt.families.base import FFN, Attention, Family, Stack
 from apt.families.empty import EmptyAttention
+from apt.per_thread import PerThread
+
+
+class _Call(PerThread):
+    def __init__(self) -> None:
+        self.whole: Tensor | None = None  # the bias of all heads, during a call of the attention
 
 
 class WholeBias:
@@ -26,7 +32,7 @@ class WholeBias:
 
     def __init__(self, attention: Any) -> None:
         self.attention = attention
-        self.whole: Tensor | None = None  # during a call
+        self.here = _Call()
         attention.register_forward_pre_hook(self.take, with_kwargs=True)
         attention.register_forward_hook(self.hand_on)
         attention.compute_bias = self.compute
@@ -36,16 +42,18 @@ class WholeBias:
         return whole.index_select(1, self.attention.head_order[: self.attention.n_heads])
 
     def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.whole = kwargs.get("position_bias")
-        return args, kwargs if self.whole is None else {**kwargs, "position_bias": self.own(self.whole)}
+        whole = kwargs.get("position_bias")
+        self.here.whole = whole
+        return args, kwargs if whole is None else {**kwargs, "position_bias": self.own(whole)}
 
     def compute(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.whole = type(self.attention).compute_bias(self.attention, *args, **kwargs)
-        return self.own(self.whole)
+        whole: Tensor = type(self.attention).compute_bias(self.attention, *args, **kwargs)
+        self.here.whole = whole
+        return self.own(whole)
 
     def hand_on(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
-        whole = self.whole
-        self.whole = None
+        whole = self.here.whole
+        self.here.whole = None
         return output[0], whole, *output[2:]
 
 
@@ -102,7 +110,6 @@ def _family(gated: bool) -> Family:
                 layers="decoder.block",
                 parts=(_SELF, _CROSS, ffn(decoder)),
                 decoder=True,
-                valid=("decoder_attention_mask", "labels"),
             ),
         ),
         default_targets=("q", "v", "gate" if gated else "up"),

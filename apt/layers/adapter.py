@@ -12,6 +12,22 @@ import apt_kernels
 from apt.families.linears import is_conv1d, weight_and_bias
 from apt.layers.delta import Delta, InputGroup, RowGate
 from apt.layers.unit_mask import UnitMask
+from apt.per_thread import PerThread
+
+
+class PastMask(PerThread):
+    """Where an op that applied the mask of an adapted layer leaves word of it, until that layer gets the tensor."""
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+
+    def has_passed(self, x: Tensor) -> bool:
+        """Whether x has passed the mask already. Raises RuntimeError where another tensor has."""
+        tensor = self.tensor
+        self.tensor = None
+        if tensor is not None and x is not tensor:
+            raise RuntimeError("APTAdapter: the mask was applied to another tensor than the one that arrived here")
+        return tensor is not None
 
 
 class APTAdapter(nn.Module):
@@ -62,8 +78,9 @@ class APTAdapter(nn.Module):
         self.weight, self.bias = weight_and_bias(base)
         self.n_out, self.n_in = self.weight.shape
         self.unit_mask = unit_mask
-        self.past_mask: Tensor | None = None  # an input that has passed `unit_mask` already, in the op that made it
+        self.past_mask: PastMask | None = None  # where what makes the input may apply `unit_mask` too
         self.shared: InputGroup | None = None
+        self.place = 0  # among those that share its input
         self.register_buffer("teacher_A", None, persistent=False)
         self.register_buffer("teacher_B", None, persistent=False)
         self.lora_A, self.lora_B = None, None
@@ -187,14 +204,11 @@ class APTAdapter(nn.Module):
         return self.lora_A, self.lora_B
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.shared is not None and self.shared.together:
+        if self.shared is not None and self.shared.together(self):
             return self.shared.output(self, x)
         mask_in = None
-        past_mask = self.past_mask
-        self.past_mask = None
-        if past_mask is not None and x is not past_mask:
-            raise RuntimeError("APTAdapter: the mask was applied to another tensor than the one that arrived here")
-        if self.unit_mask is not None and past_mask is None:
+        masked = self.past_mask is not None and self.past_mask.has_passed(x)
+        if self.unit_mask is not None and not masked:
             if self.rank and self.unit_mask.only_masks:
                 mask_in = self.unit_mask.feature_mask()  # the op multiplies: a kernel needs no pass of its own for it
             else:

@@ -1,7 +1,7 @@
 """What an adapted layer may have beside A and B: an update of its method, gates of the example, a group of layers."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -43,11 +43,10 @@ class Delta(nn.Module, ABC):
 class InputGroup(Protocol):
     """Layers that read one tensor, which the first one called computes for all of them."""
 
-    @property
-    def together(self) -> bool:
-        """Whether they are computed together at present."""
+    def together(self, member: Any) -> bool:
+        """Whether this one is computed together with the others at present."""
 
-    def output(self, member: nn.Module, x: Tensor) -> Tensor:
+    def output(self, member: Any, x: Tensor) -> Tensor:
         """What one of them makes of x."""
 
 

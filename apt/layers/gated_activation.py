@@ -12,7 +12,7 @@ import apt_kernels
 from apt.families import FFN, Anatomy
 from apt.families.base import find_module
 from apt.families.linears import replace_module
-from apt.layers.adapter import APTAdapter
+from apt.layers.adapter import APTAdapter, PastMask
 
 Kind = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -43,9 +43,11 @@ class GatedActivation(nn.Module):
         self.kind = kind
         object.__setattr__(self, "down", down)  # no child of this module: it has its place in the block
         self.down: APTAdapter
+        self.past_mask = PastMask()
+        down.past_mask = self.past_mask
 
     def forward(self, g: Tensor) -> "Tensor | _Waiting":
-        self.down.past_mask = None
+        self.past_mask.tensor = None
         if torch.compiler.is_compiling() or apt_kernels.chosen("gated_activation", g, _sizes(g)) == "torch":
             return self.act(g)
         return _Waiting(self, g)
@@ -63,9 +65,9 @@ class GatedActivation(nn.Module):
             kind=self.kind,
             sums=mask.sums if mask.collects else None,
             count=mask.count if mask.collects else None,
-            valid=mask.valid_tokens(g.shape[:-1]) if mask.collects else None,
+            valid=mask.valid.of(g) if mask.collects else None,
         )
-        self.down.past_mask = y
+        self.past_mask.tensor = y
         return y
 
     def extra_repr(self) -> str:

@@ -3,17 +3,27 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import apt_kernels
 from apt.layers.adapter import APTAdapter
+from apt.per_thread import PerThread
+
+
+class _Pending(PerThread):
+    """Outputs of the latest input that were not asked for yet."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.with_grad = False
+        self.outputs: list[Tensor | None] | None = None
 
 
 class SharedInput:
     """Adapted linears that read the same tensor (q, k, v; gate, up): the first one called computes all of them.
 
     The block's own forward calls them one after the other, as it always did; those called later find their output
-    here. It is kept for that one input only, and handed out once.
+    here. It is kept for that one input and that thread only, and handed out once.
 
     Args:
         members: the linears, none with a gate on its input. `share_input` lets them know of it.
@@ -21,41 +31,36 @@ class SharedInput:
 
     def __init__(self, members: list[APTAdapter]) -> None:
         self.members = members
-        self._forget()
+        self._pending = _Pending()
 
-    def _forget(self) -> None:
-        self._x: Tensor | None = None
-        self._with_grad = False
-        self._outputs: list[Tensor | None] = [None] * len(self.members)
+    def together(self, member: Any) -> bool:
+        """Whether the op that computes all of them can: A and B alone, one scale. Without any there is no need.
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle has the members and no outputs of a pass in flight."""
-        return {"members": self.members}
+        A replica of a member on another device has weights of its own, and no others beside it: it is computed alone.
+        """
+        if self.members[member.place].weight is not member.weight:
+            return False
+        adapted = [other for other in self.members if other.rank]
+        plain = all(other.delta is None and not other.drops for other in adapted)
+        return bool(adapted) and plain and len({other.scale for other in adapted}) == 1
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.members = state["members"]
-        self._forget()
-
-    @property
-    def together(self) -> bool:
-        """Whether the op that computes all of them can: A and B alone, one scale. Without any there is no need."""
-        adapted = [member for member in self.members if member.rank]
-        plain = all(member.delta is None and not member.drops for member in adapted)
-        return bool(adapted) and plain and len({member.scale for member in adapted}) == 1
-
-    def output(self, member: nn.Module, x: Tensor) -> Tensor:
+    def output(self, member: Any, x: Tensor) -> Tensor:
         """What this member makes of x."""
-        index = next(i for i, other in enumerate(self.members) if other is member)
-        found = self._outputs[index]
-        if found is None or self._x is not x or self._with_grad != torch.is_grad_enabled():
-            self._outputs = list(self._compute(x))  # may raise, so it comes first
-            self._x = x
-            self._with_grad = torch.is_grad_enabled()
-            found = self._outputs[index]
+        pending = self._pending
+        place = member.place
+        outputs = pending.outputs if pending.x is x and pending.with_grad == torch.is_grad_enabled() else None
+        found = None if outputs is None else outputs[place]
+        if outputs is None or found is None:
+            outputs = list(self._compute(x))  # may raise, so it comes first
+            pending.x = x
+            pending.with_grad = torch.is_grad_enabled()
+            pending.outputs = outputs
+            found = outputs[place]
             assert found is not None
-        self._outputs[index] = None
-        if all(output is None for output in self._outputs):
-            self._x = None
+        outputs[place] = None
+        if all(output is None for output in outputs):
+            pending.x = None
+            pending.outputs = None
         return found
 
     def _compute(self, x: Tensor) -> list[Tensor]:
@@ -74,6 +79,7 @@ class SharedInput:
 def share_input(members: list[APTAdapter]) -> SharedInput:
     """Tie linears that read the same tensor, so that the first one called computes all of them."""
     shared = SharedInput(members)
-    for member in members:
+    for place, member in enumerate(members):
         member.shared = shared
+        member.place = place
     return shared

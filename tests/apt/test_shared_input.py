@@ -72,7 +72,7 @@ def test_each_output_is_made_once_and_kept_no_longer() -> None:
         x = torch.randn(5, 4, dtype=torch.float64)
         for member in order:
             close("y", member(x), plain(member, x))
-        assert shared._x is None
+        assert shared._pending.x is None
         assert shared._outputs == [None, None]
     assert runs() == 2
 
