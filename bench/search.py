@@ -16,7 +16,8 @@ from apt.families.hidden_parts import HiddenPart
 from apt.families.llama import LLAMA
 from apt.layers import APTAdapter
 from apt.layers.hidden import HiddenMask
-from apt.layers.unit_mask import UnitMask, ValidTokens
+from apt.layers.passes import ValidTokens
+from apt.layers.unit_mask import UnitMask
 from apt.pruning import PruningConfig, UnitSearch
 from apt.pruning.dimensions import Group, HiddenGroup
 from apt.pruning.units import Member, UnitGroup

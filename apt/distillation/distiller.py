@@ -17,7 +17,7 @@ from apt.distillation.teacher import Teacher
 from apt.families import FFN, Attention, Stack, anatomy_of, base_model
 from apt.layers import TRANSFORM, LayerTransform
 from apt.layers.hidden import HiddenNorm
-from apt.layers.unit_mask import ValidTokens
+from apt.layers.passes import passes_of
 from apt.pruning.units import find_units
 
 TRANSFORM_SCALE = 2.0  # unitless, of the trainable part of Tr, as of the adapters
@@ -90,14 +90,26 @@ class SelfDistiller:
         for stack in self.anatomy.stacks:
             places = [place for place, layer in enumerate(layers) if layer.stack == stack]
             self._stacks.append((stack, range(places[0], places[-1] + 1)))
-        self._taps = Taps([layer.module for layer in layers])
+        self._taps = self._new_taps()
         self._names = {layer.name: place for place, layer in enumerate(layers)}
         self._alive: set[int] = set()
-        self._valid: dict[Stack, ValidTokens] = {}
         self.sampled: list[int] = []
         self.follow()
         self.draw()
         self.listen(True)
+
+    def _new_taps(self) -> Taps:
+        return Taps([layer.module for layer in self.anatomy.layers], passes_of(self.anatomy))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_taps": self._taps.listening}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy listens to the layers of its own model."""
+        self.__dict__.update(state)
+        self._taps = self._new_taps()
+        self._taps.listening = state["_taps"]
+        self._choose_taps()
 
     def draw(self) -> None:
         """Sample the teacher's layers for the next batch, one from each of `num_teacher_layers` blocks of a stack."""
@@ -115,7 +127,6 @@ class SelfDistiller:
         for group in find_units(self.anatomy):
             layer = group.part.layer
             parts.setdefault(self._names[layer.name], set()).add(type(group.part.table))
-            self._valid[layer.stack] = group.mask.valid
         self._alive = {place for place, found in parts.items() if found == {Attention, FFN}}
         self._choose_taps()
 
@@ -223,7 +234,9 @@ class SelfDistiller:
         return torch.stack(sums).mean()
 
     def _valid_tokens(self, stack: Stack) -> Tensor | None:
-        return self._valid[stack].mask if stack in self._valid else None
+        """Of the pass whose layers were caught."""
+        caught = self._taps.caught
+        return None if caught is None else caught.valid.get(stack.name)
 
     def _prediction_weight(self, student: Mapping[str, Tensor]) -> float:
         if self.config.w_pred is not None:

@@ -1,6 +1,5 @@
 """Which layers are compared, and how their outputs are caught."""
 
-import functools
 import itertools
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -9,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from apt.layers.derived import Derived, derive, restore
+from apt.layers.passes import Pass, Passes
 
 
 def sample_layers(num_layers: int, num_blocks: int, generator: torch.Generator) -> list[int]:
@@ -40,13 +42,15 @@ def matching_layers(layer: int, alive: Collection[int], mapping: str) -> list[in
 class Taps:
     """Catches the outputs of chosen layers. It keeps them for one pass.
 
-    Each layer gets a class of its own, derived from what it was, whose call hands on the output: outside everything the
-    layer itself does, and so outside a region that is recomputed for gradient checkpointing, where a forward hook would
-    stand inside in some versions of transformers.
+    Each layer gets a class of its own (`apt.layers.derived`), derived from what it was, whose call hands on the output:
+    outside everything the layer itself does, and so outside a region that is recomputed for gradient checkpointing,
+    where a forward hook would stand inside in some versions of transformers.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module] = (), passes: Passes | None = None) -> None:
         self.layers = list(layers)
+        self.passes = passes
+        self.caught: Pass | None = None  # the pass of what was seen
         self.listening = False
         self.wanted: frozenset[int] = frozenset()
         self.seen: dict[int, Tensor] = {}
@@ -57,8 +61,7 @@ class Taps:
             self._catch = torch._dynamo.disable(self._note)
         for index, layer in enumerate(self.layers):
             untap(layer)
-            kind: Any = type(layer)
-            layer.__class__ = _tapped(kind)
+            derive(layer, _Tapped)
             layer.apt_tap = (self, index)  # type: ignore[assignment]
 
     def catch(self, index: int, output: Any) -> None:
@@ -70,13 +73,14 @@ class Taps:
             return
         hidden = output[0] if isinstance(output, tuple) else output
         self.seen[index] = hidden
+        self.caught = None if self.passes is None else self.passes.known
         kind = hidden.device.type
         self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     @contextmanager
     def of_teacher(self, wanted: Collection[int]) -> Iterator[dict[int, Tensor]]:
         """Catch other layers for a while, without disturbing what is caught of the student."""
-        before = self.listening, self.wanted, self.seen, self.autocast
+        before = self.listening, self.wanted, self.seen, self.autocast, self.caught
         self.listening = True
         self.wanted = frozenset(wanted)
         self.seen = {}
@@ -84,41 +88,29 @@ class Taps:
         try:
             yield self.seen
         finally:
-            self.listening, self.wanted, self.seen, self.autocast = before
+            self.listening, self.wanted, self.seen, self.autocast, self.caught = before
             self._of_teacher = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Taps":
-        """A copied model has its own taps, which catch nothing: its layers belong to no distiller."""
-        twin = object.__new__(Taps)
-        twin.layers = []
-        twin.listening = False
-        twin.wanted = frozenset()
-        twin.seen = {}
-        twin.autocast = None
-        twin._of_teacher = False
-        twin._catch = twin._note
-        return twin
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied model has taps that catch nothing; a distiller that is copied with it puts new ones in."""
+        return Taps, ()
 
 
-class _Tapped:
+class _Tapped(Derived):
     """What a tapped layer's class puts before its own."""
 
-    apt_tap: tuple[Taps, int]
+    apt_tap: tuple[Taps, int] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        taps, index = self.apt_tap
-        taps.catch(index, output)
+        if self.apt_tap is not None:
+            taps, index = self.apt_tap
+            taps.catch(index, output)
         return output
-
-
-@functools.cache
-def _tapped(kind: Any) -> Any:
-    return type(kind.__name__, (_Tapped, kind), {"__module__": kind.__module__})
 
 
 def untap(layer: nn.Module) -> None:
     """Give a layer its own class back."""
     if isinstance(layer, _Tapped):
-        layer.__class__ = type(layer).__mro__[2]
-        del layer.apt_tap
+        layer.__dict__.pop("apt_tap", None)
+        restore(layer, _Tapped)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from apt.families import Anatomy, EmptyAttention
 from apt.layers import TRANSFORM, APTAdapter, adapted
-from apt.methods import mark_prompt
+from apt.layers.passes import passes_of
 from apt.pruning.dimensions import HiddenGroup, hidden_group
 
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
@@ -104,7 +104,6 @@ class Teacher:
                 _swap(stack, linear, "n_out", rows)
                 _swap(stack, linear, "n_in", columns)
                 if linear.unit_mask is not None:
-                    _swap(stack, linear.unit_mask.valid, "mask", linear.unit_mask.valid.mask)
                     _swap(stack, linear, "unit_mask", None)
                 if linear.delta is not None:
                     _swap(stack, linear, "delta", None)
@@ -143,8 +142,9 @@ class Teacher:
             inputs["decoder_input_ids"] = make(labels=batch["labels"])
         if "use_cache" in inspect.signature(model.forward).parameters:
             inputs["use_cache"] = False  # nothing is generated
-        mark_prompt(self.model, batch.get("labels"))
-        with self._dense():
+        passes = passes_of(self.anatomy)
+        labelled = nullcontext() if passes is None else passes.labelled(batch.get("labels"))
+        with self._dense(), labelled:
             return model(**inputs, return_dict=True)
 
     def state_dict(self) -> dict[str, Tensor]:

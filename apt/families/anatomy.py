@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from apt.families.base import FFN, Attention, Family, Layer, Stack, find_module
+from apt.families.base import FFN, Attention, Family, Layer, Stack, base_model, find_module
 from apt.families.empty import HEAD_SIZES, EmptyAttention
 from apt.families.hidden_parts import HiddenPart, HiddenPlaces
 from apt.families.hidden_tables import HiddenTable
@@ -105,6 +105,13 @@ class Anatomy:
     def stacks(self) -> list[Stack]:
         """The stacks that the model has, the encoder first."""
         return list(dict.fromkeys(layer.stack for layer in self.layers))
+
+    def reader(self, stack: Stack) -> nn.Module:
+        """The innermost module around the layers of a stack that embeds tokens: where ids and their mask come in."""
+        base = base_model(self.model)
+        places = stack.layers.split(".")
+        around = [base.get_submodule(".".join(places[:depth])) for depth in range(len(places))]
+        return next(module for module in reversed(around) if hasattr(module, "get_input_embeddings"))
 
     @property
     def attentions(self) -> list[PlacedPart]:

@@ -159,15 +159,12 @@ class Stack:
         parts: of each layer, in the order in which they run.
         decoder: whether generation reads cache and mask lengths in the first layer of each attention type.
         name: first part of the names of its unit groups.
-        valid: arguments of the model's forward that tell its tokens from padding; the first one given counts. "labels"
-            are read as ``labels != -100``.
     """
 
     layers: str
     parts: tuple[Attention | FFN, ...]
     decoder: bool = False
     name: str = "layers"
-    valid: tuple[str, ...] = ("attention_mask",)
 
 
 @dataclass(frozen=True)

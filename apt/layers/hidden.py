@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
-from apt.layers.unit_mask import UnitMask, ValidTokens
+from apt.layers.passes import ValidTokens
+from apt.layers.unit_mask import UnitMask
 
 SITES = ("read", "write")
 OWN = ("stock", "training", "kind", "eps", "n", "masks_output", "site")  # of a `HiddenNorm`, and of no kernel

@@ -7,22 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
+from apt.layers.passes import ValidTokens
 from apt_kernels.autocast import outside_autocast
-
-
-class ValidTokens:
-    """The padding mask of the batch in flight, shared by all masks of one model: ``[B, S]``, 1 real, 0 padding."""
-
-    mask: Tensor | None = None
-
-    def of(self, h: Tensor) -> Tensor | None:
-        """The mask in the leading shape of h, which some layers flatten (OPT's FFN); None where h is of other tokens.
-
-        A pooler reads one token of each row, which is never padding; relative positions are no tokens at all.
-        """
-        if self.mask is None or self.mask.numel() * h.shape[-1] != h.numel():
-            return None
-        return self.mask.reshape(h.shape[:-1])
 
 
 class _Products(torch.autograd.Function):
@@ -30,14 +16,16 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, sums_2D: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
-        ctx.save_for_backward(h, valid)
+        ctx.save_for_backward(h)
+        ctx.valid = valid
         ctx.sums_2D = sums_2D
         ctx.count = count
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        h, valid = ctx.saved_tensors
+        (h,) = ctx.saved_tensors
+        valid = ctx.valid
         wide = torch.promote_types(h.dtype, torch.float32)
         products_TD = (h.to(wide) * grads[0].to(wide)).reshape(-1, h.shape[-1])
         if valid is not None:
@@ -183,10 +171,6 @@ class UnitMask(nn.Module):
     def feature_mask(self) -> Tensor:
         """The mask of each feature, ``[D]``."""
         return self.values.repeat_interleave(self.unit_size)
-
-    def valid_tokens(self, lead: torch.Size) -> Tensor | None:
-        """1 where a token is real, in the leading shape of h: some layers flatten batch and sequence (OPT's FFN)."""
-        return None if self.valid.mask is None else self.valid.mask.reshape(lead)
 
     def forward(self, h: Tensor) -> Tensor:
         if self.only_masks:

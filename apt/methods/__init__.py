@@ -3,7 +3,7 @@
 from apt.methods.adalora import RankBudget
 from apt.methods.config import MethodConfig
 from apt.methods.dynacsg import NAME as ROW_GATES
-from apt.methods.dynacsg import DynamicSpectral, layers_above, mark_prompt, place_row_gates, remove_row_gates
+from apt.methods.dynacsg import DynamicSpectral, layers_above, place_row_gates, remove_row_gates
 from apt.methods.hypernetwork import HyperNetwork
 from apt.methods.lowrank import Joined, LowRank, RankImportance, join, new_factors, updates
 from apt.methods.table import METHODS, Method, adapt, penalty
@@ -24,7 +24,6 @@ __all__ = [
     "default_targets",
     "join",
     "layers_above",
-    "mark_prompt",
     "matching",
     "new_factors",
     "penalty",

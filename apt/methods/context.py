@@ -1,6 +1,5 @@
 """What the gates of an example depend on: its context, read after one layer of a pass and kept for all above it."""
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +8,15 @@ from torch import Tensor, nn
 
 import apt_kernels
 from apt.families import IGNORED
+from apt.layers.around import Call, by_name
 from apt.layers.hidden import HiddenMask
+from apt.layers.passes import Pass, Passes
 from apt.methods.config import MethodConfig
 from apt.methods.hypernetwork import HyperNetwork, logistic_noise, open_gates
+from apt.per_thread import PerThread
 
 EPS = 1e-5  # of the norm of a context
+CACHED = "apt_examples"  # name of the examples on a cache of keys and values
 
 
 @dataclass
@@ -26,18 +29,25 @@ class _Examples:
     graph: bool = False  # whether that was with gradients on
 
 
+class _Here(PerThread):
+    def __init__(self) -> None:
+        self.prompt_length: int | None = None  # while `generate` runs
+
+
 class GateContext:
     """Reads the context of each example, and makes its gates for every adapted linear above.
 
     Encoders: the first token after layer l, or the mean over the tokens that are no padding. Causal decoders: the mean
     over the tokens of the prompt, which are those before the first label that counts, or what `generate` was given;
-    where nothing marks a prompt, the first token. So no token sees a later one. A pass that continues a cache keeps the
-    gates of the pass that began it.
+    where nothing marks a prompt, the first token. So no token sees a later one. Contexts and gates belong to the pass
+    that they were read in; one that continues a cache keeps those of the pass that began it.
 
     Args:
         hyper: the network, shared by all layers.
         settings: context, gate_temperature.
         layers: of the model.
+        passes: of the model.
+        stack: name of that whose tokens are read.
         prompts: whether contexts are of prompts alone.
         hidden: the mask of the hidden dimensions, where they may be pruned.
     """
@@ -47,73 +57,76 @@ class GateContext:
         hyper: HyperNetwork,
         settings: MethodConfig,
         layers: list[nn.Module],
+        passes: Passes,
         *,
+        stack: str,
         prompts: bool,
         hidden: HiddenMask | None = None,
     ) -> None:
         self.hyper = hyper
         self.settings = settings
         self.layers = layers
+        self.passes = passes
+        self.stack = stack
         self.prompts = prompts
         self.hidden = hidden
+        self.here = _Here()
         self._forget()
 
     def _forget(self) -> None:
-        self.prompt_length: int | None = None  # while `generate` runs
-        self.valid: Tensor | None = None  # [B, S] of the pass in flight, 1 real, 0 padding
-        self.labels: Tensor | None = None  # of it
-        self.positions: Tensor | None = None  # relative positions of its attention, which belong to no example
-        self.continues = False  # whether it continues a cache
-        self._latest: _Examples | None = None
-        self._to_learn: _Examples | None = None  # the latest with gradients on: a recomputed layer is of that pass
-        self._opened: Tensor | None = None  # [R], open gates since the last step of training
-        self._count = 0  # of examples since then
+        self._to_learn: _Examples | None = None  # those of the latest pass with gradients on
+        self._opened: tuple[Tensor, int] | None = None  # open gates [R] since the last step of training, of examples
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows no pass, whose tensors have a graph."""
-        return {name: getattr(self, name) for name in ("hyper", "settings", "layers", "prompts", "hidden")}
+        return {name: value for name, value in vars(self).items() if name not in ("_to_learn", "_opened")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
 
     def capture(self, stream_BSD: Tensor) -> None:
-        """Read the contexts from the output of layer l."""
-        labels = self.labels
-        self.labels = None
-        if self.continues or _in_backward():
+        """Read the contexts from the output of layer l, once a pass: not where it continues or is computed anew."""
+        current = self.passes.current
+        if current is None:
+            if _in_backward():
+                return
+            current = self.passes.here.latest = Pass()  # of a stack that was called by itself
+        if current.examples is not None:
             return
         learns = torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(stream_BSD.device.type, enabled=False):
-            weights_BS = self._weights(stream_BSD, labels)
+            weights_BS = self._weights(stream_BSD, current)
             context_BD = torch.einsum("bs,bsd->bd", weights_BS, stream_BSD.to(weights_BS.dtype))
             context_BD = self._norm(context_BD / weights_BS.sum(1, keepdim=True))
             noise = None
             if self.hyper.training:
                 noise = logistic_noise(context_BD.new_empty(len(context_BD), self.hyper.open.out_features))
                 self._opened = None
-                self._count = 0
             else:
                 opened = (self.hyper(context_BD) > 0).sum(0)
-                self._opened = opened if self._opened is None else self._opened + opened
-                self._count += len(context_BD)
-        self._latest = _Examples(context_BD, noise)
+                before = self._opened or (torch.zeros_like(opened), 0)
+                self._opened = before[0] + opened, before[1] + len(context_BD)
+        current.examples = _Examples(context_BD, noise)
         if learns:
-            self._to_learn = self._latest
+            self._to_learn = current.examples
 
-    def _weights(self, stream: Tensor, labels: Tensor | None) -> Tensor:
+    def _weights(self, stream: Tensor, current: Pass) -> Tensor:
         """Weights ``[B, S]``: 1 for the tokens in the context of their example, of which it has at least one."""
         shape = stream.shape[:2]
         dtype = self.hyper.read.weight.dtype
         valid = torch.ones(shape, dtype=torch.bool, device=stream.device)
-        if self.valid is not None and self.valid.shape == shape:
-            valid = self.valid.bool()
+        mask = current.valid.get(self.stack)
+        if mask is not None and mask.shape == shape:
+            valid = mask.bool()
         first = torch.zeros_like(valid).scatter_(1, valid.int().argmax(1, keepdim=True), True)
+        labels = current.labels
+        prompt_length = self.here.prompt_length
         chosen = first
         if not self.prompts:
             chosen = valid if self.settings.context == "mean" else first
-        elif self.prompt_length is not None:
-            chosen = valid & (torch.arange(shape[1], device=valid.device) < self.prompt_length)
+        elif prompt_length is not None:
+            chosen = valid & (torch.arange(shape[1], device=valid.device) < prompt_length)
         elif labels is not None and labels.shape == shape:
             chosen = valid & (((labels != IGNORED) & valid).cumsum(1) == 0)
         return torch.where(chosen.any(1, keepdim=True), chosen, first).to(dtype)
@@ -139,7 +152,10 @@ class GateContext:
         Raises:
             ValueError: no pass has begun.
         """
-        examples = self._to_learn if _in_backward() else self._latest
+        known = self.passes.known
+        examples: _Examples | None = None if known is None else known.examples
+        if self.passes.current is None and _in_backward():  # computed anew by what hands no pass on
+            examples = self._to_learn
         if examples is None:
             raise ValueError(
                 "dynacsg: a layer with gates was called before any example passed the layer that they are read from; "
@@ -156,7 +172,10 @@ class GateContext:
 
     def num_active(self, count: int) -> float:
         """How many of the first `count` gates an example opened, the mean over those since the last training step."""
-        return 0.0 if self._opened is None else float(self._opened[:count].sum()) / max(1, self._count)
+        if self._opened is None:
+            return 0.0
+        opened, examples = self._opened
+        return float(opened[:count].sum()) / max(1, examples)
 
 
 class ContextGate:
@@ -174,7 +193,8 @@ class ContextGate:
         Raises:
             ValueError: the rows are not those of the examples that the gates are of.
         """
-        positions = self.context.positions
+        known = self.context.passes.known
+        positions = None if known is None else known.positions
         if positions is not None and x.data_ptr() == positions.data_ptr():
             return x.new_zeros(rank)
         gates_BR = self.context.gates()[:, :rank]
@@ -194,35 +214,32 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _Hook:
-    """A forward pre-hook that reads arguments by name, however they were given."""
+class ReadExamples:
+    """Around the call of a stack, inside its pass: where that continues another, it has the examples of the other.
 
-    def __init__(self, module: nn.Module, context: GateContext) -> None:
-        self.names = list(inspect.signature(module.forward).parameters)
-        self.context = context
+    Args:
+        names: of the arguments of the stack.
+        passes: of the model.
+    """
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+    def __init__(self, names: list[str], passes: Passes) -> None:
+        self.names = names
+        self.passes = passes
 
-
-class LabelHook(_Hook):
-    """Forward pre-hook of the whole model: hands the labels, which say where a prompt ends, to the context."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        labels = self.given(args, kwargs).get("labels")
-        if labels is not None:
-            self.context.labels = labels
-
-
-class InputHook(_Hook):
-    """Forward pre-hook of the base model or its encoder: tells padding, and whether a cache is continued."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self.given(args, kwargs)
-        mask = given.get("attention_mask")
-        cache = given.get("past_key_values")
-        self.context.valid = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.context.continues = cache is not None and int(cache.get_seq_length()) > 0
+    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = by_name(self.names, args, kwargs).get("past_key_values")
+        here = self.passes.here
+        current = here.current
+        assert current is not None
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            latest = None if here.latest is None else here.latest.examples
+            current.examples = getattr(cache, CACHED, latest)
+        output = call(*args, **kwargs)
+        if cache is None:
+            cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            setattr(cache, CACHED, current.examples)
+        return output
 
 
 class PositionHook:
@@ -234,7 +251,9 @@ class PositionHook:
         self.context = context
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.context.positions = output
+        known = self.context.passes.known
+        if known is not None:
+            known.positions = output
 
 
 class CaptureHook:
@@ -257,9 +276,10 @@ class Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         prompt = next((tensor for tensor in given if isinstance(tensor, Tensor)), None)
-        self.context.prompt_length = 1 if prompt is None else prompt.shape[1]
+        here = self.context.here
+        here.prompt_length = 1 if prompt is None else prompt.shape[1]
         try:
             model: Any = self.model
             return type(model).generate(model, *args, **kwargs)
         finally:
-            self.context.prompt_length = None
+            here.prompt_length = None

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.families import Anatomy, Layer, PlacedPart, base_model
+from apt.families import Anatomy, Layer, PlacedPart
 from apt.families.linears import features
 from apt.layers import Delta, adapted
+from apt.layers.around import arguments, wrap
 from apt.layers.hidden import HiddenMask
+from apt.layers.passes import place_passes
 from apt.methods.config import MethodConfig
-from apt.methods.context import CaptureHook, ContextGate, GateContext, Generate, InputHook, LabelHook, PositionHook
+from apt.methods.context import CaptureHook, ContextGate, GateContext, Generate, PositionHook, ReadExamples
 from apt.methods.hypernetwork import HyperNetwork
 from apt.methods.svd import singular_triplets
 
@@ -99,18 +101,17 @@ def place_row_gates(anatomy: Anatomy, settings: MethodConfig, hidden: HiddenMask
     model.add_module(NAME, hyper.train(model.training))
     classifies = type(model).__name__.endswith("SequenceClassification")  # it answers once all was read
     modules = [layer.module for layer in layers]
-    context = GateContext(hyper, settings, modules, prompts=anatomy.family.decoder and not classifies, hidden=hidden)
+    passes = place_passes(anatomy)
+    first = anatomy.stacks[0]
+    prompts = anatomy.family.decoder and not classifies
+    context = GateContext(hyper, settings, modules, passes, stack=first.name, prompts=prompts, hidden=hidden)
     for linear in linears:
         linear.row_gate = ContextGate(context)
         linear.delta.context = context  # type: ignore[union-attr]
-    base = base_model(model)
-    several = len(anatomy.stacks) > 1  # an encoder before a decoder: its own arguments count
-    reader = base.get_submodule(layers[0].stack.layers.rpartition(".")[0]) if several else base
-    hooks = [
-        model.register_forward_pre_hook(LabelHook(model, context), with_kwargs=True),
-        reader.register_forward_pre_hook(InputHook(reader, context), with_kwargs=True),
-        modules[settings.context_layer].register_forward_hook(CaptureHook(context)),
-    ]
+    hooks: list[Any] = [modules[settings.context_layer].register_forward_hook(CaptureHook(context))]
+    for stack in anatomy.stacks:
+        reader = anatomy.reader(stack)
+        hooks.append(wrap(reader, ReadExamples(arguments(reader), passes)))
     for part in anatomy.attentions:
         positions = getattr(part.module, PositionHook.module, None)
         if positions is not None:
@@ -118,14 +119,6 @@ def place_row_gates(anatomy: Anatomy, settings: MethodConfig, hidden: HiddenMask
     if context.prompts and hasattr(model, "generate"):
         model.generate = Generate(model, context)  # type: ignore[assignment]
     return hooks
-
-
-def mark_prompt(model: nn.Module, labels: Tensor | None) -> None:
-    """Let the next pass without labels end its prompts where these labels begin to count; nothing without gates."""
-    for _, linear in adapted(model):
-        if isinstance(linear.row_gate, ContextGate):
-            linear.row_gate.context.labels = labels
-            return
 
 
 def remove_row_gates(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from apt.families import Anatomy, EmptyAttention
 from apt.families.hidden_parts import HiddenPart, hidden_size
 from apt.families.linears import replace_module
 from apt.layers.hidden import HiddenMask, HiddenNorm, Narrow, ReadMask, Site, WriteSite
-from apt.layers.unit_mask import ValidTokens
+from apt.layers.passes import ValidTokens
 
 
 def place_dimensions(anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:

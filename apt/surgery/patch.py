@@ -10,14 +10,14 @@ from apt.families import Anatomy, anatomy_of, known_family
 from apt.families.ties import say_untied
 from apt.layers.fused import restore_plain, split_fused
 from apt.layers.gated_activation import put_activations, restore_activations
-from apt.layers.unit_mask import ValidTokens
+from apt.layers.passes import ValidTokens, place_passes, remove_passes
 from apt.methods import METHODS, place_row_gates, remove_row_gates
 from apt.methods.prompts import PROMPT, place_prompt, placed_prompt, remove_prompt
 from apt.pruning.dimensions import hidden_group
 from apt.pruning.units import block_params
 from apt.surgery.around import unwatch, watch
 from apt.surgery.hidden import place_dimensions, remove_dimensions
-from apt.surgery.put_in import ValidTokenHook, keep_few_kernels, put_adapters, put_unit_masks, share_inputs
+from apt.surgery.put_in import keep_few_kernels, put_adapters, put_unit_masks, share_inputs
 from apt.surgery.save_notice import place_notice, remove_notice
 from apt.surgery.state import PatchState, bare_model, forget_graphs, patch_state
 from apt.surgery.tails import free_tails
@@ -115,7 +115,6 @@ def _state_before(model: nn.Module, config: APTConfig, anatomy: Anatomy | None) 
     return PatchState(
         config=config,
         found=None if anatomy is None else anatomy.found,
-        valid={} if anatomy is None else {stack.name: ValidTokens() for stack in anatomy.stacks},
         requires_grad={name: parameter.requires_grad for name, parameter in model.named_parameters()},
         use_cache=getattr(hf_config, "use_cache", None),
         block_params=0 if anatomy is None else block_params(anatomy),
@@ -137,12 +136,12 @@ def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:
     state.init_seconds = put_adapters(model, config, places.targets, without_rank)
     share_inputs(anatomy)
     if config.prunes:
+        passes = place_passes(anatomy)
+        state.valid = {stack.name: ValidTokens(passes, stack.name) for stack in anatomy.stacks}
         put_unit_masks(anatomy, state.valid, config.pruning.unit_types)
         put_activations(anatomy)
         if state.hidden:
             place_dimensions(anatomy, state.valid)
-        hook = ValidTokenHook(anatomy, state.valid)
-        state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
     state.found = anatomy.found
     if METHODS[config.method].per_example:
         group = hidden_group(anatomy)
@@ -194,6 +193,7 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     for hook in state.hooks:
         hook.remove()
     unwatch(model)
+    remove_passes(model)
     narrow(model, state.dtypes)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, False))

@@ -1,20 +1,19 @@
-"""The parts that a patch puts into a model: adapted linears, masks, and the hook that hands masks the padding."""
+"""The parts that a patch puts into a model: adapted linears and masks."""
 
-import inspect
 import os
 import time
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from apt.apt_config import APTConfig
-from apt.families import IGNORED, Anatomy
+from apt.families import Anatomy
 from apt.families.linears import features, replace_module
 from apt.layers import APTAdapter, share_input
 from apt.layers.fused import FusedLinears
-from apt.layers.unit_mask import UnitMask, ValidTokens
+from apt.layers.passes import ValidTokens
+from apt.layers.unit_mask import UnitMask
 from apt.methods import adapt, rank_and_scale
 from apt.progress import progress
 from apt.pruning.kinds import kind_in
@@ -76,20 +75,3 @@ def share_inputs(anatomy: Anatomy) -> None:
         members = [linear for linear in there if isinstance(linear, APTAdapter)]
         if len(members) > 1:
             share_input(members)
-
-
-class ValidTokenHook:
-    """Forward pre-hook that keeps the batch's padding masks where the masks of each stack read them."""
-
-    def __init__(self, anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:
-        self.names = list(inspect.signature(anatomy.model.forward).parameters)
-        self.sources = {stack.name: stack.valid for stack in anatomy.stacks}
-        self.valid = valid
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        for stack, sources in self.sources.items():
-            source, mask = next(((name, given[name]) for name in sources if given.get(name) is not None), ("", None))
-            if source == "labels" and mask is not None:
-                mask = mask != IGNORED
-            self.valid[stack].mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None

@@ -11,7 +11,7 @@ from torch import nn
 
 from apt.apt_config import APTConfig
 from apt.families import Found
-from apt.layers.unit_mask import ValidTokens
+from apt.layers.passes import ValidTokens
 from apt.records import Event
 
 
@@ -21,11 +21,11 @@ class PatchState:
 
     config: APTConfig
     found: Found | None  # where things are, which `anatomy_of` binds to the model; None where its family is not known
-    valid: dict[str, ValidTokens]  # by stack
     requires_grad: dict[str, bool]  # of every parameter before the patch
     use_cache: bool | None  # of the model's config before the patch
     block_params: int  # of the original model, the denominator of sparsity; 0 without a family
     params_before: int  # of the whole original model
+    valid: dict[str, ValidTokens] = field(default_factory=dict)  # by stack, where units may go
     init_seconds: float = 0.0  # that the adapters' start took, decompositions included
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the task head before the patch, where widened
     hidden: bool = False  # whether the masks of hidden dimensions are in

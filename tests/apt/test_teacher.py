@@ -108,10 +108,10 @@ def test_its_pass_leaves_no_trace_in_the_student(name: str) -> None:
         return {key: tensor.clone() for key, tensor in tensors.items()}, plain
 
     before, identities = trace(), {key: id(p) for key, p in model.named_parameters()}
-    valid = model._apt.valid["layers"].mask
-    assert valid is batch["attention_mask"]
+    stack = model._apt.anatomy.stacks[0]
+    assert distiller._valid_tokens(stack) is batch["attention_mask"]
     distiller.forward_teacher(tiny_batch(name))
-    assert model._apt.valid["layers"].mask is valid
+    assert distiller._valid_tokens(stack) is batch["attention_mask"]
     with pytest.raises(IndexError):
         distiller.forward_teacher({**batch, "input_ids": batch["input_ids"] + 1000})
     after = trace()

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import apt_kernels
 from apt.layers import APTAdapter
-from apt.layers.unit_mask import UnitMask, ValidTokens
+from apt.layers.passes import ValidTokens
+from apt.layers.unit_mask import UnitMask
 
 UNITS, SIZE, OUT, TOKENS = 6, 4, 20, 10
 

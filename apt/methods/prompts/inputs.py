@@ -1,24 +1,24 @@
-"""What the forward hooks of a prompt share: arguments by name, padding mask, positions. No forward is copied.
+"""What the ways of a prompt into a model share: arguments by name, padding mask, positions. No forward is copied.
 
-A stack is hooked at the module that embeds its tokens, inside ``model(...)`` and ``model.generate(...)`` alike. The
-positions and masks that come in are those of the text; the P places of the prompt are added here.
+They stand around the call of the module that embeds the tokens of a stack, whoever calls it. The positions and masks
+that come in are those of the text; the P places of the prompt are added here.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apt.layers.around import Call, arguments
 from apt.methods.prompts.modules import PrefixTuning, PTuningEmbedding
 
 NUMBERINGS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")  # of RoBERTa's embeddings
 TABLES = ("position_embeddings", "wpe", "embed_positions")  # what learned positions are called
 
 
-class PromptHooks:
-    """What both ways have in common: arguments by name, padding mask, positions.
+class AroundStack:
+    """What all ways have in common: arguments by name, padding mask, positions.
 
     Args:
         prompt: what trains.
@@ -29,25 +29,12 @@ class PromptHooks:
     def __init__(self, prompt: PTuningEmbedding | PrefixTuning, reader: nn.Module, *, decoder: bool) -> None:
         self.prompt: Any = prompt
         self.decoder = decoder
-        self.names = list(inspect.signature(reader.forward).parameters)
+        self.names = arguments(reader)
         self.first = _first_position(reader)
         self.limit = _num_positions(reader)
 
-    def register(self, reader: nn.Module) -> list[Any]:
-        """Put the hooks in; returns their handles."""
-        return [
-            reader.register_forward_pre_hook(self.before, with_kwargs=True),
-            reader.register_forward_hook(self.after, with_kwargs=True),
-        ]
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise AssertionError("each way has its own")
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        raise AssertionError("each way has its own")
-
-    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
     def _past(self, given: Mapping[str, Any], length: int) -> int:
         """Places that the cache holds, those of the prompt among them; 0 before the first call.

@@ -1,4 +1,4 @@
-"""Puts a prompt into a model and takes it out: one module under the name `PROMPT`, and hooks on its stack."""
+"""Puts a prompt into a model and takes it out: one module under the name `PROMPT`, wrappers around its stack."""
 
 import inspect
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.families import Anatomy, Stack, base_model
+from apt.families import Anatomy
 from apt.families.anatomy import head_size
+from apt.layers.around import wrap
 from apt.methods.prompts.config import PromptConfig
 from apt.methods.prompts.modules import PrefixTuning, PTuningEmbedding
 from apt.methods.prompts.prefixes import FillCache
@@ -36,17 +37,17 @@ def place_prompt(anatomy: Anatomy, method: str, settings: PromptConfig) -> list[
         settings: of the prompt.
 
     Returns:
-        Handles of the hooks.
+        Handles of the wrappers.
 
     Raises:
         ValueError: prefix tuning, of a model that takes no cache.
     """
     model = anatomy.model
-    weight = _embeddings(_reader(model, anatomy.stacks[0])).weight
+    weight = _embeddings(anatomy.reader(anatomy.stacks[0])).weight
     prompt = _new_prompt(anatomy, method, settings)
     prompt = prompt.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     setattr(model, PROMPT, prompt.train(model.training))
-    return _hook(anatomy, prompt)
+    return _place(anatomy, prompt)
 
 
 def place_plain_prompt(anatomy: Anatomy, method: str, num_virtual_tokens: int) -> None:
@@ -54,11 +55,11 @@ def place_plain_prompt(anatomy: Anatomy, method: str, num_virtual_tokens: int) -
     settings = PromptConfig(num_virtual_tokens=num_virtual_tokens, mlp_layers=0, layer_norm=False)
     prompt = _new_prompt(anatomy, method, settings)
     setattr(anatomy.model, PROMPT, prompt)
-    _hook(anatomy, prompt)
+    _place(anatomy, prompt)
 
 
 def remove_prompt(model: nn.Module) -> None:
-    """Take the prompt out of a model; its hooks go by their handles."""
+    """Take the prompt out of a model; its wrappers go by their handles."""
     delattr(model, PROMPT)
 
 
@@ -66,7 +67,7 @@ def _new_prompt(anatomy: Anatomy, method: str, settings: PromptConfig) -> Prompt
     if method == "p_tuning":
         return PTuningEmbedding(
             settings.num_virtual_tokens,
-            _embeddings(_reader(anatomy.model, anatomy.stacks[0])).weight.shape[1],
+            _embeddings(anatomy.reader(anatomy.stacks[0])).weight.shape[1],
             settings.hidden_dimension,
             settings.dropout_probability,
             mlp_layers=settings.mlp_layers,
@@ -84,30 +85,21 @@ def _new_prompt(anatomy: Anatomy, method: str, settings: PromptConfig) -> Prompt
     )
 
 
-def _hook(anatomy: Anatomy, prompt: Prompt) -> list[Any]:
-    model = anatomy.model
+def _place(anatomy: Anatomy, prompt: Prompt) -> list[Any]:
     stacks = anatomy.stacks
     if isinstance(prompt, PrefixTuning):
         stack = stacks[-1]
-        reader = _reader(model, stack)
-        return FillCache(prompt, reader, decoder=stack.decoder).register(reader)
+        reader = anatomy.reader(stack)
+        return [wrap(reader, FillCache(prompt, reader, decoder=stack.decoder), outside=True)]
     stack = stacks[0]
-    reader = _reader(model, stacks[0])
-    read_first = not stack.decoder and type(model).__name__.endswith(READ_FIRST)
+    reader = anatomy.reader(stack)
+    read_first = not stack.decoder and type(anatomy.model).__name__.endswith(READ_FIRST)
     trims = len(stacks) == 1 and not read_first
-    handles = InsertTokens(prompt, reader, decoder=stack.decoder, trims=trims).register(reader)
+    placed = [wrap(reader, InsertTokens(prompt, reader, decoder=stack.decoder, trims=trims), outside=True)]
     for behind in stacks[1:]:
-        reader = _reader(model, behind)
-        handles += SeeTokens(prompt, reader, decoder=True).register(reader)
-    return handles
-
-
-def _reader(model: nn.Module, stack: Stack) -> nn.Module:
-    """The innermost module around the layers of a stack that embeds tokens."""
-    base = base_model(model)
-    places = stack.layers.split(".")
-    around = [base.get_submodule(".".join(places[:depth])) for depth in range(len(places))]
-    return next(module for module in reversed(around) if hasattr(module, "get_input_embeddings"))
+        reader = anatomy.reader(behind)
+        placed.append(wrap(reader, SeeTokens(prompt, reader, decoder=True), outside=True))
+    return placed
 
 
 def _embeddings(reader: Any) -> nn.Embedding:
@@ -123,7 +115,7 @@ def prefix_sizes(anatomy: Anatomy) -> list[tuple[int, int]]:
         ValueError: the stack takes no cache.
     """
     stack = anatomy.stacks[-1]
-    reader = _reader(anatomy.model, stack)
+    reader = anatomy.reader(stack)
     takes_cache = "past_key_values" in inspect.signature(reader.forward).parameters
     if not takes_cache or not getattr(reader, "is_decoder", True):
         raise ValueError(

@@ -1,40 +1,38 @@
-"""Prefix tuning's hooks: keys and values before those of the text, by way of the model's own cache."""
+"""Prefix tuning: keys and values before those of the text, by way of the model's own cache."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apt.methods.prompts.inputs import PromptHooks
+from apt.layers.around import Call, by_name
+from apt.methods.prompts.inputs import AroundStack
 from apt.methods.prompts.modules import PrefixTuning
 
 
-class FillCache(PromptHooks):
-    """Prefix tuning: an empty cache, the caller's or a new one, holds the prefixes before the layers run."""
+class FillCache(AroundStack):
+    """An empty cache, the caller's or a new one, holds the prefixes before the layers run."""
 
     prompt: PrefixTuning
 
     def __init__(self, prompt: PrefixTuning, reader: nn.Module, *, decoder: bool) -> None:
         super().__init__(prompt, reader, decoder=decoder)
         self.layer = next((i for i, heads in enumerate(prompt.num_heads) if heads), 0)  # one that fills its cache
-        self.returns = False  # in the present call, the cache
-        self.expected = 0  # places in the cache after it
-        self.cache: Any = None
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
             raise ValueError(
                 "prompts: gradient checkpointing takes the cache away, and the prefixes with it; call "
                 "model.gradient_checkpointing_disable(), or use method='p_tuning'"
             )
-        given = self._named(args, kwargs)
+        given = by_name(self.names, args, kwargs)
         text = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         assert isinstance(text, Tensor)
         cache = given.get("past_key_values")
         count = self.prompt.num_virtual_tokens
         config: Any = module.config
         wanted = config.use_cache if given.get("use_cache") is None else given["use_cache"]
-        self.returns = cache is not None or (self.decoder and bool(wanted))
+        returns = cache is not None or (self.decoder and bool(wanted))
         past = self._past(given, text.shape[1])
         if not past:
             self._check_length(text.shape[1])
@@ -46,9 +44,12 @@ class FillCache(PromptHooks):
         if not self.decoder and given.get("attention_mask") is None:  # an encoder reads the number of places there
             given["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
         self._extend_mask(given)
-        given["past_key_values"] = self.cache = cache
-        self.expected = (past or count) + text.shape[1]
-        return (), given
+        given["past_key_values"] = cache
+        output = call(**given)
+        self._check_read(cache, (past or count) + text.shape[1])
+        if not returns and not isinstance(output, tuple):
+            output.past_key_values = None
+        return output
 
     def _new_cache(self, config: Any) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
@@ -70,15 +71,10 @@ class FillCache(PromptHooks):
                 )
                 own.update(key, value, layer)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        cache = self.cache
-        self.cache = None
+    def _check_read(self, cache: Any, expected: int) -> None:
         found = int(cache.get_seq_length(self.layer))
-        if found != self.expected:
+        if found != expected:
             raise ValueError(
-                f"prompts: the layers have read {found} of {self.expected} places of the cache, so the prefixes are "
+                f"prompts: the layers have read {found} of {expected} places of the cache, so the prefixes are "
                 f"lost; this model takes no cache here, use method='p_tuning'"
             )
-        if not self.returns and not isinstance(output, tuple):
-            output.past_key_values = None
-        return output

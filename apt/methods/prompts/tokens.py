@@ -1,16 +1,17 @@
-"""P-tuning's hooks: virtual tokens before the text."""
+"""P-tuning: virtual tokens before the text."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apt.methods.prompts.inputs import PromptHooks
+from apt.layers.around import Call, by_name
+from apt.methods.prompts.inputs import AroundStack
 from apt.methods.prompts.modules import PTuningEmbedding
 
 
-class InsertTokens(PromptHooks):
-    """P-tuning: virtual tokens before the embedded text; what the stack makes of them is dropped again.
+class InsertTokens(AroundStack):
+    """Virtual tokens before the embedded text; what the stack makes of them is dropped again.
 
     Args:
         trims: whether it is dropped. A decoder of T5 reads it, and the classifier of an encoder reads the first place,
@@ -20,15 +21,14 @@ class InsertTokens(PromptHooks):
     def __init__(self, prompt: PTuningEmbedding, reader: nn.Module, *, decoder: bool, trims: bool) -> None:
         super().__init__(prompt, reader, decoder=decoder)
         self.trims = trims
-        self.inserted = False  # in the present call
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = self._named(args, kwargs)
+    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = by_name(self.names, args, kwargs)
         text = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         assert isinstance(text, Tensor)
-        self.inserted = not self._past(given, text.shape[1])
+        inserts = not self._past(given, text.shape[1])
         positions = self._positions(module, given)
-        if self.inserted:
+        if inserts:
             self._check_length(text.shape[1])
             self._insert(module, given)
             if positions is not None:
@@ -37,7 +37,8 @@ class InsertTokens(PromptHooks):
         if positions is not None:
             given["position_ids"] = positions
         self._extend_mask(given)
-        return (), given
+        output = call(**given)
+        return self._trimmed(output) if inserts and self.trims else output
 
     def _insert(self, module: Any, given: dict[str, Any]) -> None:
         ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
@@ -48,10 +49,8 @@ class InsertTokens(PromptHooks):
         if types is not None:
             given["token_type_ids"] = torch.cat([types.new_zeros(len(types), prompt.shape[1]), types], dim=1)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _trimmed(self, output: Any) -> Any:
         count = self.prompt.num_virtual_tokens
-        if not self.inserted or not self.trims:
-            return output
         if isinstance(output, tuple):
             return (output[0][:, count:], *output[1:])
         output.last_hidden_state = output.last_hidden_state[:, count:]
@@ -60,13 +59,10 @@ class InsertTokens(PromptHooks):
         return output
 
 
-class SeeTokens(PromptHooks):
+class SeeTokens(AroundStack):
     """The decoder that reads an encoder with virtual tokens: its mask over the encoder's places covers them too."""
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = self._named(args, kwargs)
+    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = by_name(self.names, args, kwargs)
         self._extend_mask(given, "encoder_attention_mask")
-        return (), given
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return output
+        return call(**given)
