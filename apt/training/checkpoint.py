@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from apt.distillation import DistillationConfig, place_transform, release
 from apt.files import find_whole, write_folder_aside, write_json, write_jsonl
 from apt.manifest import check_manifest, sha256_of
-from apt.reading import UnreadableError, check_numbers, read_json_table, read_tensors
+from apt.reading import UnreadableError, check_numbers, check_regular, read_json_table, read_tensors
 from apt.records import Event
 from apt.surgery import bare_model, patch_state
 from apt.surgery.event import apply_event
@@ -330,6 +330,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UnreadableError(f"checkpoint: {path} is corrupt (step or distillation is off); {ADVICE}")
     if not (folder / TENSORS).exists():
         raise UnreadableError(f"checkpoint: {folder / TENSORS} is missing; {ADVICE}")
+    check_regular(folder / TENSORS, "checkpoint")
     if SUM in state and state[SUM] != sha256_of(folder / TENSORS):
         raise UnreadableError(
             f"checkpoint: {folder / TENSORS} is not of the moment of {STATE}; the save was stopped halfway, {ADVICE}"
