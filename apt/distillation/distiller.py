@@ -234,7 +234,7 @@ class SelfDistiller:
         return torch.stack(sums).mean()
 
     def _valid_tokens(self, stack: Stack) -> Tensor | None:
-        """Of the pass whose layers were caught."""
+        """Those of the pass whose layers were caught."""
         caught = self._taps.caught
         return None if caught is None else caught.valid.get(stack.name)
 

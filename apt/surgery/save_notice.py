@@ -33,7 +33,7 @@ class SaveNotice:
         return type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SaveNotice":
-        """Of a copied model, the notice of the copy."""
+        """The notice of the copy, where a model is copied with it."""
         model: Any = self._model()
         return SaveNotice(memo.get(id(model), model), self.text)
 
