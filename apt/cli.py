@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from apt.stopping import AT_ONCE, Stopped, signals, stop_at_once
-from apt.telling import printable, tell
+from apt.files.telling import printable, tell
+from apt.process.stopping import AT_ONCE, Stopped, signals, stop_at_once
 
 if TYPE_CHECKING:
     from apt.runs.config import RunConfig

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import apt
-from apt.files import append_jsonl, read_jsonl
+from apt.files.whole import append_jsonl, read_jsonl
 from apt.records import Event
 from apt.runs.arguments import training_arguments
 from apt.runs.config import RunConfig, load_config

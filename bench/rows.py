@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from apt.files import write_file_aside
+from apt.files.whole import write_file_aside
 
 
 def environment() -> dict[str, Any]:

@@ -34,7 +34,7 @@ from torch import Tensor
 import apt
 from apt.cli import USER_ERRORS
 from apt.efficient_finetuning import apply_lora_to_model
-from apt.manifest import MANIFEST, write_manifest
+from apt.files.manifest import MANIFEST, write_manifest
 from apt.methods import svd
 from apt.runs.config import DataConfig, load_config
 from apt.runs.data import DatasetLoader

@@ -24,7 +24,7 @@ import torch
 from tiny_run import write_config
 
 from apt import cli
-from apt.files import read_jsonl
+from apt.files.whole import read_jsonl
 from apt.runs import measure, run
 from apt.training import whole_checkpoints
 from apt.training.controller import Controller

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from apt.files import append_jsonl, write_json
+from apt.files.whole import append_jsonl, write_json
 from apt.records import Event, PrunePlan, RankPlan
 
 METRICS: dict[str, Any] = {

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apt.files import write_file_aside
-from apt.reading import CONTENT, UnreadableError, check_numbers, content_of, parse_json, read_tensors
+from apt.files.reading import CONTENT, UnreadableError, check_numbers, content_of, parse_json, read_tensors
+from apt.files.whole import write_file_aside
 
 SAMPLES = 8  # entries of each frozen tensor that the file keeps, to tell its model from another
 BASE = "base::"  # before the names of these

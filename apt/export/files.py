@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from apt.manifest import check_manifest, sha256_of
-from apt.reading import UnreadableError, is_finite_number, read_json_table, read_tensors, shown
+from apt.files.manifest import check_manifest, sha256_of
+from apt.files.reading import UnreadableError, is_finite_number, read_json_table, read_tensors, shown
 
 CARD = "apt_export.json"
 WEIGHTS = "model.safetensors"

@@ -9,7 +9,7 @@ from apt.layers import TRANSFORM
 from apt.layers.fused import FusedLinears, plain_linear, replaced
 from apt.methods import ROW_GATES
 from apt.methods.prompts import PROMPT, placed_prompt
-from apt.progress import progress
+from apt.process.progress import progress
 from apt.pruning.dimensions import hidden_group
 from apt.surgery import patch_state
 from apt.surgery.tails import live_views

@@ -12,10 +12,10 @@ import yaml
 from huggingface_hub import ModelCardData, try_to_load_from_cache
 
 from apt.families.locate import resolve_model
-from apt.reading import UnreadableError, parse_yaml, read_text
+from apt.files.reading import UnreadableError, parse_yaml, read_text
+from apt.files.telling import markdown, printable
 from apt.records import UnitName
 from apt.surgery import Summary
-from apt.telling import markdown, printable
 from apt.version import versions_used
 
 README = "README.md"

@@ -13,12 +13,12 @@ from apt.export.peft_fields import more_than_lora
 from apt.export.row_gate_files import has_row_gates
 from apt.export.saved_whole import endings_in_peft, saved_whole
 from apt.families.plain import is_linear_like
-from apt.files import find_whole, write_folder_aside
+from apt.files.manifest import check_manifest
+from apt.files.reading import UnreadableError, check_numbers, is_finite_number, read_json_table, read_tensors, shown
+from apt.files.whole import find_whole, write_folder_aside
 from apt.layers import APTAdapter, adapted, exchange
 from apt.layers.fused import FusedLinears, replaced, scaled_factors
-from apt.manifest import check_manifest
 from apt.methods.prompts import placed_prompt
-from apt.reading import UnreadableError, check_numbers, is_finite_number, read_json_table, read_tensors, shown
 from apt.surgery import patch_state, summary
 
 CONFIG = "adapter_config.json"

@@ -13,7 +13,7 @@ from apt.export.ties import tie_what_is_equal
 from apt.families import Anatomy, Attention, anatomy_of
 from apt.families.config_files import UNUSABLE, check_model_folder, reason_of
 from apt.families.linears import features, is_conv1d, make_linear, replace_module, weight_and_bias
-from apt.files import find_whole
+from apt.files.whole import find_whole
 from apt.layers.fused import restore_plain, split_fused
 from apt.methods import METHODS
 from apt.methods.prompts import place_plain_prompt

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.apt_config import APTConfig
+from apt.files.reading import UnreadableError, check_numbers, read_tensors
 from apt.layers import adapted
 from apt.methods import METHODS, ROW_GATES, DynamicSpectral, HyperNetwork, MethodConfig
-from apt.reading import UnreadableError, check_numbers, read_tensors
 from apt.surgery import patch_model, patch_state
 
 FILE = "apt_gates.safetensors"

@@ -18,8 +18,8 @@ from apt.export.stock import first_difference, stock_config
 from apt.export.ties import settle_ties
 from apt.families import known_anatomy
 from apt.families.hidden_parts import hidden_size
-from apt.files import find_whole, write_folder_aside
-from apt.manifest import sha256_of
+from apt.files.manifest import sha256_of
+from apt.files.whole import find_whole, write_folder_aside
 from apt.methods.prompts import PTuningEmbedding, placed_prompt
 from apt.surgery import Summary, bare_model, patch_state, summary
 from apt.version import __version__

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from apt.reading import UnreadableError, check_folder, read_json_table, shown
+from apt.files.reading import UnreadableError, check_folder, read_json_table, shown
 
 # Entries that are sizes, and the largest that any model comes near: a larger one would fill the memory, or never end.
 SIZES = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apt.families.base import FFN, Attention, Family, Stack
 from apt.families.empty import EmptyAttention
-from apt.per_thread import PerThread
+from apt.process.per_thread import PerThread
 
 
 class _Call(PerThread):

@@ -12,7 +12,7 @@ import apt_kernels
 from apt.families.linears import is_conv1d, weight_and_bias
 from apt.layers.delta import Delta, InputGroup, RowGate
 from apt.layers.unit_mask import UnitMask
-from apt.per_thread import PerThread
+from apt.process.per_thread import PerThread
 
 
 class PastMask(PerThread):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from apt.layers.derived import Derived, derive, restore
-from apt.per_thread import PerThread
+from apt.process.per_thread import PerThread
 
 Call = Callable[..., Any]
 

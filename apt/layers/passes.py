@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apt.families import IGNORED, Anatomy, Stack
 from apt.layers.around import Call, arguments, around_of, by_name, unwrap, wrap
 from apt.layers.tokens import expected_tokens, real_tokens
-from apt.per_thread import PerThread
+from apt.process.per_thread import PerThread
 
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls the function that computes a layer anew
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import apt_kernels
 from apt.layers.adapter import APTAdapter
-from apt.per_thread import PerThread
+from apt.process.per_thread import PerThread
 
 
 class _Pending(PerThread):

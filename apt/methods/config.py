@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from apt.reading import is_finite_number, shown
+from apt.files.reading import is_finite_number, shown
 
 ALLOCATIONS = ("uniform", "importance", "magnitude")
 CONTEXTS = ("first", "mean")

@@ -13,7 +13,7 @@ from apt.layers.hidden import HiddenMask
 from apt.layers.passes import Pass, Passes
 from apt.methods.config import MethodConfig
 from apt.methods.hypernetwork import HyperNetwork, logistic_noise, open_gates
-from apt.per_thread import PerThread
+from apt.process.per_thread import PerThread
 
 EPS = 1e-5  # of the norm of a context
 CACHED = "apt_examples"  # name of the examples on a cache of keys and values

@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apt.files import write_file_aside
-from apt.reading import CONTENT, UnreadableError, content_of, read_tensors
-from apt.telling import tell
+from apt.files.reading import CONTENT, UnreadableError, content_of, read_tensors
+from apt.files.telling import tell
+from apt.files.whole import write_file_aside
 
 CACHED_FROM = 2**16  # entries of a weight; smaller ones are decomposed sooner than read
 FAR_BELOW = 16  # the randomised decomposition pays where so many times k is still below min(O, I)

@@ -12,9 +12,9 @@ from typing import IO, Any
 
 import psutil
 
-from apt.files import MARK, mark
-from apt.reading import shown
-from apt.telling import tell
+from apt.files.reading import shown
+from apt.files.telling import tell
+from apt.files.whole import MARK, mark
 
 LOCK = "run.lock"
 SLACK = 2.0  # seconds by which two readings of a process's start may differ

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from apt.export import export_model, load_model
-from apt.files import write_json
+from apt.files.whole import write_json
 from apt.layers.modes import evaluating
 from apt.methods import METHODS
 from apt.runs.arguments import choose_device

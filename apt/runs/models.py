@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GgufConfig
 
 from apt.families.config_files import check_model_folder, is_unusable, reason_of
 from apt.families.locate import GGUF, resolve_model
-from apt.reading import check_regular
+from apt.files.reading import check_regular
 from apt.runs.config import RunConfig
 from apt.runs.data import Loader
 from apt.runs.tasks import TASKS, Task

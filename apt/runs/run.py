@@ -17,7 +17,9 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from apt.export import CARD, load_model
 from apt.export.model_card import README, CardFacts, model_card
-from apt.files import check_writable, write_json, writing
+from apt.files.telling import tell
+from apt.files.whole import check_writable, write_json, writing
+from apt.process.stopping import Stopped, StopRequest, signals
 from apt.runs.arguments import choose_device, optimizer_class, training_arguments
 from apt.runs.config import RunConfig
 from apt.runs.data import Loader
@@ -41,9 +43,7 @@ from apt.runs.run_folder import (
     publish_run,
 )
 from apt.runs.tasks import TASKS, DataRequest
-from apt.stopping import Stopped, StopRequest, signals
 from apt.surgery import patch_model, summary
-from apt.telling import tell
 from apt.training.checkpoint import RandomState, random_state_kept
 from apt.training.trainer import APTrainer
 

@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
-from apt.files import MARK, check_ours, mark, publish_folder, replaced_of, write_text
-from apt.files import partial_of as aside_of
+from apt.files.telling import tell
+from apt.files.whole import MARK, check_ours, mark, publish_folder, replaced_of, write_text
+from apt.files.whole import partial_of as aside_of
 from apt.runs.config import RunConfig, load_config
 from apt.runs.lock import LOCK
-from apt.telling import tell
 from apt.training.whole_checkpoints import checkpoints_in
 
 CONFIG = "config.yaml"

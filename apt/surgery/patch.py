@@ -76,18 +76,7 @@ def patch_model(
     anatomy = _anatomy_for(model, config)
     places = find_places(model, config, anatomy)
     state = _state_before(model, config, anatomy)
-    model.requires_grad_(False)
-    if anatomy is None:
-        state.init_seconds = put_adapters(model, config, places.targets)
-    else:
-        _put_parts(anatomy, places, state)
-    for module in places.head:
-        module.requires_grad_(True)
-    state.targets = sorted(places.targets)
-    state.hooks += watch(model)
-    state.dtypes, hooks = widen(model, places.head)
-    state.hooks += hooks
-    model._apt = state  # type: ignore[assignment]
+    _change(model, anatomy, places, state)
     remove_notice(model)
     if config.method != "full" or config.prunes:
         place_notice(model, NOTICE)
@@ -120,6 +109,22 @@ def _state_before(model: nn.Module, config: APTConfig, anatomy: Anatomy | None) 
         block_params=0 if anatomy is None else block_params(anatomy),
         params_before=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def _change(model: nn.Module, anatomy: Anatomy | None, places: Places, state: PatchState) -> None:
+    """Freeze the model, put the parts in, and leave the state on it."""
+    model.requires_grad_(False)
+    if anatomy is None:
+        state.init_seconds = put_adapters(model, state.config, places.targets)
+    else:
+        _put_parts(anatomy, places, state)
+    for module in places.head:
+        module.requires_grad_(True)
+    state.targets = sorted(places.targets)
+    state.hooks += watch(model)
+    state.dtypes, hooks = widen(model, places.head)
+    state.hooks += hooks
+    model._apt = state  # type: ignore[assignment]
 
 
 def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:

@@ -15,7 +15,7 @@ from apt.layers.fused import FusedLinears
 from apt.layers.passes import ValidTokens
 from apt.layers.unit_mask import UnitMask
 from apt.methods import adapt, rank_and_scale
-from apt.progress import progress
+from apt.process.progress import progress
 from apt.pruning.kinds import kind_in
 
 CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # oneDNN's names of one variable

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.distillation import DistillationConfig, place_transform, release
-from apt.files import find_whole, write_folder_aside, write_json, write_jsonl
-from apt.manifest import check_manifest, sha256_of
-from apt.reading import UnreadableError, check_numbers, check_regular, read_json_table, read_tensors
+from apt.files.manifest import check_manifest, sha256_of
+from apt.files.reading import UnreadableError, check_numbers, check_regular, read_json_table, read_tensors
+from apt.files.whole import find_whole, write_folder_aside, write_json, write_jsonl
 from apt.records import Event
 from apt.surgery import bare_model, patch_state
 from apt.surgery.event import apply_event

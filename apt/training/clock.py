@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from apt.progress import progress
+from apt.process.progress import progress
 
 WARM_UPS = 3  # passes before the clock runs: allocations and thread pools settle
 

@@ -14,7 +14,7 @@ from apt.families import Anatomy, Layer
 from apt.families.linears import replace_module
 from apt.layers import APTAdapter
 from apt.layers.modes import evaluating
-from apt.progress import progress
+from apt.process.progress import progress
 from apt.pruning.latency_table import LatencyTable
 from apt.pruning.units import UnitGroup, find_units
 from apt.records import PrunePlan

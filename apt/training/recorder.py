@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.families import known_anatomy
-from apt.files import append_jsonl, write_jsonl
+from apt.files.whole import append_jsonl, write_jsonl
 from apt.layers import APTAdapter
 from apt.pruning.ranks import adapter_sizes, total_params
 from apt.records import Event

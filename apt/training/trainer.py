@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from apt.apt_config import APTConfig
 from apt.distillation import place_transform
-from apt.files import write_jsonl
+from apt.files.whole import write_jsonl
 from apt.layers import TRANSFORM, LayerTransform
 from apt.pruning.ranks import adapter_sizes, total_params
 from apt.surgery import bare_model, patch_state, uncompiled

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from apt.files import MARK, is_ours, mark, publish_folder, remove_ours
-from apt.manifest import check_manifest, write_manifest
-from apt.reading import UnreadableError, check_numbers, read_json_table, read_tensors
+from apt.files.manifest import check_manifest, write_manifest
+from apt.files.reading import UnreadableError, check_numbers, read_json_table, read_tensors
+from apt.files.whole import MARK, is_ours, mark, publish_folder, remove_ours
 from apt.training.checkpoint import ADVICE, STATE, read_state
 
 PARTIAL = "checkpoint.partial"  # where a checkpoint is written before it gets its name

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from apt.files import write_json
+from apt.files.whole import write_json
 from bench.plan import machine
 from bench.rows import environment
 

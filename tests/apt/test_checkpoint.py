@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from tiny_models import tiny_model
 
 import apt
-from apt.files import read_jsonl
+from apt.files.whole import read_jsonl
 from apt.training.checkpoint import load_controller, restore_shapes, save_controller
 
 

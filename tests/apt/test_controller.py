@@ -13,7 +13,7 @@ from torch import Tensor
 
 import apt
 import apt_kernels
-from apt.files import read_jsonl
+from apt.files.whole import read_jsonl
 from apt.layers import adapted
 from apt.pruning.salience import SALIENCES
 from apt.records import Event, Plan

@@ -10,7 +10,7 @@ import pytest
 from pages import ROOT, blocks
 from run_records import whole_run
 
-from apt.files import write_json
+from apt.files.whole import write_json
 from apt.runs.report import print_report
 from apt.runs.report.records import load_run
 

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import write_config
 
 from apt.cli import main
-from apt.files import read_jsonl
+from apt.files.whole import read_jsonl
 from apt.runs.config import load_config
 from apt.runs.config.presets import find_preset
 from apt.runs.estimate.dry_run import DryRun, dry_run

@@ -19,7 +19,7 @@ from tiny_models import GENERATORS, NAMES, fill_adapters, free_heads, random_pla
 import apt
 import apt.export.write
 from apt.export import FORMAT
-from apt.manifest import MANIFEST
+from apt.files.manifest import MANIFEST
 from apt.surgery.prune import apply_prune_plan
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from tiny_models import fill_adapters, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
-from apt.files import mark, partial_of, replaced_of, write_file_aside, write_folder_aside
-from apt.manifest import MANIFEST
+from apt.files.manifest import MANIFEST
+from apt.files.whole import mark, partial_of, replaced_of, write_file_aside, write_folder_aside
 from apt.runs.run_folder import METRICS, publish_run
 
 

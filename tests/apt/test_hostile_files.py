@@ -16,11 +16,11 @@ from tiny_run import sentences, tiny_tokenizer, write_config, write_csv, write_g
 import apt
 from apt.cli import main
 from apt.export.model_card import CardFacts, licence_of, model_card
-from apt.reading import UnreadableError, check_regular, parse_yaml, read_json, shown
+from apt.files.reading import UnreadableError, check_regular, parse_yaml, read_json, shown
+from apt.files.telling import markdown, printable
 from apt.runs.config import DataConfig
 from apt.runs.data import DatasetLoader, QuestionLoader
 from apt.surgery import summary
-from apt.telling import markdown, printable
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

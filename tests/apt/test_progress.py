@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
 
-import apt.progress
-from apt.progress import progress
+import apt.process.progress
+from apt.process.progress import progress
 from apt.runs.data import Examples
 from apt.runs.evaluation.language import perplexity
 from apt.training.clock import medians_ms
@@ -16,7 +16,7 @@ from apt.training.controller.calibration import static_scores
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apt.progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(apt.process.progress, "PATIENCE", 0.0)
 
 
 def test_it_hands_on_every_item_and_tells_what_is_done(impatient: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from run_records import METRICS, run_folder, short_run, whole_run
 
 from apt.cli import main
-from apt.files import write_json
+from apt.files.whole import write_json
 from apt.runs.report import report
 from apt.runs.report.compare import baselines_of, comparisons
 from apt.runs.report.records import load_run

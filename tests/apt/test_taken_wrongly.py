@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import apt
 from apt.cli import main
 from apt.efficient_finetuning import apply_lora_to_model
-from apt.manifest import MANIFEST
+from apt.files.manifest import MANIFEST
 from apt.methods import svd
 from apt.training.checkpoint import load_controller, restore_shapes, save_controller
 from apt.training.whole_checkpoints import check_checkpoint

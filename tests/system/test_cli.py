@@ -11,7 +11,7 @@ import pytest
 from tiny_run import efficiency_of, metrics_of, tiny_tokenizer, write_config, write_csv
 
 from apt.cli import main
-from apt.files import read_jsonl
+from apt.files.whole import read_jsonl
 from apt.training.controller import Controller
 
 ROOT = Path(__file__).parents[2]

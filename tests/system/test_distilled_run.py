@@ -12,7 +12,7 @@ from tiny_run import write_config
 import apt
 from apt.cli import main
 from apt.distillation import SelfDistiller
-from apt.files import read_jsonl
+from apt.files.whole import read_jsonl
 from apt.layers import adapted
 
 # Events after steps 8, 16 and 24; the teacher is taken after step 3 and goes after step 27.

@@ -9,7 +9,7 @@ from tiny_run import write_config
 from transformers import TrainerCallback
 
 from apt.cli import main
-from apt.files import read_jsonl
+from apt.files.whole import read_jsonl
 from apt.runs.report import report
 from apt.training.controller import Controller
 

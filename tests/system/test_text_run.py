@@ -10,7 +10,7 @@ from tiny_text import WORDS, write_gguf, write_text_config
 
 import apt.training.controller.goal
 from apt.cli import main
-from apt.files import read_jsonl
+from apt.files.whole import read_jsonl
 from apt.pruning.latency_table import LatencyTable
 
 

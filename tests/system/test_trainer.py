@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import apt
 import apt.training.controller.goal
-from apt.files import read_jsonl
+from apt.files.whole import read_jsonl
 from apt.pruning.latency_table import LatencyTable
 from apt.records import Event
 

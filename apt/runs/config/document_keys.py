@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from apt.reading import shown
+from apt.files.reading import shown
 
 # What the documents call a model, and its weights on the hub.
 MODELS = {

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from apt.reading import parse_yaml, read_yaml, shown
+from apt.files.reading import parse_yaml, read_yaml, shown
 from apt.runs.config.document_keys import DOCUMENT_KEYS, counterparts, translate
 from apt.runs.config.settings import RunConfig
 

@@ -9,11 +9,11 @@ import yaml
 from apt.apt_config import APTConfig, changes_of
 from apt.distillation import DistillationConfig
 from apt.families.config_files import check_sizes
+from apt.files.reading import shown
 from apt.methods import METHODS, MethodConfig
 from apt.methods.prompts import PromptConfig
 from apt.pruning import PruningConfig
 from apt.pruning.ranks import TuningConfig
-from apt.reading import shown
 from apt.runs.checks import check_at_least, check_one_of
 from apt.runs.data import DataConfig
 from apt.runs.evaluation import EvaluationConfig

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from apt.files import write_file_aside
+from apt.files.telling import tell
+from apt.files.whole import write_file_aside
 from apt.runs.data.config import DataConfig
-from apt.telling import tell
 
 Columns = dict[str, list[Any]]  # each row a whole number, or a list of them
 Make = Callable[[], Columns]

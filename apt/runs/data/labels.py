@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from apt.reading import shown
+from apt.files.reading import shown
 from apt.runs.data.sources import Table
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from apt.reading import shown
+from apt.files.reading import shown
 from apt.runs.data.cache import Columns, kept
 from apt.runs.data.config import DataConfig
 from apt.runs.data.examples import Examples, Loader

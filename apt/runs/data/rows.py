@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable
 
 import numpy as np
 
-from apt.reading import shown
+from apt.files.reading import shown
 from apt.runs.data.config import DataConfig
 from apt.runs.data.sources import Table
 

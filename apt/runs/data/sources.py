@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.families.locate import PACKAGE, _is_local, _package_path
-from apt.reading import check_regular
+from apt.files.reading import check_regular
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 SPLITS = ("train", "test", "validation")

@@ -13,10 +13,10 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from apt.families import anatomy_of
 from apt.families.config_files import UNUSABLE, check_model_folder, reason_of
 from apt.families.locate import GGUF, resolve_model
+from apt.files.reading import shown
 from apt.layers import adapted
 from apt.pruning.ranks import adapter_sizes, total_params
 from apt.pruning.units import unit_masks
-from apt.reading import shown
 from apt.records import Target
 from apt.runs.config import RunConfig
 from apt.runs.tasks import TASKS

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from apt.apt_config import APTConfig
-from apt.progress import progress
+from apt.process.progress import progress
 from apt.runs.arguments import choose_device
 from apt.runs.config import RunConfig
 from apt.runs.estimate.dry_run import DryRun, PlannedEvent, build_on_meta, dry_run

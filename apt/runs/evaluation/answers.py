@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from apt.progress import progress
+from apt.process.progress import progress
 from apt.runs.data import Questions
 from apt.runs.evaluation.metrics import span_f1, squad_metrics
 

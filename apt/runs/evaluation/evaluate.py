@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apt.layers import adapted
 from apt.layers.modes import evaluating
-from apt.progress import progress
+from apt.process.progress import progress
 from apt.records import Event
 from apt.runs.data import Examples
 from apt.runs.evaluation.config import EvaluationConfig

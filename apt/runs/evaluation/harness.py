@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from apt.export import CARD, load_model
-from apt.files import write_json
+from apt.files.whole import write_json
 from apt.layers.modes import evaluating
 from apt.runs.arguments import choose_device
 from apt.runs.config import HardwareConfig

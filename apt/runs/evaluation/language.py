@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.families import IGNORED
-from apt.progress import progress
+from apt.process.progress import progress
 from apt.runs.data import Examples, collate_blocks
 from apt.training.clock import wait_for
 

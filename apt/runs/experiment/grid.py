@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from apt.apt_config import ABLATIONS
+from apt.files.reading import shown
 from apt.methods import METHODS
-from apt.reading import shown
 from apt.runs.config import RunConfig, load_config, read_table
 
 UNPRUNED = "w/o_Ap"  # the ablation that has no sparsity

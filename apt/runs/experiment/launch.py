@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from apt.files import check_writable
+from apt.files.telling import tell
+from apt.files.whole import check_writable
+from apt.process.stopping import Stopped, signals
 from apt.runs.experiment.grid import Cell, Grid, cells, load_grid
 from apt.runs.experiment.tables import collect
 from apt.runs.run_folder import METRICS, other_settings
-from apt.stopping import Stopped, signals
-from apt.telling import tell
 
 LOGS = "logs"
 LAUNCH = [

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from apt.files import write_text
+from apt.files.telling import markdown, tell
+from apt.files.whole import write_text
 from apt.runs.report import report
 from apt.runs.report.compare import QUANTITIES, Quantity, value
 from apt.runs.report.records import RunRecord, load_run
 from apt.runs.report.tables import number
-from apt.telling import markdown, tell
 
 RUNS, ARMS, TABLES = "runs.csv", "tradeoff.csv", "tables.md"
 BASELINES = ("full", "lora")  # arms that others are given as a percentage of

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from apt.files import read_jsonl
-from apt.reading import UnreadableError, is_finite_number, parse_yaml, read_json_table, read_text, shown
+from apt.files.reading import UnreadableError, is_finite_number, parse_yaml, read_json_table, read_text, shown
+from apt.files.whole import read_jsonl
 from apt.records import Event
 from apt.runs.run_folder import CONFIG, EFFICIENCY, EVENTS, METRICS, TIMINGS
 from apt.runs.tasks import TASKS

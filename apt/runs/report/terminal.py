@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from apt.files.telling import printable
 from apt.runs.report.records import load_run
 from apt.runs.report.tables import Sheet, sheets
-from apt.telling import printable
 
 WIDTH = 100  # columns, where the output is no terminal and so has no width
 WIDE = 120  # the same of tables that compare runs

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from apt.files import write_file_aside, writing
+from apt.files.telling import tell
+from apt.files.whole import write_file_aside, writing
 from apt.runs.report.compare import comparisons
 from apt.runs.report.page import PAGE, Page, folder_page, run_page
 from apt.runs.report.pictures import check_drawing, is_drawn_here
@@ -10,7 +11,6 @@ from apt.runs.report.records import RunRecord, find_runs, load_run
 from apt.runs.report.tables import sheets
 from apt.runs.report.terminal import WIDE, print_sheets
 from apt.runs.run_folder import METRICS
-from apt.telling import tell
 
 PICTURES = "report"  # the folder of the PNGs, beside the page
 ADVICE = "only the page is missing; free space there, or copy the folder to where it can be written"

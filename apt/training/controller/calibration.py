@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.layers.modes import modes_kept
-from apt.progress import progress
+from apt.process.progress import progress
 from apt.pruning.salience import not_finite
 
 Scores = dict[str, Tensor]

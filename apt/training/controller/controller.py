@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.apt_config import APTConfig
-from apt.files import append_jsonl
+from apt.files.whole import append_jsonl
 from apt.layers.hidden import hand_on_kernels
 from apt.methods import METHODS, penalty
 from apt.pruning.dimensions import Group

@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from apt.manifest import write_manifest
-from apt.reading import read_rows
+from apt.files.manifest import write_manifest
+from apt.files.reading import read_rows
 
 MARK = ".apt-lm"  # a file in each folder that this package may remove
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from apt.reading import UnreadableError, read_json_table, shown
+from apt.files.reading import UnreadableError, read_json_table, shown
 
 MANIFEST = "apt_files.json"
 FORMAT = 1
