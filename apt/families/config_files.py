@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from apt.files.reading import UnreadableError, check_folder, read_json_table, shown
@@ -21,7 +22,7 @@ SIZES = {
 # What transformers and torch raise for a configuration or weights that mean nothing; none of it is a fault of ours.
 UNUSABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError),
-    *(AssertionError, MemoryError, struct.error, yaml.YAMLError),
+    *(AssertionError, MemoryError, struct.error, yaml.YAMLError, StrictDataclassError),
 )
 
 

@@ -211,6 +211,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "heads in fractions": (lambda f: edit_card(f, head_order={"a": [0.0]}), rf"{CARD} is corrupt \(head_order of 'a'"),
     "a million layers": (lambda f: edit_config(f, num_hidden_layers=1000000), r"config\.json: num_hidden_layers must"),
     "a width in words": (lambda f: edit_config(f, hidden_size="32"), r"config\.json: hidden_size must be a whole"),
+    "a list for a switch": (lambda f: edit_config(f, use_cache=[]), r"config\.json cannot be read: "),
     "an activation that nobody has": (lambda f: edit_config(f, hidden_act="evil"), r"config\.json makes no \w+: "),
     "other sizes": (lambda f: edit_card(f, units=dict.fromkeys(UNITS, 2)), "does not fit"),
     "fewer layers": (
