@@ -194,13 +194,15 @@ def test_scores_do_not_see_padding_on_either_side() -> None:
 SOURCES = {  # of the decoder's valid tokens, the first that is given
     "labels": (("labels",), lambda b: (b["labels"] != -100).sum()),
     "decoder_attention_mask": (("labels", "decoder_attention_mask"), lambda b: b["decoder_attention_mask"].sum()),
-    "neither": (("decoder_input_ids",), lambda b: b["decoder_input_ids"].numel()),
+    "neither": (("decoder_input_ids",), lambda b: (b["labels"] != -100).sum()),  # of which the ids were made
 }
 
 
 @pytest.mark.parametrize(("given", "count"), SOURCES.values(), ids=SOURCES)
 def test_tokens_of_each_stack_are_counted_by_its_own_mask(given: tuple[str, ...], count: Any) -> None:
-    model, batch = apt.patch_model(tiny_model("t5")), tiny_batch("t5")
+    model, batch = apt.patch_model(tiny_model("t5", eos_token_id=1)), tiny_batch("t5")
+    for row in batch["labels"]:
+        row[(row != -100).sum() - 1] = 1  # where the text ends
     batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
     batch["decoder_attention_mask"][:, 4:] = 0
