@@ -1,7 +1,8 @@
 """PEFT's own tests, with every model that PEFT makes passed through `apt.patch_model`, beside a run without.
 
 Not part of CI: it takes the better part of an hour and needs a checkout of PEFT in the pinned version, or its sdist. It
-downloads nothing; tests that need the hub fail or skip alike in both runs.
+downloads nothing; tests that need the hub fail or skip alike in both runs. PEFT's tests import datasets, diffusers and
+parameterized.
 
     python tests/peft_suite.py CHECKOUT                        # test_custom_models.py and the model tests
     python tests/peft_suite.py CHECKOUT test_custom_models.py -k lora
@@ -77,7 +78,9 @@ def outcomes(checkout: Path, arguments: list[str], *, patch: bool) -> dict[str, 
         paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
         environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", REPORT: str(report)}
         environment[PATCH] = "1" if patch else "0"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "peft_suite", "-p", "no:cacheprovider", *arguments]
+        # Without the options of the checkout, which measures its coverage.
+        options = ["-q", "-o", "addopts=", "-p", "peft_suite", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *options, *arguments]
         run = subprocess.run(command, cwd=checkout / "tests", env=environment, check=False)
         if run.returncode not in (0, 1):
             raise SystemExit(f"peft_suite: pytest ended with {run.returncode}")
