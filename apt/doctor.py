@@ -24,6 +24,7 @@ NEEDED = {  # distribution -> the oldest version that works; "" is any
     "pyyaml": "",
     "rich": "",
     "tqdm": "",
+    "psutil": "",
 }
 OPTIONAL = {  # distribution -> what it is for, and what installs it
     "triton": ("kernels on a GPU", "pip install triton"),

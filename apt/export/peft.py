@@ -195,8 +195,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     for name, tensor in heads.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ValueError(f"load_adapter: {folder} holds {name} {list(tensor.shape)}, which the model does not have")
-        if not (parameters[name].requires_grad or _is_saved_whole(name, config)):
-            raise ValueError(f"load_adapter: {folder} holds {name}, which is frozen in the model; it stays as it is")
+    _refuse_frozen(folder, config, parameters, heads, set(found))
     _refuse_half_a_tie(folder, config, parameters, heads)
     for name, factors in found.items():
         _set(modules[name], factors["A"], factors["B"] / modules[name].scale)
@@ -236,10 +235,25 @@ def _check_factors(name: str, factors: dict[str, Tensor], place: str) -> None:
         raise UnreadableError(f"{place} is corrupt ({told}); save the adapter again")
 
 
-def _is_saved_whole(name: str, config: dict[str, Any]) -> bool:
-    """Whether the folder says that it brings the module of this parameter whole, frozen or not."""
-    module = name.rpartition(".")[0]
-    return any(f".{module}".endswith(f".{ending}") for ending in config.get("modules_to_save") or ())
+def _refuse_frozen(
+    folder: Path,
+    config: dict[str, Any],
+    parameters: dict[str, nn.Parameter],
+    heads: dict[str, Tensor],
+    adapted_there: set[str],
+) -> None:
+    """Raise ValueError for another value of a weight that is frozen, unless the folder says that it brings it whole.
+
+    PEFT writes an adapted output layer whole too, and a tied weight under either name.
+    """
+    endings = tuple(f".{ending}" for ending in config.get("modules_to_save") or ())
+    modules = {name: name.rpartition(".")[0] for name in parameters}
+    whole = {id(parameters[name]) for name, module in modules.items() if f".{module}".endswith(endings)}
+    for name, tensor in heads.items():
+        parameter = parameters[name]
+        brought = parameter.requires_grad or id(parameter) in whole or modules[name] in adapted_there
+        if not brought and not torch.equal(parameter, tensor.to(parameter)):
+            raise ValueError(f"load_adapter: {folder} holds {name}, which is frozen in the model; it stays as it is")
 
 
 def _sorted_by_place(

@@ -20,6 +20,7 @@ from apt.families import known_anatomy
 from apt.families.hidden_parts import hidden_size
 from apt.files.manifest import sha256_of
 from apt.files.whole import find_whole, write_folder_aside
+from apt.layers.derived import plain_class
 from apt.methods.prompts import PTuningEmbedding, placed_prompt
 from apt.surgery import Summary, bare_model, patch_state, summary
 from apt.version import __version__
@@ -62,7 +63,7 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     tensors = merged_state(model)
     counts = _with_sizes(model, counts, tensors)
     config, reason = _config(model, counts, tensors)
-    if reason is None and not _is_of_transformers(type(model)):
+    if reason is None and not _is_of_transformers(plain_class(model)):
         reason = f"{type(model).__name__} is no class of transformers"
     config, tensors = settle_ties(model, config, tensors)
     if reason is not None and patch_state(model).config.pruning.layout == "uniform":
@@ -139,7 +140,7 @@ def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -
     """The counts with the sizes of a model that was pruned before it was patched: its config does not say them."""
     anatomy = known_anatomy(model)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if anatomy is None or counts.units or first_difference(type(model), model.config, shapes) is None:
+    if anatomy is None or counts.units or first_difference(plain_class(model), model.config, shapes) is None:
         return counts
     hidden = hidden_size(anatomy.hidden_parts()) if anatomy.has_hidden else 0
     return dataclasses.replace(counts, units=anatomy.num_units(), hidden=hidden)

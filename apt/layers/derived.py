@@ -39,6 +39,11 @@ def restore(module: nn.Module, base: type[Derived]) -> None:
         module.__class__ = origin[1]
 
 
+def plain_class(module: nn.Module) -> Any:
+    """The class of a module before anything was derived from it."""
+    return _chain(type(module))[0]
+
+
 @functools.cache
 def _derived(base: Any, kind: Any) -> Any:
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "apt_origin": (base, kind)}

@@ -1,6 +1,5 @@
 """What comes to a patched model from around it: a state of other sizes, a longer vocabulary, copies of it."""
 
-import functools
 import warnings
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from apt.families.linears import replace_module
 from apt.layers import APTAdapter, exchange
+from apt.surgery.own_method import OwnMethod
 from apt.surgery.state import patch_state
 
 RESIZE = "resize_token_embeddings"
@@ -17,7 +17,7 @@ RESIZE = "resize_token_embeddings"
 def watch(model: nn.Module) -> list[Any]:
     """Let a state of other sizes be told, and a vocabulary grow under an adapted output layer. Returns handles."""
     if _adapted_output(model) is not None:
-        setattr(model, RESIZE, functools.partial(_resize, model))
+        setattr(model, RESIZE, OwnMethod(model, _resize))
     return [model.register_load_state_dict_pre_hook(_tell_sizes)]
 
 

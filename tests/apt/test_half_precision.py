@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import apt
 from apt.families import anatomy_of
 from apt.layers import adapted
-from apt.layers.unit_mask import UnitMask, ValidTokens
+from apt.layers.passes import Pass, Passes, ValidTokens
+from apt.layers.unit_mask import UnitMask
 from apt.methods.adalora import orthogonality
 from apt.methods.config import MethodConfig
 from apt.pruning.salience import OutlierTerm, unit_scores
@@ -48,16 +49,18 @@ def test_scores_of_a_plan(family: str, half: torch.dtype) -> None:
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_totals_weights_and_penalties_are_what_they_are_without(half: torch.dtype) -> None:
     torch.manual_seed(0)
-    mask = UnitMask(3, 4, ValidTokens())
+    passes = Passes()
+    mask = UnitMask(3, 4, ValidTokens(passes))
     mask.collecting = mask.totals = True
-    mask.valid.mask = torch.randint(0, 2, (5, 7))
+    current = Pass()
+    current.valid["layers"] = torch.randint(0, 2, (5, 7))
     h = torch.randn(5, 7, 12)
     model = apt.patch_model(tiny_model("bert", torch.float32), method="adalora")
     linear = next(layer for _, layer in adapted(model) if layer.rank)
 
     def found() -> list[Tensor]:
         mask.reset_sums()
-        mask(h.clone().requires_grad_()).sum().backward()
+        passes.run(current, mask, h.clone().requires_grad_()).sum().backward()
         penalty = orthogonality([linear.delta], MethodConfig())
         return [mask.total.clone(), linear.merged_weight(), penalty.detach()]
 

@@ -264,12 +264,15 @@ def test_a_uniform_layout_has_one_count_for_all_attentions_and_one_for_all_ffns(
 
 def test_an_export_without_its_head_order_is_refused(tmp_path: Path) -> None:
     folder = apt.export_model(pruned(), tmp_path / "export")
+    (folder / "apt_files.json").unlink()  # as of one that was changed on purpose
     path = folder / "apt_export.json"
     card = json.loads(path.read_text())
     assert card["head_order"].keys() == {name for name, n in card["units"].items() if name.endswith("heads") and n < 4}
     for orders in ({}, {**card["head_order"], "encoder.1.heads": [0, 1, 2, 3, 0]}):
         path.write_text(json.dumps(card | {"head_order": orders}))
-        with pytest.raises(ValueError, match=r"load_model: .* is corrupt \(head_order of encoder\.\d\.heads is off\)"):
+        with pytest.raises(
+            ValueError, match=r"load_model: .* is corrupt \(head_order of '?encoder\.\d\.heads'? is .*\)"
+        ):
             apt.load_model(folder)
 
 

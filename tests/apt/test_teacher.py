@@ -108,7 +108,7 @@ def test_its_pass_leaves_no_trace_in_the_student(name: str) -> None:
         return {key: tensor.clone() for key, tensor in tensors.items()}, plain
 
     before, identities = trace(), {key: id(p) for key, p in model.named_parameters()}
-    stack = model._apt.anatomy.stacks[0]
+    stack = anatomy_of(model).stacks[0]
     assert distiller._valid_tokens(stack) is batch["attention_mask"]
     distiller.forward_teacher(tiny_batch(name))
     assert distiller._valid_tokens(stack) is batch["attention_mask"]

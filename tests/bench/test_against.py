@@ -41,7 +41,7 @@ def repository(tmp_path: Path) -> Path:
     for folder in ("apt", "bench"):
         (root / folder).mkdir(parents=True)
     git(root, "init", "-q")
-    shutil.copy(against.ROOT / "apt" / "files.py", root / "apt")  # what the benchmarks write rows with
+    shutil.copytree(against.ROOT / "apt" / "files", root / "apt" / "files")  # what the benchmarks write rows with
     library(root, "SECONDS = 0.06")
     git(root, "tag", "slow")
     library(root, "raise RuntimeError('a planted fault')")
