@@ -294,6 +294,10 @@ class RandomState:
         state._torch = torch.tensor(row["torch"], dtype=torch.uint8)
         if row["cuda"] is not None and torch.cuda.is_available():
             state._cuda = torch.tensor(row["cuda"], dtype=torch.uint8)
+        # Taken by generators of nobody: what is no state raises here, and not when half of them are restored.
+        random.Random().setstate(state._python)
+        np.random.RandomState().set_state(state._numpy)
+        torch.Generator().set_state(state._torch)
         return state
 
     def restore(self) -> None:

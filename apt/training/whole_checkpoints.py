@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from apt.files.manifest import check_manifest, write_manifest
+from apt.files.manifest import MANIFEST, check_manifest, write_manifest
 from apt.files.reading import UnreadableError, check_numbers, read_json_table, read_tensors
 from apt.files.whole import MARK, is_ours, mark, publish_folder, remove_ours
 from apt.training.checkpoint import ADVICE, STATE, read_state
@@ -50,6 +50,8 @@ def check_checkpoint(folder: Path, *, weights_only: bool = False) -> None:
     Raises:
         ValueError: a file is missing, altered, or of another step; it is named.
     """
+    if not (folder / STATE).exists() and not (folder / MANIFEST).exists():
+        raise ValueError(f"checkpoint: {folder} holds no {STATE}; it was not written by APTrainer")
     if not (folder / TRAINER_STATE).exists():
         raise ValueError(f"checkpoint: {folder} holds no {TRAINER_STATE}; it is no checkpoint of a Trainer")
     listed = check_manifest(folder, "checkpoint")

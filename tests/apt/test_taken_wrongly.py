@@ -182,6 +182,21 @@ def test_a_damaged_checkpoint_of_a_loop_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "python"])
+def test_a_random_state_that_is_none_is_refused_before_anything_changes(
+    kind: str, loop_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(loop_folder, folder)
+    (folder / MANIFEST).unlink()
+    states = json.loads((folder / "apt_run.json").read_text())["random"]
+    edit(folder / "apt_run.json", random={**states, kind: states[kind][:-1]})
+    other = Loop("bert", patched("bert"), 0)
+    with pytest.raises(ValueError, match=r"^checkpoint: .*apt_run\.json is corrupt \(random: "):
+        apt.resume_checkpoint(folder, other.model, other.optimizer, **DROPPED)
+    assert equal_bits(other.model, patched("bert"))
+
+
 @pytest.mark.parametrize("steps", [(5, 3), (9, 3)], ids=["no event between", "an event between"])
 def test_a_controller_saved_over_another_and_stopped_halfway_is_seen(steps: tuple[int, int], tmp_path: Path) -> None:
     """By the parts that `apt.checkpoint` had: the second save wrote its tensors, and was killed."""
