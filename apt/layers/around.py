@@ -20,7 +20,7 @@ Call = Callable[..., Any]
 class Wrapper(Protocol):
     """A function around a call."""
 
-    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run ``call(*args, **kwargs)``, with these arguments or others, and return its output or another."""
 
 
@@ -40,16 +40,13 @@ class Around:
         """Call through all of them, once: `forward` inside of ``__call__`` is plain."""
         if self._here.inside or not self.wrappers:
             return call(*args, **kwargs)
+        for wrapper in reversed(self.wrappers):
+            call = functools.partial(wrapper, call, module)
         self._here.inside = True
         try:
-            return self._through(0, call, module, *args, **kwargs)
+            return call(*args, **kwargs)
         finally:
             self._here.inside = False
-
-    def _through(self, place: int, call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if place == len(self.wrappers):
-            return call(*args, **kwargs)
-        return self.wrappers[place](functools.partial(self._through, place + 1, call, module), module, args, kwargs)
 
 
 class _Wrapped(Derived):

@@ -119,7 +119,7 @@ class ReadLabels:
         self.names = names
         self.passes = passes
 
-    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         labels = by_name(self.names, args, kwargs).get("labels")
         if labels is None:
             return call(*args, **kwargs)
@@ -150,14 +150,19 @@ class ReadPass:
         self.behind = behind
         self.expects = expects
 
-    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         carry_passes(module, self.passes)
         here = self.passes.here
         new = Pass().after(here.latest) if self.behind else Pass()
         new.labels = here.labels
         given = by_name(self.names, args, kwargs)
         new.valid[self.stack.name] = self._valid(given, new.labels, module)
-        output = self.passes.run(new, call, *args, **kwargs)
+        before = here.current
+        here.current = new
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            here.current = before
         here.latest = new
         return output
 

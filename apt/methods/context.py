@@ -226,7 +226,7 @@ class ReadExamples:
         self.names = names
         self.passes = passes
 
-    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         cache = by_name(self.names, args, kwargs).get("past_key_values")
         here = self.passes.here
         current = here.current

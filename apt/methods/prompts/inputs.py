@@ -33,7 +33,7 @@ class AroundStack:
         self.first = _first_position(reader)
         self.limit = _num_positions(reader)
 
-    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("each way has its own")
 
     def _past(self, given: Mapping[str, Any], length: int) -> int:

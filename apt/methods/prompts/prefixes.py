@@ -19,7 +19,7 @@ class FillCache(AroundStack):
         super().__init__(prompt, reader, decoder=decoder)
         self.layer = next((i for i, heads in enumerate(prompt.num_heads) if heads), 0)  # one that fills its cache
 
-    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
             raise ValueError(
                 "prompts: gradient checkpointing takes the cache away, and the prefixes with it; call "

@@ -22,7 +22,7 @@ class InsertTokens(AroundStack):
         super().__init__(prompt, reader, decoder=decoder)
         self.trims = trims
 
-    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = by_name(self.names, args, kwargs)
         text = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         assert isinstance(text, Tensor)
@@ -62,7 +62,7 @@ class InsertTokens(AroundStack):
 class SeeTokens(AroundStack):
     """The decoder that reads an encoder with virtual tokens: its mask over the encoder's places covers them too."""
 
-    def __call__(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = by_name(self.names, args, kwargs)
         self._extend_mask(given, "encoder_attention_mask")
         return call(**given)
