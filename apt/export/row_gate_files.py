@@ -63,7 +63,7 @@ def load_row_gates(model: nn.Module, folder: Path, card: dict[str, Any]) -> None
         settings = MethodConfig(**card["adapter"])
         named = {key: card[key] for key in ("method", "prune", "rank", "target_modules")}
         patch_model(model, APTConfig(**named, adapter=settings))
-    except (TypeError, LookupError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(
             f"load_model: the card of {folder} is corrupt (gates: {error}); export the model again"
         ) from None
