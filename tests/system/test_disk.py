@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import tiny_tokenizer, write_config
 
-from apt import files
 from apt.cli import main
+from apt.files import whole as files
 from apt.runs import measure, run
 from apt.training.trainer import APTrainer
 
