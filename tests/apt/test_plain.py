@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import apt
 from apt.families.plain import find_obstacle, weights_read
+from apt.layers import adapted
 from apt.surgery.prune import apply_prune_plan
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -186,7 +187,11 @@ def test_a_class_that_computes_as_a_linear_does_is_one() -> None:
 
 def test_a_model_without_numbers_is_one_all_the_same() -> None:
     """A dry run patches it to count."""
-    apt.patch_model(tiny_model("llama", torch.float32).to("meta"))
+    plain = tiny_model("llama", torch.float32)
+    model = apt.patch_model(copy.deepcopy(plain).to("meta"))
+    ranks = {name: layer.rank for name, layer in adapted(model)}
+    assert ranks == {name: layer.rank for name, layer in adapted(apt.patch_model(plain))}
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_a_fused_projection_with_a_hook_stays_whole() -> None:
