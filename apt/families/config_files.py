@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from apt.files.reading import UnreadableError, check_folder, read_json_table, shown
+from apt.files.reading import UnreadableError, check_folder, check_regular, read_json_table, shown
 
 # Entries that are sizes, and the largest that any model comes near: a larger one would fill the memory, or never end.
 SIZES = {
@@ -42,6 +42,20 @@ def check_model_folder(folder: Path, room: str) -> None:
     config = folder / "config.json"
     if config.exists():
         check_sizes(read_json_table(config, room), f"{room}: {config}")
+
+
+def check_gguf(path: Path, room: str) -> None:
+    """Refuse a GGUF file before a model of the sizes that it tells is built. It needs gguf."""
+    from transformers import PreTrainedConfig
+
+    check_regular(path, room)
+    try:
+        told, _ = PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
+    except Exception as error:  # whatever the file says; what is no fault of it passes
+        if not is_unusable(error):
+            raise
+        raise UnreadableError(f"{room}: {path} cannot be loaded: {reason_of(error)}") from error
+    check_sizes(told, f"{room}: {path}")
 
 
 def is_unusable(error: BaseException) -> bool:

@@ -9,9 +9,8 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, GgufConfig
 
-from apt.families.config_files import check_model_folder, is_unusable, reason_of
+from apt.families.config_files import check_gguf, check_model_folder, is_unusable, reason_of
 from apt.families.locate import GGUF, resolve_model
-from apt.files.reading import check_regular
 from apt.runs.config import RunConfig
 from apt.runs.data import Loader
 from apt.runs.tasks import TASKS, Task
@@ -80,10 +79,10 @@ def _load_pretrained(kind: Any, name: str, **settings: Any) -> Any:
     if Path(path).is_dir():
         check_model_folder(Path(path), "model")
     if path.endswith(GGUF):
-        check_regular(Path(path), "model")
-        path, _, settings["gguf_file"] = path.rpartition("/")
         if importlib.util.find_spec("gguf") is None:
             raise ImportError(f'model: reading {name} needs gguf; pip install "apt-lm[gguf]"')
+        check_gguf(Path(path), "model")
+        path, _, settings["gguf_file"] = path.rpartition("/")
         # Without dequantize a model is dense and yet marked as quantized.
         if kind is not AutoTokenizer:
             settings["quantization_config"] = GgufConfig(dequantize=True)

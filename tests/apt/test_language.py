@@ -14,6 +14,7 @@ from apt.families import IGNORED
 from apt.runs.config import DataConfig, ModelConfig, RunConfig
 from apt.runs.data import Examples, TextLoader, collate_blocks
 from apt.runs.data.sources import read_tables
+from apt.runs.estimate.dry_run import stock_config
 from apt.runs.evaluation.language import generation_metrics, generation_rates, greedy, perplexity
 from apt.runs.models import build_model, build_tokenizer
 
@@ -216,6 +217,20 @@ def test_gguf_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r'tiny.gguf needs gguf; pip install "apt-lm\[gguf\]"'):
         build_tokenizer(run_config(str(path)))
+
+
+@pytest.mark.parametrize("size", ["block_count", "attention.head_count", "embedding_length", "feed_forward_length"])
+def test_a_size_in_a_gguf_file_that_no_model_has_builds_none(size: str, tmp_path: Path) -> None:
+    """One bit flipped in a number that says how much to build."""
+    path = write_gguf(tmp_path / "tiny.gguf")
+    content = bytearray(path.read_bytes())
+    key = f"llama.{size}".encode()
+    content[content.index(key) + len(key) + 4 + 3] ^= 64  # behind the type of the value: its highest byte
+    path.write_bytes(content)
+    config = run_config(str(path))
+    for read in (build_tokenizer, lambda given: build_model(given, None, None), stock_config):
+        with pytest.raises(ValueError, match=rf"{path}: \w+ must be a whole number from 0 to"):
+            read(config)
 
 
 def test_a_folder_as_a_language_model(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from apt.families import anatomy_of
-from apt.families.config_files import UNUSABLE, check_model_folder, reason_of
+from apt.families.config_files import UNUSABLE, check_gguf, check_model_folder, reason_of
 from apt.families.locate import GGUF, resolve_model
 from apt.files.reading import shown
 from apt.layers import adapted
@@ -93,6 +93,8 @@ def stock_config(config: RunConfig) -> Any:
         name = resolve_model(config.model.name)
         if Path(name).is_dir():
             check_model_folder(Path(name), "dry run")
+        if name.endswith(GGUF) and Path(name).exists():  # else on the hub
+            check_gguf(Path(name), "dry run")
         path, _, file = name.rpartition("/")
         try:
             if name.endswith(GGUF):
