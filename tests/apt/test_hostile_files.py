@@ -1,5 +1,6 @@
 """Settings, data, models and cards that are odd, hostile or without end: one line, with the file and what to do."""
 
+import datetime
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from apt.files.reading import UnreadableError, check_regular, parse_yaml, read_j
 from apt.files.telling import markdown, printable
 from apt.runs.config import DataConfig
 from apt.runs.data import DatasetLoader, QuestionLoader
+from apt.runs.data.labels import Labels
+from apt.runs.data.sources import Table
 from apt.surgery import summary
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -224,6 +227,13 @@ def test_a_column_of_lists_is_no_column_of_labels(label: Any, tmp_path: Path) ->
     path.write_text("\n".join([json.dumps({"text": "good", "label": label})] * 4), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"data: {path}, line 1, column 'label': label .* is no text and no number"):
         DatasetLoader(DataConfig(datasets=str(path), test_size=1), tiny_tokenizer())
+
+
+def test_dates_are_no_classes() -> None:
+    """As a parquet file holds them."""
+    days = [datetime.date(2024, 1, day) for day in (1, 2, 1, 2)]
+    with pytest.raises(ValueError, match=r"data: rows, line 1, column 'label': label datetime.*is no text and no numb"):
+        Labels(Table("rows", {"label": days}, [1, 2, 3, 4]), "label", None)
 
 
 def test_truths_alone_are_two_classes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What counts as a linear: whoever is more than ``W x + b`` keeps what it is, or is refused by name."""
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -165,6 +166,23 @@ def test_a_layer_of_packed_weights_that_is_no_linear_of_torch() -> None:
     model.model.layers[1].self_attn.q_proj = packed
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj is quantised or packed \(Module\)"):
         apt.patch_model(model, method="lora", target_modules=["q_proj"])
+
+
+OF_TRANSFORMERS = (
+    ("models.llama4.modeling_llama4", "Llama4Router"),
+    ("models.phimoe.modeling_phimoe", "PhimoeTopKRouter"),
+    ("models.idefics.modeling_idefics", "IdeficsDecoupledLinear"),
+    ("integrations.bitnet", "AutoBitLinear"),
+    ("integrations.compressed_tensors", "CompressedTensorsFP8Linear"),
+    ("integrations.finegrained_fp8", "FP8Linear"),
+)
+
+
+@pytest.mark.parametrize(("place", "kind"), OF_TRANSFORMERS, ids=[kind for _, kind in OF_TRANSFORMERS])
+def test_classes_of_transformers_that_are_more_than_a_linear(place: str, kind: str) -> None:
+    found = getattr(importlib.import_module(f"transformers.{place}"), kind)
+    with pytest.raises(ValueError, match=rf"{Q} has a forward of its own \({kind}\); leave it out"):
+        apt.patch_model(changed(lambda model: take_class(model, Q, found)), method="lora", target_modules=["q_proj"])
 
 
 def test_a_class_that_computes_as_a_linear_does_is_one() -> None:

@@ -268,7 +268,10 @@ def test_an_export_without_its_head_order_is_refused(tmp_path: Path) -> None:
     path = folder / "apt_export.json"
     card = json.loads(path.read_text())
     assert card["head_order"].keys() == {name for name, n in card["units"].items() if name.endswith("heads") and n < 4}
-    for orders in ({}, {**card["head_order"], "encoder.1.heads": [0, 1, 2, 3, 0]}):
+    own = card["head_order"]["encoder.1.heads"]
+    odd: tuple[list[Any], ...] = ([0, 1, 2, 3, 0], [99] * len(own), [float(head) for head in own], own[::-1])
+    assert len(own) > 1
+    for orders in ({}, *({**card["head_order"], "encoder.1.heads": order} for order in (*odd, own[:1] * len(own)))):
         path.write_text(json.dumps(card | {"head_order": orders}))
         with pytest.raises(
             ValueError, match=r"load_model: .* is corrupt \(head_order of '?encoder\.\d\.heads'? is .*\)"

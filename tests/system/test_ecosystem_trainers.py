@@ -54,7 +54,7 @@ def of_trl(name: str) -> Kind:
     chosen = {"prompt": words, "chosen": lambda row: " " + words(row, 1), "rejected": lambda row: " " + words(row, 7)}
     labelled = {"prompt": words, "completion": lambda row: " " + words(row, 1), "label": lambda row: row % 2 == 0}
     columns: dict[str, dict[str, Callable[[int], Any]]] = {
-        "SFT": {"text": lambda row: words(row) + " " + words(row, 3)},
+        "SFT": {"said": lambda row: words(row) + " " + words(row, 3)},
         "DPO": chosen,
         "KTO": labelled,
         "Reward": chosen,
@@ -67,7 +67,8 @@ def of_trl(name: str) -> Kind:
         found = {"train_dataset": prompts(**columns[name]), "processing_class": tokenizer()}
         if name in ("DPO", "KTO"):
             found["ref_model"] = tiny_model("llama_gqa", torch.float32, vocab_size=len(text_tokenizer()))
-        return found | ({"reward_funcs": longest} if name == "GRPO" else {})
+        own = {"GRPO": {"reward_funcs": longest}, "SFT": {"formatting_func": lambda row: row["said"]}}
+        return found | own.get(name, {})
 
     model = (lambda: reward_model()) if name == "Reward" else llama
     return Kind(getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config"), model, given, settings[name])
@@ -234,6 +235,11 @@ def test_a_pruned_transformer_goes_back_into_its_sentence_model(tmp_path: Path) 
     apt.unpatch_model(model)
     assert model.encode(["good word1", "bad word2 word3"]) == pytest.approx(before, abs=1e-5)
     assert os.listdir(tmp_path) == ["small"]
+
+
+def test_what_saves_a_patched_sentence_model_names_export_model(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"only apt can read what save_pretrained writes.*apt\.export_model"):
+        apt.patch_model(sentence_model()).save_pretrained(str(tmp_path))
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from apt.cli import main
 from apt.files.whole import read_jsonl
 from apt.runs.report import report
 from apt.training.controller import Controller
+from apt.training.recorder import Recorder
 
 SIZES: dict[str, dict[str, Any]] = {
     "training": {"max_steps": 40, "logging_steps": 4, "save_steps": 8},
@@ -105,6 +107,15 @@ def test_a_resumed_run_doubles_no_row(whole: Path, tmp_path: Path, monkeypatch: 
     assert read_jsonl(tmp_path / "run/shapes.jsonl") == read_jsonl(whole / "shapes.jsonl")
     page = report(tmp_path / "run").read_text(encoding="utf-8")
     assert "training, s (from step 16 on)" in page
+
+
+@pytest.mark.parametrize("end", ["{}", "[1]", '{"step": "24"}', '{"step": 24, "lo', "NaN"])
+def test_a_row_that_is_none_stops_no_run_that_is_resumed(end: str, tmp_path: Path) -> None:
+    """As a kill, or an editor, left the file of a run that is resumed."""
+    for name in ("steps.jsonl", "shapes.jsonl"):
+        (tmp_path / name).write_text('{"step": 10}\n' + end, encoding="utf-8")
+    Recorder(tmp_path).begin(SimpleNamespace(step=16, events=[None]))  # type: ignore[arg-type]
+    assert read_jsonl(tmp_path / "steps.jsonl") == read_jsonl(tmp_path / "shapes.jsonl") == [{"step": 10}]
 
 
 def test_events_are_logged_as_the_trainer_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
