@@ -19,6 +19,8 @@ from apt.families.linears import CONV1D, features, is_linear
 # A forward of its own that computes W x + b, as weights were once rounded otherwise.
 AS_PLAIN = ("FalconLinear",)
 PLAIN_TENSORS = ("Parameter", "FakeTensor")  # the second, of a prediction without numbers, by name: it loads much
+SHARDED = "DTensor"  # what a weight is that FSDP's fully_shard has spread, by name: it loads much
+ELSEWHERE = "has no weight here: it is offloaded or sharded"
 DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PACKED = ("qweight", "W_q", "weight_packed")  # what quantised layers that are no nn.Linear hold (GPTQ, AWQ, HQQ, ...)
@@ -70,6 +72,8 @@ def _storage(linear: Any, model: nn.Module) -> Obstacle | None:
     if hasattr(linear, "parametrizations"):
         return Obstacle("is parametrized", "call torch.nn.utils.parametrize.remove_parametrizations first")
     weight = dict(linear.named_parameters(recurse=False)).get("weight")
+    if type(weight).__name__ == SHARDED:
+        return Obstacle(ELSEWHERE, "load the whole model on one device")
     packed = weight is None and any(hasattr(linear, name) for name in (*PACKED, "weight_scale"))
     if packed or (weight is not None and not _is_dense(weight)):
         advice = "load the model without quantization (no quantization_config), in bfloat16 say"
@@ -79,7 +83,7 @@ def _storage(linear: Any, model: nn.Module) -> Obstacle | None:
         return Obstacle(text, "make it plain first (torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove)")
     offloaded = weight.is_meta and not all(parameter.is_meta for parameter in model.parameters())
     if offloaded or weight.shape != _stored_shape(linear):
-        return Obstacle("has no weight here: it is offloaded or sharded", "load the whole model on one device")
+        return Obstacle(ELSEWHERE, "load the whole model on one device")
     return None
 
 

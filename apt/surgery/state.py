@@ -14,6 +14,9 @@ from apt.families import Found
 from apt.layers.passes import ValidTokens
 from apt.records import Event
 
+# Wrappers that spread a model over devices, by name: most are of modules that nobody else loads.
+SPREADING = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
 
 @dataclass
 class PatchState:
@@ -68,7 +71,7 @@ def bare_model(model: nn.Module) -> nn.Module:
         ValueError: it is spread over devices, or a model of sentence-transformers holds no transformer.
     """
     model = uncompiled(model)
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+    if any(cls.__name__ in SPREADING for cls in type(model).__mro__):
         raise ValueError(
             f"this model is in {type(model).__name__}; this version trains on one device: give model.module, unwrapped"
         )

@@ -11,6 +11,7 @@ import torch
 from tiny_models import tiny_model
 from tiny_trainer import Rows, trainer
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import apt
@@ -131,6 +132,14 @@ def test_a_model_spread_by_torch_is_told() -> None:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         with pytest.raises(ValueError, match=r"in DistributedDataParallel; .* give model.module"):
             apt.Controller(nn.parallel.DistributedDataParallel(model), optimizer, 5)
+        sharded = FullyShardedDataParallel(tiny_model("bert", torch.float32), device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"in FullyShardedDataParallel; .* give model.module"):
+            apt.patch_model(sharded)
+        for settings in ({}, {"method": "lora"}):
+            plain = tiny_model("bert", torch.float32)
+            fully_shard(plain)
+            with pytest.raises(ValueError, match="query has no weight here: it is offloaded or sharded"):
+                apt.patch_model(plain, **settings)
     finally:
         torch.distributed.destroy_process_group()
 
