@@ -60,7 +60,7 @@ def find_family(model: nn.Module) -> Family:
             f"families: {model_type} with {name}={getattr(config, name, None)!r} cannot be pruned, only with "
             f"{name}={dict(families[0].needs)[name]!r}; use method='lora' with target_modules"
         )
-    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    known = ", ".join(sorted({name for family in FAMILIES for name in family.model_types}))
     raise ValueError(
         f"families: model_type {model_type!r} cannot be pruned; known are {known}; to add one, write its table in "
         f"apt/families/ and list it in FAMILIES, or use method='lora' with target_modules, which needs no family"

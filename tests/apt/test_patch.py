@@ -145,7 +145,7 @@ def test_an_unknown_architecture() -> None:
 
     torch.manual_seed(1)
     model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_embd=8, n_layer=1, n_head=2, vocab_size=10)).eval()
-    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    known = ", ".join(sorted({name for family in FAMILIES for name in family.model_types}))
     words = f"model_type 'openai-gpt' cannot be pruned; known are {known}; to add one, write"
     with pytest.raises(ValueError, match=words) as caught:
         apt.patch_model(model)
