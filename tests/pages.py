@@ -71,18 +71,21 @@ def lost_paths(text: str) -> list[str]:
     return lost
 
 
+def texts_of(path: Path) -> Iterator[str]:
+    """Every text of a module, `CUT` where it fills something in."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else CUT for part in node.values]
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
 @cache
 def messages() -> tuple[str, ...]:
-    """Every text of the package that may be a message, `CUT` where it fills something in."""
-    found = []
-    for path in sorted([*(ROOT / "apt").rglob("*.py"), ROOT / "apt_lm.py"]):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else CUT for part in node.values]
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return tuple(found)
+    """Every text of the packages that may be a message."""
+    ours = [path for top in ("apt", "apt_kernels") for path in sorted((ROOT / top).rglob("*.py"))]
+    return tuple(text for path in [*ours, ROOT / "apt_lm.py"] for text in texts_of(path))
 
 
 def is_a_message(quoted: str) -> bool:
@@ -113,6 +116,30 @@ def first_cells(text: str) -> Iterator[str]:
         cell = re.match(r"\| *`([^`]+)` *\|", line)
         if cell:
             yield cell[1]
+
+
+def refusals(text: str) -> list[tuple[str, str, str]]:
+    """What is refused, why, and what to use instead: the rows of the tables of a page with these heads."""
+    rows = []
+    inside = False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        inside = line.startswith("|") and (inside or cells == ["what", "why", "instead"])
+        if inside and not line.startswith("|---"):
+            what, why, instead = cells
+            rows.append((what, why, instead))
+    return [row for row in rows if row != ("what", "why", "instead")]
+
+
+def quoted_first(cell: str) -> str:
+    """What a cell quotes at its beginning; empty where it begins otherwise."""
+    found = re.match(r"`([^`]+)`", cell)
+    return found[1] if found else ""
+
+
+def obstacles() -> list[str]:
+    """Every reason for which a linear is kept as it is."""
+    return [text for text in texts_of(ROOT / "apt/families/plain.py") if text.startswith(("is ", "has "))]
 
 
 def tiny_pretrained(kind: str, **settings: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 import transformers
 import yaml
 from pages import (
+    CUT,
     PAGES,
     ROOT,
     blocks,
@@ -25,6 +26,9 @@ from pages import (
     is_a_message,
     lost_anchors,
     lost_paths,
+    obstacles,
+    quoted_first,
+    refusals,
     tiny_pretrained,
     toy_rows,
 )
@@ -216,6 +220,21 @@ def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
     assert not [message for message in quoted if not is_a_message(message)]
 
 
+def test_what_is_refused_is_told_in_the_words_of_the_code() -> None:
+    rows = refusals(text_of(ROOT / "docs/troubleshooting.md"))
+    assert len(rows) > 50
+    assert all(what and instead for what, _, instead in rows)
+    quoted = [quoted_first(why) for _, why, _ in rows]
+    assert not [why for message, (_, why, _) in zip(quoted, rows, strict=True) if not is_refusal(message)]
+    begins = [message.partition(CUT)[0] for message in quoted if message.partition(CUT)[0]]
+    assert obstacles()
+    assert not [text for text in obstacles() if not any(text in begin or begin in text for begin in begins)]
+
+
+def is_refusal(quoted: str) -> bool:
+    return bool(quoted.strip(CUT)) and is_a_message(quoted)
+
+
 FAULTS = {
     "code": "```python\nimport apt\n\napt.patch_modell(None)\n```",
     "code with a wrong setting": "```python\nimport apt\n\napt.APTConfig().with_overrides(target_sparsty=0.5)\n```",
@@ -230,6 +249,7 @@ FAULTS = {
     "path": "It is in `tests/apt/test_nothing.py`.",
     "heading": "See [there](settings.md#nothing).",
     "bare name": "It is in `test_nothing.py`.",
+    "refusal": "| what | why | instead |\n|---|---|---|\n| trees | `is made of wood`: it would burn | stones |",
     "message": "| `schedule: a run of … steps is too long` | nothing |",
 }
 
@@ -248,3 +268,4 @@ def check_all(text: str, desk: Path) -> None:
     assert not lost_paths(text)
     assert not lost_anchors(ROOT / "docs/page.md", text)
     assert all(map(is_a_message, first_cells(text)))
+    assert all(is_refusal(quoted_first(why)) for _, why, _ in refusals(text))
