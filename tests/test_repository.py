@@ -16,6 +16,7 @@ MACHINE_PATHS = [b"/" + name + b"/" for name in (b"work", b"farm")]
 CODE = sorted(path for top in ("apt", "apt_kernels") for path in (ROOT / top).rglob("*.py"))
 LONGEST = 60  # lines of a function, as CONTRIBUTING.md says
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -78,6 +79,30 @@ def test_the_index_of_the_pages_names_each() -> None:
     index = ROOT / "docs/README.md"
     links = LINK.findall(index.read_text(encoding="utf-8"))
     assert not {path.name for path in index.parent.glob("*.md")} - {*links, index.name}
+
+
+def lost_tests(text: str) -> list[str]:
+    """The last cells of the rows of tables that name no test which is there."""
+    lost = []
+    for row in re.findall(r"^\| (?!case )(.+) \|$", text, re.MULTILINE):
+        cells = row.split(" | ")
+        found = TEST.fullmatch(cells[-1])
+        path = ROOT / found[1] if found else None
+        tree = ast.parse(path.read_text(encoding="utf-8") if path is not None and path.is_file() else "")
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        if len(cells) != 4 or found is None or found[2] not in names:
+            lost.append(row)
+    return lost
+
+
+def test_each_case_of_the_corners_has_the_test_that_it_names() -> None:
+    text = (ROOT / "tests/corners.md").read_text(encoding="utf-8")
+    assert len(TEST.findall(text)) > 100
+    assert not lost_tests(text)
+    there = "`tests/test_repository.py::test_one_version`"
+    assert not lost_tests(f"| a | b | c | {there} |")
+    for cell in (there.replace("version", "thing"), there.replace("tests/", "tests/no/"), "", f"{there} too"):
+        assert lost_tests(f"| a | b | c | {cell} |")
 
 
 @pytest.mark.parametrize("path", CODE, ids=page_id)
