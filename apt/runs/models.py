@@ -1,6 +1,8 @@
 """The model and the tokenizer of a run."""
 
 import importlib.util
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +39,38 @@ def build_model(
     """The pretrained model in float32 on the CPU, with the head of its task; a new one is drawn with `training.seed`.
 
     Raises:
-        ValueError: the model cannot be loaded.
+        ValueError: the model cannot be loaded, or is not whole.
         ImportError: it lies in a package that is not installed.
     """
     task = TASKS[config.model.task]
     settings = _head_settings(task, num_labels, label_names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        model = _load_pretrained(getattr(transformers, task.head), config.model.name, dtype=torch.float32, **settings)
+        model, told = _load_pretrained(
+            getattr(transformers, task.head),
+            config.model.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **settings,
+        )
     assert isinstance(model, nn.Module)
+    _check_whole(model, told["missing_keys"], config.model.name)
     loaded: Any = model.config
     # A decoder reads its class at the last token that is not padding, so it has to know which one that is.
     if task.new_head and loaded.pad_token_id is None:
         loaded.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _check_whole(model: Any, missing: Iterable[str], name: str) -> None:
+    """Raise ValueError where a file lacks a weight of a layer or of the tokens, which would be drawn at random.
+
+    Heads and poolers are drawn where the task is new to a model; they are in no numbered layer.
+    """
+    tokens = {key for key, module in model.named_modules() if module is model.get_input_embeddings()}
+    for key in sorted(missing):
+        if re.search(r"\.\d+\.", key) or key.rpartition(".")[0] in tokens:
+            raise ValueError(f"model: {name} lacks {key}, which would be drawn at random; copy or convert it again")
 
 
 def _head_settings(task: Task, num_labels: int | None, label_names: list[str] | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_run import sentences, tiny_tokenizer, write_config, write_csv, write_grid, write_model
 
@@ -19,10 +20,11 @@ from apt.cli import main
 from apt.export.model_card import CardFacts, licence_of, model_card
 from apt.files.reading import UnreadableError, check_regular, parse_yaml, read_json, shown
 from apt.files.telling import markdown, printable
-from apt.runs.config import DataConfig
+from apt.runs.config import DataConfig, load_config
 from apt.runs.data import DatasetLoader, QuestionLoader
 from apt.runs.data.labels import Labels
 from apt.runs.data.sources import Table
+from apt.runs.models import build_model
 from apt.surgery import summary
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -273,6 +275,12 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def leave_out(folder: Path, end: str) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith(end)}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 BASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an activation that nobody has": (lambda f: edit_config(f, hidden_act="evil"), "cannot be loaded: KeyError 'evil'"),
     "a width in words": (lambda f: edit_config(f, hidden_size="32"), "hidden_size must be a whole number"),
@@ -287,6 +295,11 @@ BASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "cannot be loaded: ",
     ),
     "half the weights": (lambda f: os.truncate(f / "model.safetensors", 3000), "cannot be loaded: "),
+    "no query in a layer": (
+        lambda f: leave_out(f, "1.attention.self.query.weight"),
+        r"lacks \S+1\.attention\.self\.query\.weight, which would be drawn at random; copy or convert it again",
+    ),
+    "no tokens": (lambda f: leave_out(f, "word_embeddings.weight"), "lacks .*word_embeddings.weight, which would be"),
     "a list for a config": (lambda f: (f / "config.json").write_text("[]"), "holds no names and values"),
     "half a config": (lambda f: (f / "config.json").write_text('{"model_type": "be'), "config.json is corrupt"),
 }
@@ -303,6 +316,15 @@ def test_a_base_that_is_not_what_it_must_be(
     line = refused(capsys, "train", config)
     assert re.search(words, line), line
     assert not list(tmp_path.glob("run*"))
+
+
+def test_a_base_without_pooler_and_head_is_whole(tmp_path: Path) -> None:
+    """As one that has learnt to fill masks: the task's own are drawn."""
+    config = load_config(write_config(tmp_path))
+    leave_out(tmp_path / "tiny", "pooler.dense.weight")
+    leave_out(tmp_path / "tiny", "classifier.weight")
+    model: Any = build_model(config, 2, tiny_tokenizer())
+    assert model.classifier.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("size", ["x", -1, 10**9])

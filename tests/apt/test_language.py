@@ -233,6 +233,14 @@ def test_a_size_in_a_gguf_file_that_no_model_has_builds_none(size: str, tmp_path
             read(config)
 
 
+def test_a_weight_under_another_name_in_a_gguf_file_is_not_drawn(tmp_path: Path) -> None:
+    """One bit flipped in the name of a tensor, so that the model has none for that place."""
+    path = write_gguf(tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_v.weight", b"blk.1.attn_w.weight"))
+    with pytest.raises(ValueError, match=r"tiny.gguf lacks model\.layers\.1\.self_attn\.v_proj\.weight, which would"):
+        build_model(run_config(str(path)), None, None)
+
+
 def test_a_folder_as_a_language_model(tmp_path: Path) -> None:
     config = run_config(str(write_llama(tmp_path / "tiny")))
     model: Any = build_model(config, None, build_tokenizer(config))
