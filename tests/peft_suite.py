@@ -1,24 +1,30 @@
 """PEFT's own tests, with every model that PEFT makes passed through `apt.patch_model`, beside a run without.
 
-Not part of CI: it takes the better part of an hour and needs a checkout of PEFT in the pinned version, or its sdist. It
-downloads nothing; tests that need the hub fail or skip alike in both runs. PEFT's tests import datasets, diffusers and
-parameterized.
+Not part of CI: it takes an hour or two, and needs a checkout of PEFT in the pinned version, or its sdist unpacked. It
+downloads nothing: the models that the tests ask the hub for are made here, random and tiny (`peft_models.py`). PEFT's
+tests import datasets, diffusers and parameterized. The checkout stays as it is.
 
     python tests/peft_suite.py CHECKOUT                        # test_custom_models.py and the model tests
     python tests/peft_suite.py CHECKOUT test_custom_models.py -k lora
+    python tests/peft_suite.py CHECKOUT --reports FOLDER       # keeps what became of each test; goes on where it ended
 
-It prints how many tests pass and fail in each run, and which fail only with the patch; then its exit code is 1.
+It prints for each file how many tests pass, are skipped and fail in each run, how many ran on our op, and which pass
+only without the patch; then its exit code is 1.
 """
 
+import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from peft_models import write_hub
 
 ROOT = Path(__file__).parents[1]
 FILES = (
@@ -27,89 +33,98 @@ FILES = (
     "test_encoder_decoder_models.py",
     "test_feature_extraction_models.py",
     "test_seq_classifier.py",
+    "test_token_classification_qa.py",
 )
-PATCH, REPORT = "APT_PEFT_SUITE_PATCH", "APT_PEFT_SUITE_REPORT"  # what the plugin below is told
-# Why a model stays as it is.
-LEFT = ("none of PEFT's layers can be fused", "of PEFT's methods only LoRA", "is patched already")
+RUNS = ("unpatched", "patched")
+# What the plugin is told: 1 to patch every model, and the file for one line a test.
+PATCH, REPORT = "APT_PEFT_SUITE_PATCH", "APT_PEFT_SUITE_REPORT"
 
 
-def pytest_configure() -> None:
-    """As a plugin of pytest: have every model patched, before the tests import the functions that make one."""
-    if os.environ.get(PATCH) != "1":
-        return
+def check_version(checkout: Path) -> None:
+    """Refuse a checkout of another version than the installed one, whose tests would test something else."""
     import peft
 
-    import apt
-
-    def patching(make: Any) -> Any:
-        def made(*args: Any, **kwargs: Any) -> Any:
-            model = make(*args, **kwargs)
-            try:
-                apt.patch_model(model)
-            except ValueError as error:
-                if not any(words in str(error) for words in LEFT):
-                    raise
-            return model
-
-        return made
-
-    peft.get_peft_model = patching(peft.get_peft_model)
-    peft.PeftModel.from_pretrained = staticmethod(patching(peft.PeftModel.from_pretrained))  # type: ignore[method-assign]
-
-
-def pytest_runtest_logreport(report: Any) -> None:
-    """As a plugin of pytest: one line for each test that ran, or that its fixtures kept from running."""
-    if report.when == "call" or report.outcome != "passed":
-        with Path(os.environ[REPORT]).open("a", encoding="utf-8") as file:
-            file.write(json.dumps([report.nodeid, report.outcome]) + "\n")
-
-
-def outcomes(checkout: Path, arguments: list[str], *, patch: bool) -> dict[str, str]:
-    """Run the tests, and return what became of each.
-
-    Args:
-        checkout: of PEFT.
-        arguments: of pytest, file names in ``tests/`` first.
-        patch: whether models are patched.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.jsonl"
-        report.touch()
-        paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", REPORT: str(report)}
-        environment[PATCH] = "1" if patch else "0"
-        # Without the options of the checkout, which measures its coverage.
-        options = ["-q", "-o", "addopts=", "-p", "peft_suite", "-p", "no:cacheprovider"]
-        command = [sys.executable, "-m", "pytest", *options, *arguments]
-        run = subprocess.run(command, cwd=checkout / "tests", env=environment, check=False)
-        if run.returncode not in (0, 1):
-            raise SystemExit(f"peft_suite: pytest ended with {run.returncode}")
-        rows = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
-    return dict(rows)
-
-
-def main(checkout: Path, arguments: list[str]) -> int:
-    """Run both and compare; returns how many tests fail only with the patch."""
-    import peft
-
-    about = next((checkout / path for path in ("src/peft/__init__.py",) if (checkout / path).exists()), None)
-    found = re.search(r'__version__ = "(.+?)"', about.read_text(encoding="utf-8")) if about is not None else None
+    about = checkout / "src" / "peft" / "__init__.py"
+    found = re.search(r'__version__ = "(.+?)"', about.read_text(encoding="utf-8")) if about.exists() else None
     if found is None or found[1] != peft.__version__:
         there = "no PEFT" if found is None else f"PEFT {found[1]}"
         raise SystemExit(f"peft_suite: {checkout} holds {there}; check out the installed version, v{peft.__version__}")
+
+
+def copy_tests(checkout: Path, folder: Path) -> None:
+    """Put PEFT's tests, a package also where they come from an sdist, and the hub's cache into a folder of ours."""
+    shutil.copytree(checkout / "tests", folder / "tests")
+    (folder / "tests" / "__init__.py").touch()
+    write_hub(folder / "hub")
+
+
+def rows(report: Path) -> list[list[Any]]:
+    """The lines of a report: the test, what became of it, how often our op ran, why it failed."""
+    return [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()] if report.exists() else []
+
+
+def run_tests(folder: Path, report: Path, arguments: list[str], *, patch: bool) -> dict[str, list[Any]]:
+    """Run the tests that the report does not have yet.
+
+    Args:
+        folder: of `copy_tests`.
+        report: where each test gets its line.
+        arguments: of pytest, file names in ``tests/`` first.
+        patch: whether models are patched.
+
+    Returns:
+        The rows of the report by the name of the test, as `rows` has them; the last one of a test counts.
+    """
+    paths = os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests")))
+    hub = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
+    environment = {**os.environ, **hub, "PYTHONPATH": paths, PATCH: str(int(patch)), REPORT: str(report)}
+    options = ["-q", "--disable-warnings", "-p", "peft_plugin", "-p", "no:cacheprovider", "--rootdir", str(folder)]
+    command = [sys.executable, "-m", "pytest", *options, *arguments]
+    run = subprocess.run(command, cwd=folder / "tests", env=environment, check=False)
+    if run.returncode not in (0, 1, 5):  # 5: no test is left to run
+        raise SystemExit(f"peft_suite: pytest ended with {run.returncode}")
+    return {row[0]: row for row in rows(report)}
+
+
+def print_counts(results: dict[str, dict[str, list[Any]]]) -> None:
+    """One line for each file and run: how many tests passed, and so on; how many of them went through our op."""
+    for file in sorted({name.split("::")[0] for run in results.values() for name in run}):
+        for title, run in results.items():
+            mine = [row for name, row in run.items() if name.split("::")[0] == file]
+            counts = Counter(outcome for _, outcome, _, _ in mine)
+            said = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
+            print(f"{Path(file).name:<34} {title:<10} {said}; {sum(row[2] > 0 for row in mine)} on the fused op")
+
+
+def main(checkout: Path, reports: Path, arguments: list[str]) -> int:
+    """Run both and compare; returns 1 where a test passes only without the patch."""
+    check_version(checkout)
     if not any(argument.endswith(".py") or ".py::" in argument for argument in arguments):
         arguments = [*FILES, *arguments]
-    plain = outcomes(checkout, arguments, patch=False)
-    patched = outcomes(checkout, arguments, patch=True)
-    for title, run in (("unpatched", plain), ("patched", patched)):
-        counts = Counter(run.values())
-        print(f"{title:<10} {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))}")
-    broken = [name for name, outcome in patched.items() if outcome == "failed" and plain.get(name) != "failed"]
-    print(f"fail only with the patch: {len(broken)}", *broken, sep="\n  ")
+    with tempfile.TemporaryDirectory() as folder:
+        copy_tests(checkout, Path(folder))
+        results = {
+            title: run_tests(Path(folder), reports / f"{title}.jsonl", arguments, patch=title == "patched")
+            for title in RUNS
+        }
+    print_counts(results)
+    plain, patched = (results[title] for title in RUNS)
+    passed = [name for name, row in plain.items() if row[1] == "passed"]
+    # A test that left no line ended the process, and a skip may hide a fault.
+    broken = [patched.get(name, [name, "missing", 0, ""]) for name in passed]
+    broken = [row for row in broken if row[1] != "passed"]
+    print(f"pass only without the patch: {len(broken)}")
+    for name, outcome, _, why in broken:
+        print(f"  {name} {outcome} {why}")
     return min(len(broken), 1)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    sys.exit(main(Path(sys.argv[1]).expanduser(), sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path, help="of PEFT, in the installed version")
+    parser.add_argument("--reports", type=Path, help="a folder for unpatched.jsonl and patched.jsonl")
+    given, rest = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        where = Path(temporary) if given.reports is None else given.reports.expanduser().resolve()
+        where.mkdir(parents=True, exist_ok=True)
+        sys.exit(main(given.checkout.expanduser().resolve(), where, rest))
