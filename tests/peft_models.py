@@ -73,7 +73,7 @@ SERVED = [
     Served(
         "peft-internal-testing/tiny-random-GPTJForCausalLM", "GPTJConfig", "GPTJForCausalLM", {**GPT, "rotary_dim": 4}
     ),
-    Served("trl-internal-testing/tiny-random-LlamaForCausalLM", "LlamaConfig", "LlamaForCausalLM", GROUPED),
+    Served("trl-internal-testing/tiny-random-LlamaForCausalLM", "LlamaConfig", "LlamaForCausalLM", {}),
     Served("hf-internal-testing/tiny-random-MistralForCausalLM", "MistralConfig", "MistralForCausalLM", GROUPED),
     Served("peft-internal-testing/tiny-dummy-qwen2", "Qwen2Config", "Qwen2ForCausalLM", GROUPED),
     Served("trl-internal-testing/tiny-Qwen3ForCausalLM", "Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}),
@@ -83,7 +83,7 @@ SERVED = [
         "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2",
         "LlamaConfig",
         "LlamaForSequenceClassification",
-        {**GROUPED, "num_labels": 1},
+        {"num_labels": 1},
     ),
     Served(
         "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated",

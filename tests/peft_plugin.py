@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from peft_models import quotes
-from peft_suite import PATCH, REPORT, rows
+from peft_suite import OTHER, PATCH, REPORT, rows
 
 import apt_kernels
 
@@ -63,8 +63,10 @@ def patching(make: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the report has already."""
+    """Leave out what the report has already, and what passed in the other run."""
     have = {row[0] for row in rows(Path(os.environ[REPORT]))}
+    if os.environ[OTHER]:
+        have |= {row[0] for row in rows(Path(os.environ[OTHER])) if row[1] == "passed"}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in have])
     items[:] = [item for item in items if item.nodeid not in have]
 
