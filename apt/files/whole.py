@@ -9,10 +9,12 @@ under such a name is somebody's, and refused by name. No link is followed to rem
 """
 
 import errno
+import glob
 import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,7 @@ from apt.files.manifest import write_manifest
 from apt.files.reading import read_rows
 
 MARK = ".apt-lm"  # a file in each folder that this package may remove
+FORGOTTEN = 24 * 3600  # seconds since its last byte after which nobody is writing a file any more
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 OF_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers tell it, in classes of their own
@@ -127,6 +130,15 @@ def remove_ours(folder: Path) -> None:
         _remove(folder)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder inside one of ours: it loses its name first, so a kill leaves no half of it under that name."""
+    aside = replaced_of(folder)
+    _remove(aside)
+    with suppress(FileNotFoundError):
+        os.rename(folder, aside)
+        _remove(aside)
+
+
 def _remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         with suppress(OSError):
@@ -146,6 +158,8 @@ def write_file_aside(path: Path, *, shared: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name that nobody else gives to a file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.apt-lm" if shared else f".{path.name}.apt-lm")
+    if shared:
+        _remove_forgotten(path)
     partial.unlink(missing_ok=True)  # of a kill, or a link that leads elsewhere
     try:
         yield partial
@@ -154,6 +168,14 @@ def write_file_aside(path: Path, *, shared: bool = False) -> Iterator[Path]:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def _remove_forgotten(path: Path) -> None:
+    """Remove what processes that were killed left of this file, on whichever machine: nobody writes so long."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.apt-lm"):
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > FORGOTTEN:
+                left.unlink()
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from apt.runs.run_folder import (
     is_whole,
     partial_of,
     publish_run,
+    tidy_named,
 )
 from apt.runs.tasks import TASKS, DataRequest
 from apt.surgery import patch_model, summary
@@ -69,6 +70,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
     partial = partial_of(output)
     check_folders(output)
     if is_done(output, config, overwrite=overwrite, resume=resume):
+        tidy_named(output)
         return output
     check_writable(partial, "train")
     with locked(partial):

@@ -1,10 +1,11 @@
 """The folder of a run: where it grows, when it gets its name, and what ``--resume`` finds there."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from apt.files.telling import tell
-from apt.files.whole import MARK, check_ours, mark, publish_folder, replaced_of, write_text
+from apt.files.whole import MARK, check_ours, discard, mark, publish_folder, remove_ours, replaced_of, write_text
 from apt.files.whole import partial_of as aside_of
 from apt.runs.config import RunConfig, load_config
 from apt.runs.lock import LOCK
@@ -45,7 +46,7 @@ def is_done(output: Path, config: RunConfig, *, overwrite: bool, resume: bool) -
         tell(f"{output} holds a finished run; there is nothing to resume")
         if (other := other_settings(output, config)) is not None:
             tell(f"it was made with other settings ({other}); give another output_dir for these")
-        if _checkpoints(partial_of(output)):
+        if _checkpoints(partial_of(output)) or (partial_of(output) / METRICS).exists():
             tell("an unfinished run would replace it; --resume --overwrite goes on with that")
         return True
     if finished and not overwrite:
@@ -79,6 +80,11 @@ def find_checkpoint(partial: Path, config: RunConfig, *, overwrite: bool, resume
             f"train: {partial} holds {found[-1].name} of an unfinished run; give --resume to go on, or --overwrite to "
             f"start anew"
         )
+    if (partial / METRICS).exists() and not overwrite:
+        raise ValueError(
+            f"train: {partial} holds a run that is whole and was stopped before it got its name; give --resume to "
+            f"name it, or --overwrite to start anew"
+        )
     return None
 
 
@@ -103,8 +109,14 @@ def _is_old_run(folder: Path) -> bool:
 
 
 def begin_folder(partial: Path, config: RunConfig) -> None:
-    """Empty the folder of an unfinished run, but for its mark and its lock, and put the settings in it."""
+    """Empty the folder of an unfinished run, but for its mark and its lock, and put the settings in it.
+
+    First goes what ``--resume`` would go on from, then what marks a run as whole: a kill meanwhile leaves neither to a
+    folder that lacks the rest.
+    """
     mark(partial)
+    discard(partial / CHECKPOINTS)
+    (partial / METRICS).unlink(missing_ok=True)
     for path in partial.iterdir():
         if path.name in (MARK, LOCK):
             continue
@@ -117,11 +129,19 @@ def begin_folder(partial: Path, config: RunConfig) -> None:
 
 def publish_run(partial: Path, output: Path) -> None:
     """Rename a complete run; an older one of the name is moved aside first and removed last."""
-    shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+    discard(partial / CHECKPOINTS)
     if output.exists() and not (output / METRICS).exists():
         output.rmdir()  # raises where something that is no run was put there meanwhile
     publish_folder(partial, output)
-    (output / LOCK).unlink(missing_ok=True)
+    tidy_named(output)
+
+
+def tidy_named(output: Path) -> None:
+    """Remove what a kill leaves beside a run that has its name: lock and mark, and the run that had it before."""
+    for name in (LOCK, MARK):
+        with suppress(OSError):
+            (output / name).unlink(missing_ok=True)
+    remove_ours(replaced_of(output))
 
 
 def _checkpoints(partial: Path) -> list[Path]:

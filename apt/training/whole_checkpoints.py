@@ -7,9 +7,8 @@ import json
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,7 @@ class WholeCheckpoints(Trainer):
     ) -> Any:
         """Train, from a checkpoint that was checked, or from the start."""
         if resume_from_checkpoint is True:
+            name_again(Path(self._get_output_dir(None)))
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
@@ -105,10 +105,10 @@ class WholeCheckpoints(Trainer):
         finally:
             self._staging = None
         publish_folder(written, folder / name)
-        remove_ours(folder / PARTIAL)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
         self._rotate(folder)
+        remove_ours(folder / PARTIAL)
 
     def save_now(self) -> None:
         """Save a checkpoint of the step that is done, unless there is one."""
@@ -118,7 +118,10 @@ class WholeCheckpoints(Trainer):
             self._save_checkpoint(self.model, trial=None)
 
     def _rotate(self, folder: Path) -> None:
-        """Remove the checkpoints of the lowest steps, as many as are too many; clocks have no say."""
+        """Take the names of the checkpoints of the lowest steps, as many as are too many; clocks have no say.
+
+        They go to what was written aside, and with it: a kill leaves no half of a checkpoint under its name.
+        """
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
@@ -127,7 +130,8 @@ class WholeCheckpoints(Trainer):
         kept = {found[-1], *([] if best is None else [Path(best)])}
         spare = [path for path in found if path not in kept and (path / TRAINER_STATE).exists()]
         for path in spare[: max(0, len(found) - max(limit, len(kept)))]:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                os.rename(path, folder / PARTIAL / path.name)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else its name is still to come
@@ -151,8 +155,18 @@ class WholeCheckpoints(Trainer):
             super()._load_rng_state(checkpoint)
 
 
+def name_again(folder: Path) -> None:
+    """Give a checkpoint its name back that waits in vain for the one that was to replace it."""
+    for path in (folder / PARTIAL).glob("checkpoint-*.replaced"):
+        whole = folder / path.name.removesuffix(".replaced")
+        if NAME.fullmatch(whole.name) and not os.path.lexists(whole):
+            os.rename(path, whole)
+            (whole / MARK).unlink(missing_ok=True)
+
+
 def _remove_staging(staging: Path) -> None:
     """Remove what a kill left of the last save; an older version did not mark it, but nobody else names it so."""
+    name_again(staging.parent)
     if staging.is_dir() and not staging.is_symlink():
         names = [path.name for path in staging.iterdir()]
         if not is_ours(staging) and all(NAME.fullmatch(name) for name in names):

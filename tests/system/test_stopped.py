@@ -114,6 +114,31 @@ def test_a_signal_after_the_last_step_keeps_what_was_trained(
     assert_same_run(tmp_path / "run", whole / "run")
 
 
+def test_a_run_that_was_stopped_before_its_name_is_not_begun_anew_unasked(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a kill leaves it between its last file and its name, its checkpoints gone; alone, and over another."""
+    command = ["train", str(whole / "config.yaml"), f"output_dir={tmp_path / 'run'}"]
+    partial = tmp_path / "run.partial"
+
+    def stop() -> None:
+        shutil.copytree(whole / "run", partial)
+        (partial / ".apt-lm").touch()
+
+    stop()
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert f"{partial} holds a run that is whole and was stopped before it got its name; give --resume to" in told
+    assert main([*command, "--resume"]) == 0
+    assert_same_run(tmp_path / "run", whole / "run")
+    stop()
+    assert main([*command, "--resume"]) == 0
+    assert "an unfinished run would replace it; --resume --overwrite goes on with that" in capsys.readouterr().err
+    assert main([*command, "--resume", "--overwrite"]) == 0
+    assert_same_run(tmp_path / "run", whole / "run")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
 CHILD = """
 import pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
