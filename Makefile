@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder ratings test check browser harness trainers fuzz soak bench bench-accuracy bench-adapters bench-finetune gpu clean
+.PHONY: help demo decoder ratings test check browser harness trainers fuzz soak kills bench bench-accuracy bench-adapters bench-finetune gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,8 +27,8 @@ ratings: $(STAMPS)/demo ## LoRA and APT on reviews with ratings: a number, three
 	$(PY) -m apt experiment examples/sentiment_grid.yaml
 	$(PY) -m bench.ratings
 
-test check browser harness trainers fuzz soak gpu: export HF_HUB_OFFLINE = 1
-test check browser harness trainers fuzz soak: export OMP_NUM_THREADS = 1
+test check browser harness trainers fuzz soak kills gpu: export HF_HUB_OFFLINE = 1
+test check browser harness trainers fuzz soak kills: export OMP_NUM_THREADS = 1
 
 WORKERS ?= auto
 PYTEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
@@ -53,6 +53,9 @@ fuzz: $(STAMPS)/dev ## damage five hundred files and read them, a minute, which 
 
 soak: $(STAMPS)/dev ## 5,000 steps with 20 events in one process: memory and descriptors that grow, two minutes
 	PYTHONPATH=.:tests $(PY) tests/soak.py
+
+kills: $(STAMPS)/dev ## 100 SIGKILLs at random moments of tiny runs, each resumed and compared, six minutes; ARGS="--kills 20 --seed 3"
+	PYTHONPATH=.:tests $(PY) tests/kills.py $(ARGS)
 
 trainers: $(STAMPS)/trainers ## pruning with the trainers of TRL and sentence-transformers (220 MB), which CI runs too
 	$(PYTEST) -m trainers tests/system/test_ecosystem_trainers.py
