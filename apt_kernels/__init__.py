@@ -11,7 +11,11 @@ from apt_kernels.ops import (
 )
 from apt_kernels.selection import backend_of, calls, chosen, reset_calls
 
+# A backward of their own, where they run eagerly.
+WITH_BACKWARD = (gate, gated_activation, masked_lora_linear, masked_lora_linears, masked_norm)
+
 __all__ = [
+    "WITH_BACKWARD",
     "backend_of",
     "calls",
     "chosen",

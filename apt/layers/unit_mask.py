@@ -1,6 +1,5 @@
 """Unit masks as modules: where a unit is shut, and where its statistics are collected."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,9 +62,19 @@ class _Start(torch.autograd.Function):
         return None, None
 
 
-_products: Callable[..., Tensor] = _Products.apply  # torch leaves them untyped
-_total: Callable[..., Tensor] = _Total.apply
-_start: Callable[..., Tensor] = _Start.apply
+def _products(y: Tensor, h: Tensor, sums_2D: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
+    return _Products.apply(y, h, sums_2D, count, valid)
+
+
+def _total(y: Tensor, vector_D: Tensor, total_D: Tensor) -> Tensor:
+    return _Total.apply(y, vector_D, total_D)
+
+
+def _start(h: Tensor, starter: Tensor) -> Tensor:
+    return _Start.apply(h, starter)
+
+
+WITH_BACKWARD = (_products, _total, _start)  # a backward of their own, as some ops of apt_kernels have
 
 
 @outside_autocast

@@ -1,6 +1,7 @@
 """A compiled run: one graph an interval between events, and the numbers of the eager one."""
 
 import copy
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,16 @@ def test_backward_and_statistics_in_the_graph() -> None:
         trained("llama_gqa", eager, eager, **TWICE),
     )
     assert counter.frame_count == 2 + 1
+
+
+def test_an_event_leaves_no_graph_behind() -> None:
+    """What torch makes of a backward of ours when it looks into it would stay for good, with every graph around it."""
+    model = start("bert")
+    trained("bert", model, torch.compile(model, backend="eager"), **TWICE)
+    torch._dynamo.reset()
+    gc.collect()
+    left = [thing for thing in gc.get_objects() if type(thing) is torch.fx.Node]
+    assert not left, len(left)
 
 
 def test_without_a_reset_the_limit_is_hit(monkeypatch: pytest.MonkeyPatch) -> None:

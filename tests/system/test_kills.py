@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_three_kills_lose_nothing(tmp_path: Path) -> None:
-    """Of a loop of one's own and of a run of the command."""
+    """Of a loop of one's own; `test_kill_and_resume.py` has those of the command."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    arguments = ["--kills", "3", "--lives", "loop", "fresh", "--folder", str(tmp_path)]
+    arguments = ["--kills", "3", "--lives", "loop", "--folder", str(tmp_path)]
     command = [sys.executable, str(ROOT / "tests/kills.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

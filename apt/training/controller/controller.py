@@ -15,7 +15,7 @@ from apt.methods import METHODS, penalty
 from apt.pruning.dimensions import Group
 from apt.pruning.latency_table import LatencyTable
 from apt.records import Event, Plan, Target
-from apt.surgery import bare_model, forget_graphs, patch_state
+from apt.surgery import bare_model, forget_graphs, keep_ops_whole, patch_state
 from apt.surgery.around import tell_copies
 from apt.surgery.event import apply_plan
 from apt.surgery.moments import bare_optimizer, check_optimizer
@@ -79,6 +79,7 @@ class Controller:
         check_built(self.config, state.config)
         check_one_process()
         self.model = model
+        keep_ops_whole()
         self.total_steps = total_steps
         self.scaler = scaler
         self.event_log = event_log
