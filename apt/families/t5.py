@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from apt.families.base import FFN, Attention, Family, Stack
 from apt.families.empty import EmptyAttention
+from apt.families.own_method import OwnMethod
 from apt.process.per_thread import PerThread
 
 
@@ -31,30 +32,31 @@ class WholeBias:
     """
 
     def __init__(self, attention: Any) -> None:
-        self.attention = attention
         self.here = _Call()
         attention.register_forward_pre_hook(self.take, with_kwargs=True)
         attention.register_forward_hook(self.hand_on)
-        attention.compute_bias = self.compute
+        attention.compute_bias = OwnMethod(attention, _compute_bias, self)
 
-    def own(self, whole: Tensor) -> Tensor:
-        """``[1, n_heads, T, S]`` of ``[1, H, T, S]``."""
-        return whole.index_select(1, self.attention.head_order[: self.attention.n_heads])
-
-    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def take(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         whole = kwargs.get("position_bias")
         self.here.whole = whole
-        return args, kwargs if whole is None else {**kwargs, "position_bias": self.own(whole)}
-
-    def compute(self, *args: Any, **kwargs: Any) -> Tensor:
-        whole: Tensor = type(self.attention).compute_bias(self.attention, *args, **kwargs)
-        self.here.whole = whole
-        return self.own(whole)
+        return args, kwargs if whole is None else {**kwargs, "position_bias": _own(module, whole)}
 
     def hand_on(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
         whole = self.here.whole
         self.here.whole = None
         return output[0], whole, *output[2:]
+
+
+def _own(attention: Any, whole: Tensor) -> Tensor:
+    """``[1, n_heads, T, S]`` of ``[1, H, T, S]``."""
+    return whole.index_select(1, attention.head_order[: attention.n_heads])
+
+
+def _compute_bias(attention: Any, around: WholeBias, *args: Any, **kwargs: Any) -> Tensor:
+    whole: Tensor = type(attention).compute_bias(attention, *args, **kwargs)
+    around.here.whole = whole
+    return _own(attention, whole)
 
 
 class EmptyT5Attention(EmptyAttention):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import apt_kernels
 from apt.layers.adapter import APTAdapter
+from apt.layers.weak import WeakModules
 from apt.process.per_thread import PerThread
 
 
@@ -30,17 +31,19 @@ class SharedInput:
     """
 
     def __init__(self, members: list[APTAdapter]) -> None:
-        self.members = members
+        self.members = WeakModules(members)
         self._pending = _Pending()
 
     def together(self, member: Any) -> bool:
         """Whether the op that computes all of them can: A and B alone, one scale. Without any there is no need.
 
-        A replica of a member on another device has weights of its own, and no others beside it: it is computed alone.
+        A replica of a member on another device has weights of its own, and no others beside it: it is computed alone,
+        as is one that is left of those that were tied.
         """
-        if self.members[member.place].weight is not member.weight:
+        members = self.members.alive()
+        if len(members) < len(self.members) or members[member.place].weight is not member.weight:
             return False
-        adapted = [other for other in self.members if other.rank]
+        adapted = [other for other in members if other.rank]
         plain = all(other.delta is None and not other.drops for other in adapted)
         return bool(adapted) and plain and len({other.scale for other in adapted}) == 1
 
@@ -64,14 +67,15 @@ class SharedInput:
         return found
 
     def _compute(self, x: Tensor) -> list[Tensor]:
-        views = [member.view() for member in self.members]
-        factors = [member.factors() for member in self.members]
+        members = self.members.alive()
+        views = [member.view() for member in members]
+        factors = [member.factors() for member in members]
         return apt_kernels.masked_lora_linears(
             x,
             [weight for weight, _ in views],
             [a for a, _ in factors],
             [b for _, b in factors],
-            scale=next(member.scale for member in self.members if member.rank),
+            scale=next(member.scale for member in members if member.rank),
             biases=[bias for _, bias in views],
         )
 

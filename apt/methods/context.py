@@ -11,6 +11,7 @@ from apt.families import IGNORED
 from apt.layers.around import Call, by_name
 from apt.layers.hidden import HiddenMask
 from apt.layers.passes import Pass, Passes
+from apt.layers.weak import WeakModules
 from apt.methods.config import MethodConfig
 from apt.methods.hypernetwork import HyperNetwork, logistic_noise, open_gates
 from apt.process.per_thread import PerThread
@@ -65,7 +66,7 @@ class GateContext:
     ) -> None:
         self.hyper = hyper
         self.settings = settings
-        self.layers = layers
+        self.layers = WeakModules(layers)  # on which the hooks of it hang
         self.passes = passes
         self.stack = stack
         self.prompts = prompts
@@ -165,7 +166,7 @@ class GateContext:
         if examples.gate is not None and examples.graph == graph:
             return examples.gate
         gate = open_gates(self.hyper(examples.context), examples.noise, self.settings.gate_temperature)
-        if not (graph and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)):
+        if not (graph and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers.alive())):
             examples.gate = gate
             examples.graph = graph
         return gate
@@ -266,20 +267,13 @@ class CaptureHook:
         self.context.capture(output[0] if isinstance(output, tuple) else output)
 
 
-class Generate:
-    """A model's own `generate`, which marks what it is given as the prompt."""
-
-    def __init__(self, model: nn.Module, context: GateContext) -> None:
-        self.model = model
-        self.context = context
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-        prompt = next((tensor for tensor in given if isinstance(tensor, Tensor)), None)
-        here = self.context.here
-        here.prompt_length = 1 if prompt is None else prompt.shape[1]
-        try:
-            model: Any = self.model
-            return type(model).generate(model, *args, **kwargs)
-        finally:
-            here.prompt_length = None
+def generate(model: Any, context: GateContext, *args: Any, **kwargs: Any) -> Any:
+    """Generate as the class of the model does; what it is given is marked as the prompt."""
+    given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    prompt = next((tensor for tensor in given if isinstance(tensor, Tensor)), None)
+    here = context.here
+    here.prompt_length = 1 if prompt is None else prompt.shape[1]
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        here.prompt_length = None

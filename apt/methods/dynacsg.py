@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from apt.families import Anatomy, Layer, PlacedPart
 from apt.families.linears import features
+from apt.families.own_method import OwnMethod
 from apt.layers import Delta, adapted
 from apt.layers.around import arguments, wrap
 from apt.layers.hidden import HiddenMask
 from apt.layers.passes import place_passes
 from apt.methods.config import MethodConfig
-from apt.methods.context import CaptureHook, ContextGate, GateContext, Generate, PositionHook, ReadExamples
+from apt.methods.context import CaptureHook, ContextGate, GateContext, PositionHook, ReadExamples, generate
 from apt.methods.hypernetwork import HyperNetwork
 from apt.methods.svd import singular_triplets
 
@@ -117,7 +118,7 @@ def place_row_gates(anatomy: Anatomy, settings: MethodConfig, hidden: HiddenMask
         if positions is not None:
             hooks.append(positions.register_forward_hook(PositionHook(context)))
     if context.prompts and hasattr(model, "generate"):
-        model.generate = Generate(model, context)  # type: ignore[assignment]
+        model.generate = OwnMethod(model, generate, context)  # type: ignore[assignment]
     return hooks
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from apt.families.linears import replace_module
+from apt.families.own_method import OwnMethod
 from apt.layers import APTAdapter, exchange
-from apt.surgery.own_method import OwnMethod
 from apt.surgery.state import patch_state
 
 RESIZE = "resize_token_embeddings"

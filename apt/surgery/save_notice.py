@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from apt.surgery.own_method import OwnMethod
+from apt.families.own_method import OwnMethod
 
 SAVE = "save_pretrained"
 CHECKPOINT = re.compile(r"checkpoint-\d+|checkpoint\.partial")  # of a Trainer, which reads it into the same model

@@ -129,7 +129,7 @@ def test_a_copy_of_a_pruned_model_has_hooks_of_its_own() -> None:
     apply_prune_plan(model, random_plan(model, empty=free_heads(model), seed=2))
     close("logits", logits(twin), wanted)
     for attention in self_attentions(twin, "encoder"):
-        assert attention.compute_bias.__self__.attention is attention
+        assert attention.compute_bias._model() is attention
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -1,5 +1,6 @@
-"""A function of ours in the place of one model's method."""
+"""A function of ours in the place of one module's method."""
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 class OwnMethod:
     """Calls ``function(model, *given, ...)`` where a method of that name would be called.
 
-    It hangs on the model and holds it weakly, so that the last reference of a user frees the model.
+    It hangs on the model, or a module in it, and holds it weakly, so that the last reference of a user frees it.
 
     Args:
         model: that it hangs on.
@@ -29,7 +30,7 @@ class OwnMethod:
     def __deepcopy__(self, memo: dict[int, Any]) -> "OwnMethod":
         """The method of the copy, where a model is copied with it."""
         model: Any = self._model()
-        return OwnMethod(memo.get(id(model), model), self.function, *self.given)
+        return OwnMethod(memo.get(id(model), model), self.function, *copy.deepcopy(self.given, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OwnMethod, (self._model(), self.function, *self.given)
