@@ -99,7 +99,7 @@ class SelfDistiller:
         self.listen(True)
 
     def _new_taps(self) -> Taps:
-        return Taps([layer.module for layer in self.anatomy.layers], passes_of(self.anatomy))
+        return Taps([layer.module for layer in self.anatomy.layers], passes_of(self.anatomy.model))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_taps": self._taps.listening}

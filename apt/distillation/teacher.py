@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from apt.families import Anatomy, EmptyAttention
 from apt.layers import TRANSFORM, APTAdapter, adapted
-from apt.layers.passes import passes_of
+from apt.layers.passes import labels_known
 from apt.pruning.dimensions import HiddenGroup, hidden_group
 
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
@@ -142,9 +142,7 @@ class Teacher:
             inputs["decoder_input_ids"] = make(labels=batch["labels"])
         if "use_cache" in inspect.signature(model.forward).parameters:
             inputs["use_cache"] = False  # nothing is generated
-        passes = passes_of(self.anatomy)
-        labelled = nullcontext() if passes is None else passes.labelled(batch.get("labels"))
-        with self._dense(), labelled:
+        with self._dense(), labels_known(model, batch.get("labels")):
             return model(**inputs, return_dict=True)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ again for as long as it computes that layer anew.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -209,7 +209,7 @@ def carry_passes(reader: nn.Module, passes: Passes) -> None:
 
 def place_passes(anatomy: Anatomy) -> Passes:
     """The passes of a model; where it has none yet, the wrappers that begin them are put around its calls."""
-    found = passes_of(anatomy)
+    found = passes_of(anatomy.model)
     if found is not None:
         return found
     passes = Passes()
@@ -223,11 +223,17 @@ def place_passes(anatomy: Anatomy) -> Passes:
     return passes
 
 
-def passes_of(anatomy: Anatomy) -> Passes | None:
+def passes_of(model: nn.Module) -> Passes | None:
     """The passes of a model; None where nothing begins them."""
-    around = around_of(anatomy.model)
+    around = around_of(model)
     wrappers = [] if around is None else around.wrappers
     return next((wrapper.passes for wrapper in wrappers if isinstance(wrapper, ReadLabels)), None)
+
+
+def labels_known(model: nn.Module, labels: Any) -> AbstractContextManager[None]:
+    """Let the passes of a model inside know the labels of a batch, where they are taken out of it before the call."""
+    passes = passes_of(model)
+    return nullcontext() if passes is None or not isinstance(labels, Tensor) else passes.labelled(labels)
 
 
 def remove_passes(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ from apt.training.controller.built import check_one_device
 from apt.training.drive import Drive
 from apt.training.recorder import Recorder, event_scalars, planned_sparsity
 from apt.training.whole_checkpoints import WholeCheckpoints
-from apt.training.whole_loss import StepLoss, loss_is_scaled, loss_with
+from apt.training.whole_loss import StepLoss, knowing_labels, loss_is_scaled, loss_with
 
 
 class APTrainer(WholeCheckpoints):
@@ -162,7 +162,8 @@ class APTrainer(WholeCheckpoints):
             self._log_events(0)
 
     def _plain_loss(self, _: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        loss: Any = self.compute_loss(self._module(), dict(batch))
+        with knowing_labels(self._module(), batch):
+            loss: Any = self.compute_loss(self._module(), dict(batch))
         assert isinstance(loss, Tensor)
         return loss
 
@@ -315,6 +316,10 @@ class APTrainer(WholeCheckpoints):
         with random_state_kept():
             scores: dict[str, float] = super().evaluate(*args, **kwargs)
         return scores
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with knowing_labels(model, inputs):
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def throughput(self) -> dict[str, float | None]:
         """Tokens per second, padding included, before units first go and after they last do; the same where none go.

@@ -8,7 +8,7 @@ and what it answered from the pass itself.
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.layers import APTAdapter
+from apt.layers.passes import labels_known
 from apt.surgery import bare_model, uncompiled
 from apt.training.controller import Controller
 
@@ -36,6 +37,16 @@ class SeenPass:
         return {**self.output, "loss": loss} if isinstance(self.output, Mapping) else loss
 
 
+def labels_of(inputs: Any) -> Any:
+    """The labels of a batch, None where it has none."""
+    return inputs.get("labels") if isinstance(inputs, Mapping) else None
+
+
+def knowing_labels(model: nn.Module, inputs: Any) -> AbstractContextManager[None]:
+    """Let the passes inside know the labels of a batch: a smoothed loss, or one of the user's, takes them out first."""
+    return labels_known(bare_model(model), labels_of(inputs))
+
+
 @contextmanager
 def loss_with(trainer: Any, add: Callable[[Tensor, SeenPass], Tensor]) -> Iterator[None]:
     """While inside, ``trainer.compute_loss`` returns what `add` makes of its loss.
@@ -51,8 +62,7 @@ def loss_with(trainer: Any, add: Callable[[Tensor, SeenPass], Tensor]) -> Iterat
 
     @functools.wraps(plain)
     def compute_loss(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-        with _watched(model, labels) as seen:
+        with _watched(model, labels_of(inputs)) as seen, knowing_labels(model, inputs):
             found = plain(model, inputs, *args, **kwargs)
         if isinstance(found, tuple):
             return (add(found[0], seen), *found[1:])

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import tiny_batch, tiny_model
 from tiny_trainer import EVENTS, Rows, decisions, losses, trainer
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import apt
+from apt.families import anatomy_of
+from apt.layers import adapted
+from apt.pruning.units import find_units
 from apt.training.whole_loss import loss_with
 
 PLAIN = {"target_sparsity": 0.0, "num_events": 0, "max_steps": 4}
@@ -208,3 +211,43 @@ def test_a_pass_of_a_compiled_model_is_seen_from_outside() -> None:
         owner.compute_loss(model, dict(inputs))
     assert not seen[-1].batch  # nothing is learnt from a pass without gradients
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def taken_out(folder: Path, model: Any, batch: dict[str, Tensor], trains: bool) -> None:
+    """Let a trainer smooth the labels of a batch, which the model is then not given, and go backward if it trains."""
+    ran = apt.APTrainer(model=model, args=arguments(folder, label_smoothing_factor=0.1), train_dataset=Rows(True))
+    if not trains:
+        ran.prediction_step(model, dict(batch), False)
+        return
+    with loss_with(ran, lambda loss, seen: loss):
+        ran.compute_loss(model, dict(batch)).backward()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_gates_know_the_prompt_where_the_loss_takes_the_labels(trains: bool, tmp_path: Path) -> None:
+    batch = tiny_batch("llama_gqa")
+    batch["labels"][:, :4] = -100
+    model: Any = apt.patch_model(tiny_model("llama_gqa", torch.float32), method="dynacsg", rank=2)
+    passes = next(module.row_gate.context.passes for _, module in adapted(model) if module.row_gate is not None)
+    model(**batch)
+    prompts = passes.known.examples.context
+    model(**{name: value for name, value in batch.items() if name != "labels"})
+    assert not torch.equal(passes.known.examples.context, prompts)
+    taken_out(tmp_path, model, batch, trains)
+    assert torch.equal(passes.known.examples.context, prompts)
+
+
+def test_tokens_of_t5_are_those_with_a_label_where_the_loss_takes_them(tmp_path: Path) -> None:
+    """Where no end token tells that a text is one token short, its ids alone count one too many."""
+    batch = tiny_batch("t5")
+    batch["labels"].clamp_(min=2)
+    batch["labels"][1:, -1] = -100
+    model: Any = apt.patch_model(tiny_model("t5", torch.float32), rank=2)
+    batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    groups = [group for group in find_units(anatomy_of(model)) if group.part.layer.stack.name == "decoder"]
+    for group in groups:
+        group.mask.collecting = True
+    taken_out(tmp_path, model.train(), batch, trains=True)
+    assert {int(group.mask.count) for group in groups if group.part.name.endswith("neurons")} == {
+        int((batch["labels"] != -100).sum())
+    }
