@@ -141,6 +141,9 @@ class ReadPass:
         passes: of the model.
         behind: whether it is a decoder that reads an encoder.
         expects: whether its tokens are there to say the next one, which tells padding where no mask does.
+
+    Raises:
+        ValueError: it is a replica of `DataParallel`.
     """
 
     def __init__(self, names: list[str], stack: Stack, passes: Passes, *, behind: bool, expects: bool) -> None:
@@ -151,6 +154,7 @@ class ReadPass:
         self.expects = expects
 
     def __call__(self, call: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        refuse_replica(module)
         carry_passes(module, self.passes)
         here = self.passes.here
         new = Pass().after(here.latest) if self.behind else Pass()
@@ -179,6 +183,17 @@ class ReadPass:
             return labels != IGNORED
         config = module.config
         return None if ids is None else expected_tokens(ids, config.pad_token_id, config.eos_token_id, self.expects)
+
+
+def spread(kind: str) -> str:
+    """What is told of a model that a class of torch spreads over devices."""
+    return f"this model is in {kind}; this version trains on one device: give model.module, unwrapped"
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Raise ValueError in the copy that `DataParallel` makes for a device: what its masks collect goes with it."""
+    if getattr(module, "_is_replica", False):
+        raise ValueError(spread("DataParallel"))
 
 
 class Carried:

@@ -13,7 +13,7 @@ import apt_kernels
 from apt.apt_config import APTConfig
 from apt.families import Found
 from apt.layers import unit_mask
-from apt.layers.passes import ValidTokens
+from apt.layers.passes import ValidTokens, spread
 from apt.records import Event
 
 # Wrappers that spread a model over devices, by name: most are of modules that nobody else loads.
@@ -74,9 +74,7 @@ def bare_model(model: nn.Module) -> nn.Module:
     """
     model = uncompiled(model)
     if any(cls.__name__ in SPREADING for cls in type(model).__mro__):
-        raise ValueError(
-            f"this model is in {type(model).__name__}; this version trains on one device: give model.module, unwrapped"
-        )
+        raise ValueError(spread(type(model).__name__))
     if not any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__):
         return model
     from transformers import PreTrainedModel

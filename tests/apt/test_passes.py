@@ -463,6 +463,34 @@ def test_a_replica_computes_with_its_own_weights() -> None:
         close(name, replica(x) - member(x), x @ member.weight.T)
 
 
+def replica_of(model: nn.Module) -> Any:
+    """What `DataParallel` calls on another device: every module copied, its tensors of no use to the first."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, twin in copies.items():
+        for name, child in module.named_children():
+            twin._modules[name] = copies[child]
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            setattr(twin, name, None if tensor is None else tensor.clone())
+    return copies[model]
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "dynacsg"}, {"method": "lora", "prune": True}])
+@pytest.mark.parametrize("name", ["bert", "llama_gqa", "t5"])
+def test_a_replica_whose_statistics_would_be_lost_is_refused(name: str, settings: dict[str, Any]) -> None:
+    model = apt.patch_model(tiny_model(name), **settings)
+    replica = replica_of(model)
+    for call in (replica, getattr(replica, "model", replica).forward):
+        with pytest.raises(ValueError, match=r"this model is in DataParallel; .*: give model\.module, unwrapped"):
+            call(**tiny_batch(name))
+    model(**tiny_batch(name))
+
+
+def test_a_replica_that_prunes_nothing_answers() -> None:
+    model = apt.patch_model(tiny_model("llama_gqa"), method="lora")
+    batch = tiny_batch("llama_gqa")
+    close("loss", replica_of(model)(**batch).loss, model(**batch).loss)
+
+
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_compiled_passes_know_their_tokens(by_layer: bool) -> None:
     """Of the whole model, in one graph, and of layers alone, which read what the pass around them knows."""
