@@ -9,6 +9,21 @@ from torch import Tensor, nn
 HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")  # what attentions call the features of a head
 
 
+def _lists() -> Any:
+    """The lists of what modules answer in the pass in flight, by name; None where none is kept.
+
+    Only hooks of transformers itself are to know them, but they leave None out. A transformers without them lists what
+    each layer hands on, which is None already.
+    """
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return None
+    # A compiler follows the second of its two ways to hold the lists, and only where a model took that.
+    readable = _active_collector.compiling or not torch.compiler.is_compiling()
+    return _active_collector.get() if readable else None
+
+
 class EmptyAttention(nn.Module):
     """Answers like an attention module with no heads: the output, and None for the attention weights.
 
@@ -54,11 +69,7 @@ class EmptyAttention(nn.Module):
         A model lists what its attentions answer in the order of their calls: here that is None. And a cache with a
         sliding window counts the tokens that passed layer by layer, and is cropped by that: its keys are of no head.
         """
-        from transformers.utils.output_capturing import _active_collector  # as the hook of an attention does
-
-        # A compiler follows the second of its two ways to hold the lists, and only where a model took that.
-        readable = _active_collector.compiling or not torch.compiler.is_compiling()
-        listed = _active_collector.get() if readable else None
+        listed = _lists()
         if listed is not None and self.weights in listed:
             listed[self.weights].append(None)
         layers = getattr(cache, "layers", [])

@@ -1,6 +1,7 @@
 """Layers that lost all their heads, beside the same model with those heads masked: what others read layer by layer."""
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -108,3 +109,20 @@ def test_an_encoder_that_is_a_decoder_keeps_a_head_in_its_first_layer() -> None:
         begun = model(ids[:, :5], use_cache=True)
         rest = model(ids[:, 5:], past_key_values=begun.past_key_values, use_cache=True).logits
     close("with a cache", rest, whole[:, 5:])
+
+
+@pytest.mark.parametrize("lacks", ["the module", "the name"])
+def test_it_answers_where_transformers_keeps_no_lists(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are private there, so a later one may have others, or none."""
+    place = "transformers.utils.output_capturing"
+    model = emptied(tiny_model("bert"), ["layers.1.heads"])
+    empty = next(module for module in model.modules() if isinstance(module, EmptyAttention))
+    hidden = torch.randn(2, 3, 32, dtype=torch.float64)
+    wanted = empty(hidden)[0]
+    if lacks == "the name":
+        monkeypatch.delattr(f"{place}._active_collector")
+    else:
+        monkeypatch.setitem(sys.modules, place, None)
+    answer, weights = empty(hidden)
+    assert weights is None
+    assert torch.equal(answer, wanted)
