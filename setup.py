@@ -24,6 +24,7 @@ setup(
         "numpy",
         "pyyaml",
         "psutil",
+        'filelock; platform_system == "Windows"',
         "rich",
         "tqdm",
         'triton>=3.4; platform_system == "Linux"',

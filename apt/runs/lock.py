@@ -1,9 +1,10 @@
 """One process at a time in the folder of an unfinished run: a file there tells which one, and who comes second."""
 
-import fcntl
+import hashlib
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,11 @@ import psutil
 from apt.files.reading import shown
 from apt.files.telling import tell
 from apt.files.whole import MARK, mark
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = "run.lock"
 SLACK = 2.0  # seconds by which two readings of a process's start may differ
@@ -44,10 +50,7 @@ def _take(path: Path, us: dict[str, Any]) -> bool:
     """Write ourselves into the lock, unless somebody who lives stands there; False where it went meanwhile."""
     mark(path.parent)
     try:
-        with path.open("a+", encoding="utf-8") as file:
-            # Two who find a dead one's lock at once do not both take it. A file system without locks has the rest.
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with path.open("a+", encoding="utf-8") as file, _turn(file, path):
             # Its owner may have removed it, or given the run its name, since it was opened.
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return False
@@ -58,6 +61,22 @@ def _take(path: Path, us: dict[str, Any]) -> bool:
             return True
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def _turn(file: IO[str], path: Path) -> Iterator[None]:
+    """Wait until nobody else looks into the lock: two who find a dead one's at once do not both take it."""
+    if fcntl is None:
+        # No file of Windows can be locked and read by others, nor removed while it is open: the turn is another's.
+        from filelock import FileLock
+
+        name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+        with FileLock(Path(tempfile.gettempdir()) / f"apt-lm-{name[:16]}.lock"):
+            yield
+        return
+    with suppress(OSError):  # a file system without locks has the rest
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+    yield
 
 
 def _release(path: Path, us: dict[str, Any]) -> None:
