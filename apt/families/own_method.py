@@ -1,4 +1,4 @@
-"""A function of ours in the place of one module's method."""
+"""A function of ours in the place of a method of one module, whose class stays."""
 
 import copy
 import weakref
@@ -11,10 +11,11 @@ from torch import nn
 class OwnMethod:
     """Calls ``function(model, *given, ...)`` where a method of that name would be called.
 
-    It hangs on the model, or a module in it, and holds it weakly, so that the last reference of a user frees it.
+    It hangs on the module and holds it weakly, so that the last reference to its model frees both. Called on what is in
+    no variable, as in ``load(...).method()``, it finds None in its place.
 
     Args:
-        model: that it hangs on.
+        model: that module.
         function: in the place of the method; one of a module, so that it can be pickled.
         given: what it is called with before the arguments of a caller.
     """

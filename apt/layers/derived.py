@@ -33,10 +33,11 @@ def derive(module: nn.Module, base: Any) -> None:
 
 
 def restore(module: nn.Module, base: type[Derived]) -> None:
-    """Give a module the class back that it had before `derive`. One that others have derived since keeps theirs."""
-    origin = vars(type(module)).get("apt_origin", (None, None))
-    if origin[0] is base:
-        module.__class__ = origin[1]
+    """Take what `derive` has put before the class of a module out. One that others have derived since keeps theirs."""
+    kind, *bases = _chain(type(module))
+    if base in bases:
+        bases.remove(base)
+        module.__class__ = functools.reduce(lambda kind, other: _derived(other, kind), bases, kind)
 
 
 def plain_class(module: nn.Module) -> Any:

@@ -1,5 +1,6 @@
 """What the gates of an example depend on: its context, read after one layer of a pass and kept for all above it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,13 +268,13 @@ class CaptureHook:
         self.context.capture(output[0] if isinstance(output, tuple) else output)
 
 
-def generate(model: Any, context: GateContext, *args: Any, **kwargs: Any) -> Any:
+def generate(model: nn.Module, plain: Callable[..., Any], context: GateContext, *args: Any, **kwargs: Any) -> Any:
     """Generate as the class of the model does; what it is given is marked as the prompt."""
     given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
     prompt = next((tensor for tensor in given if isinstance(tensor, Tensor)), None)
     here = context.here
     here.prompt_length = 1 if prompt is None else prompt.shape[1]
     try:
-        return type(model).generate(model, *args, **kwargs)
+        return plain(*args, **kwargs)
     finally:
         here.prompt_length = None

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from apt.families import Anatomy, Layer, PlacedPart
 from apt.families.linears import features
-from apt.families.own_method import OwnMethod
 from apt.layers import Delta, adapted
 from apt.layers.around import arguments, wrap
 from apt.layers.hidden import HiddenMask
+from apt.layers.own_methods import put_method, take_method
 from apt.layers.passes import place_passes
 from apt.methods.config import MethodConfig
 from apt.methods.context import CaptureHook, ContextGate, GateContext, PositionHook, ReadExamples, generate
@@ -117,8 +117,8 @@ def place_row_gates(anatomy: Anatomy, settings: MethodConfig, hidden: HiddenMask
         positions = getattr(part.module, PositionHook.module, None)
         if positions is not None:
             hooks.append(positions.register_forward_hook(PositionHook(context)))
-    if context.prompts and hasattr(model, "generate"):
-        model.generate = OwnMethod(model, generate, context)  # type: ignore[assignment]
+    if context.prompts:
+        put_method(model, "generate", generate, context)
     return hooks
 
 
@@ -126,7 +126,7 @@ def remove_row_gates(model: nn.Module) -> None:
     """Take the network out again; the hooks are the caller's."""
     if hasattr(model, NAME):
         delattr(model, NAME)
-    model.__dict__.pop("generate", None)
+    take_method(model, "generate")
 
 
 def _width(parts: Sequence[PlacedPart]) -> int:

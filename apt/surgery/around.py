@@ -1,14 +1,15 @@
 """What comes to a patched model from around it: a state of other sizes, a longer vocabulary, copies of it."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apt.families.linears import replace_module
-from apt.families.own_method import OwnMethod
 from apt.layers import APTAdapter, exchange
+from apt.layers.own_methods import put_method, take_method
 from apt.surgery.state import patch_state
 
 RESIZE = "resize_token_embeddings"
@@ -17,13 +18,13 @@ RESIZE = "resize_token_embeddings"
 def watch(model: nn.Module) -> list[Any]:
     """Let a state of other sizes be told, and a vocabulary grow under an adapted output layer. Returns handles."""
     if _adapted_output(model) is not None:
-        setattr(model, RESIZE, OwnMethod(model, _resize))
+        put_method(model, RESIZE, _resize)
     return [model.register_load_state_dict_pre_hook(_tell_sizes)]
 
 
 def unwatch(model: nn.Module) -> None:
     """Take out what `watch` put on the model itself; its handles are the caller's to remove."""
-    vars(model).pop(RESIZE, None)
+    take_method(model, RESIZE)
 
 
 def _tell_sizes(
@@ -67,12 +68,11 @@ def _adapted_output(model: nn.Module) -> tuple[str, APTAdapter] | None:
     return next(name for name, module in model.named_modules() if module is output), output
 
 
-def _resize(model: Any, *args: Any, **kwargs: Any) -> nn.Module:
+def _resize(model: nn.Module, resize: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """Resize the vocabulary as transformers does, which knows a plain output layer only; its adapter follows."""
     found = _adapted_output(model)
     if found is None:
-        embeddings: nn.Module = getattr(type(model), RESIZE)(model, *args, **kwargs)
-        return embeddings
+        return resize(*args, **kwargs)
     name, adapter = found
     outputs, inputs = adapter.weight.shape
     plain = nn.Linear(inputs, outputs, bias=adapter.bias is not None, device="meta")
@@ -80,7 +80,7 @@ def _resize(model: Any, *args: Any, **kwargs: Any) -> nn.Module:
     plain.bias = adapter.bias  # type: ignore[assignment]
     replace_module(model, name, plain)
     try:
-        embeddings = getattr(type(model), RESIZE)(model, *args, **kwargs)
+        embeddings = resize(*args, **kwargs)
     finally:
         resized: Any = model.get_submodule(name)
         replace_module(model, name, adapter)
