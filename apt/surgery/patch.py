@@ -18,7 +18,7 @@ from apt.pruning.units import block_params
 from apt.surgery.around import unwatch, watch
 from apt.surgery.hidden import place_dimensions, remove_dimensions
 from apt.surgery.put_in import keep_few_kernels, put_adapters, put_unit_masks, share_inputs
-from apt.surgery.save_notice import place_notice, remove_notice
+from apt.surgery.save_notice import notice_of, place_notice, remove_notice
 from apt.surgery.state import PatchState, bare_model, forget_graphs, patch_state
 from apt.surgery.tails import free_tails
 from apt.surgery.targets import Places, find_places
@@ -27,6 +27,11 @@ from apt.surgery.task_head import narrow, widen
 NOTICE = (
     "apt: this model is patched, so only apt can read what save_pretrained writes: adapters and masks lie beside the "
     "weights, and pruned layers have sizes of their own; for others save it with apt.export_model(model, folder)"
+)
+
+PRUNED = (
+    "apt: this model lost units that its configuration still counts, so save_pretrained writes what nobody can read; "
+    "save it with apt.export_model(apt.patch_model(model, method='lora'), folder)"
 )
 
 
@@ -76,8 +81,8 @@ def patch_model(
     anatomy = _anatomy_for(model, config)
     places = find_places(model, config, anatomy)
     state = _state_before(model, config, anatomy)
+    state.notice = notice_of(model)
     _change(model, anatomy, places, state)
-    remove_notice(model)
     if config.method != "full" or config.prunes:
         place_notice(model, NOTICE)
     return given
@@ -204,6 +209,9 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
         parameter.requires_grad_(state.requires_grad.get(name, False))
     del model._apt
     remove_notice(model)
+    notice = PRUNED if state.found and block_params(anatomy_of(model)) != state.block_params else state.notice
+    if notice is not None:
+        place_notice(model, notice)
     return given
 
 

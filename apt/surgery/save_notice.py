@@ -14,19 +14,34 @@ CHECKPOINT = re.compile(r"checkpoint-\d+|checkpoint\.partial")  # of a Trainer, 
 
 
 def _save(model: Any, text: str, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    """Save as the class of the model does, which a Trainer, a hub and others call too, after a warning."""
+    """Save as the class of the model does, which a Trainer, a hub and others call too, after a warning.
+
+    Raises:
+        ValueError: the model was in no variable, so that it is gone.
+    """
+    if model is None:
+        raise ValueError(f"{text}; nothing was saved, as the model is in no variable")
     if not any(CHECKPOINT.fullmatch(part) for part in Path(save_directory).parts[-2:]):
         warnings.warn(text, stacklevel=3)
     return type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 
 def place_notice(model: Any, text: str) -> None:
-    """Let the `save_pretrained` of a model say a text first; a model without one is left alone."""
+    """Let the `save_pretrained` of a model say a text first; a model without one is left alone.
+
+    It stands on the model itself, as one that is loaded or unpatched keeps its stock class.
+    """
     if hasattr(type(model), SAVE):
         model.save_pretrained = OwnMethod(model, _save, text)
 
 
+def notice_of(model: nn.Module) -> str | None:
+    """The text that the `save_pretrained` of a model says first; None where it has none."""
+    own = vars(model).get(SAVE)
+    return str(own.given[0]) if isinstance(own, OwnMethod) else None
+
+
 def remove_notice(model: nn.Module) -> None:
     """Give a model its own `save_pretrained` back, where it has a notice."""
-    if isinstance(vars(model).get(SAVE), OwnMethod):
+    if notice_of(model) is not None:
         delattr(model, SAVE)

@@ -40,6 +40,7 @@ class PatchState:
     targets: list[str] = field(default_factory=list)  # full names of the linears that got an adapter
     adapter_params: int | None = None  # when tuning started, before any rank grew
     copies: list[Any] = field(default_factory=list)  # weak references to the states of copies of the model
+    notice: str | None = None  # that saving the model said before the patch
     distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PatchState":

@@ -68,6 +68,8 @@ def test_a_loaded_model_of_a_free_layout_says_that_nobody_can_read_it(tmp_path: 
     loaded = apt.load_model(tmp_path / "free")
     with pytest.warns(UserWarning, match=r"nobody can read; save it with apt\.export_model\(apt\.patch_model"):
         loaded.save_pretrained(tmp_path / "again")  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"nobody can read; .*; nothing was saved, as the model is in no variable"):
+        apt.load_model(tmp_path / "free").save_pretrained(tmp_path / "none")  # type: ignore[operator]
     apt.export_model(apt.patch_model(loaded, method="lora"), tmp_path / "whole")
     with torch.no_grad():
         batch = tiny_batch("llama")
@@ -76,6 +78,36 @@ def test_a_loaded_model_of_a_free_layout_says_that_nobody_can_read_it(tmp_path: 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         apt.load_model(tmp_path / "dense").save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_a_pruned_model_without_its_adapters_says_so_too(name: str, merge: bool, tmp_path: Path) -> None:
+    """Until it is exported, whatever comes between; one that lost nothing saves without a word."""
+    dense: Any = apt.unpatch_model(apt.patch_model(tiny_model(name, torch.float32)), merge=merge)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        dense.save_pretrained(tmp_path / "dense")
+    model: Any = fill_adapters(apt.patch_model(tiny_model(name, torch.float32)))
+    apply_prune_plan(model, random_plan(model, seed=1))
+    apt.unpatch_model(model, merge=merge)
+    says = (
+        r"lost units that its configuration still counts.*apt\.export_model\(apt\.patch_model\(model, method='lora'\)"
+    )
+    with pytest.warns(UserWarning, match=says):
+        model.save_pretrained(tmp_path / "small")
+    full: Any = apt.patch_model(copy.deepcopy(model), method="full")
+    with pytest.warns(UserWarning, match=says):
+        full.save_pretrained(tmp_path / "full")
+    with pytest.warns(UserWarning, match=SAYS):
+        apt.patch_model(model, method="lora").save_pretrained(tmp_path / "again")  # type: ignore[operator]
+    apt.export_model(model, tmp_path / "export")
+    with pytest.warns(UserWarning, match=says):
+        apt.unpatch_model(model).save_pretrained(tmp_path / "small")  # type: ignore[operator]
+    with torch.no_grad():
+        close(
+            "logits", apt.load_model(tmp_path / "export")(**tiny_batch(name)).logits, model(**tiny_batch(name)).logits
+        )
 
 
 def test_a_class_of_ones_own_is_given_to_load_model(tmp_path: Path) -> None:
