@@ -19,9 +19,7 @@ from apt.layers import APTAdapter
 from apt.layers.passes import labels_known
 from apt.surgery import bare_model, uncompiled
 from apt.training.controller import Controller
-
-# TRL's: a pass that is given it returns no logits, but what its own product with the output layer makes of them.
-FUSED_HEAD = "fused_lm_head"
+from apt.training.controller.verify import FUSED_HEAD
 
 
 @dataclass

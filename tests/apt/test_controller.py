@@ -15,6 +15,7 @@ import apt
 import apt_kernels
 from apt.files.whole import read_jsonl
 from apt.layers import adapted
+from apt.layers.around import around_of
 from apt.pruning.salience import SALIENCES
 from apt.records import Event, Plan
 from apt.surgery.event import ACTS, Act, apply_event
@@ -114,6 +115,38 @@ def test_an_event_that_moves_the_logits_is_caught(monkeypatch: pytest.MonkeyPatc
     loop = Loop("bert", patched("bert"), 30, target_sparsity=0.5, verify_events=True, **BRIEF).take(5)
     with pytest.raises(RuntimeError, match=r"the event of step 6 moved a logit by 1\.00e-06"):
         loop.take(1)
+
+
+def base_run(model: Any, call: Any, steps: int) -> None:
+    """A loop around the hidden states of a base model, as sentence encoders are trained, up to an event at step 6."""
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    run = apt.Controller(model, optimizer, 30, target_sparsity=0.5, verify_events=True, **BRIEF)
+    for step in range(steps):
+        batch = {name: value for name, value in tiny_batch("bert", seed=step).items() if name != "labels"}
+        run.loss(call(**batch)[0].square().mean()).backward()
+        run.after_backward()
+        optimizer.step()
+        run.after_step()
+        optimizer.zero_grad()
+
+
+def test_an_event_is_checked_whoever_calls_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its forward, as sentence-transformers does, without a batch for the loss; a call of a part is told."""
+
+    def careless(model: Any, plan: Any, optimizer: Any, **settings: Any) -> None:
+        apply_prune_plan(model, plan, optimizer, **settings)
+        model.encoder.layer[-1].output.LayerNorm.bias.data[0] += 1e-6
+
+    model: Any = apt.patch_model(tiny_model("bert").bert)  # type: ignore[operator]
+    monkeypatch.setattr("apt.surgery.event.apply_prune_plan", careless)
+    with pytest.raises(RuntimeError, match=r"the event of step 6 moved a logit by 1\.00e-06"):
+        base_run(model, model.forward, 6)
+    monkeypatch.undo()
+    whole: Any = apt.patch_model(tiny_model("bert"))
+    with pytest.warns(UserWarning, match="verify_events saw no pass of the whole model before the event of step 6"):
+        base_run(whole, whole.bert, 6)
+    assert apt.unpatch_model(whole) is whole
+    assert around_of(whole) is None
 
 
 CUTS = {  # every kind of plan, in two runs

@@ -14,6 +14,8 @@ from tiny_text import WORDS, text_tokenizer
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import apt
+from apt.layers import adapted
+from apt.surgery.prune import apply_prune_plan
 
 pytestmark = pytest.mark.trainers
 STEPS = 8
@@ -176,6 +178,22 @@ def test_it_trains_prunes_saves_resumes_and_exports(name: str, tmp_path: Path) -
     with torch.no_grad():
         answers, wanted = small(**inputs), inner.eval()(**inputs)
     torch.testing.assert_close(answers[0], wanted[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_its_events_are_checked_where_that_is_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(KINDS[name](), tmp_path / "whole", verify_events=True).train()
+
+    def careless(model: Any, plan: Any, optimizer: Any, **settings: Any) -> None:
+        apply_prune_plan(model, plan, optimizer, **settings)
+        for linear in [linear for _, linear in adapted(model)]:
+            linear.weight.data.mul_(1.1)
+
+    monkeypatch.setattr("apt.surgery.event.apply_prune_plan", careless)
+    with pytest.raises(RuntimeError, match="the event of step 3 moved a logit by"):
+        made(KINDS[name](), tmp_path / "moved", verify_events=True).train()
 
 
 @pytest.mark.parametrize("name", ["SFT", "DPO", "Reward"])

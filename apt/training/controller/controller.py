@@ -191,7 +191,7 @@ class Controller:
                 f"and a target_sparsity above 0; at step {self.step} with {len(self.events)} events it cannot"
             )
         assert self.pruning is not None
-        self.pruning.calibrate(map(self._check.keep, batches), compute_loss, self._grad_scale)
+        self.pruning.calibrate(batches, compute_loss, self._grad_scale)
         self._run_scheduled_event()
         self.pruning.salience.reset()
         self.growth.start()
@@ -202,15 +202,13 @@ class Controller:
         Args:
             output: what the model returned: an output with ``.loss``, a mapping with ``"loss"``, or the loss itself;
                 with distillation it must hold the predictions too.
-            batch: the inputs, for the teacher, and kept when `verify_events` is on.
+            batch: the inputs, for the teacher.
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; the parameters are still those of the step before.
             ValueError: a teacher is there, and the batch or the predictions are not.
         """
         loss = task_loss(output, self.step)
-        if batch is not None:
-            self._check.keep(batch)
         for phase in self.phases:
             loss = phase.change_loss(loss, output, batch, self.step)
         added = penalty(self.model, self.config.method, self.config.adapter)
