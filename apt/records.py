@@ -97,10 +97,29 @@ class Event:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Event":
+        """The event of a line. Raises KeyError, TypeError or ValueError where it is none."""
+        _check_numbers(row)
         prune, rank, trim = row["prune"], row["rank"], row.get("trim")
         plans = {
             "prune": prune and PrunePlan(**prune),
             "rank": rank and RankPlan(**rank),
             "trim": trim and TrimPlan(**trim),
         }
+        for plan in (prune, trim):
+            for name, kept in dict(plan["kept"]).items() if plan else ():
+                if not (isinstance(kept, list) and all(type(position) is int for position in kept)):
+                    raise TypeError(f"what stays of {name!r} is no list of positions")
+        for name, value in dict(rank["ranks"]).items() if rank else ():
+            if type(value) is not int:
+                raise TypeError(f"the rank of {name!r} is no whole number")
         return cls(**{**row, **plans})
+
+
+def _check_numbers(row: dict[str, Any]) -> None:
+    """Raise KeyError or TypeError where an entry of a line that is a number in every event is none."""
+    for name in ("step", "sparsity", "removed", "block_params", "trainable_params", "seconds"):
+        if not isinstance(row[name], int | float):
+            raise TypeError(f"{name} is no number")
+    for name in ("target_sparsity", "target_speedup", "predicted_speedup"):
+        if not isinstance(row.get(name), int | float | None):
+            raise TypeError(f"{name} is no number")

@@ -1,10 +1,11 @@
 """Damages files and reads them: ``python tests/fuzzing.py [FOLDER] [--count 500] [--seed 0] [--seconds 600]``.
 
-Each trial draws a subject (an export, a checkpoint, an adapter, a file of weights, a cache, a config, a record, a data
-set), a file of it and a damage. Then the subject either is refused in one line that names its folder, or gives what the
-undamaged one gave, where its files have checksums. Configs and data have none, so there another value may come of it,
-but no other error. No damage may run anything or take more than seconds. One line of JSON for each fault that is found,
-with the seed and the number of the trial, which make it again; the exit code is 1 where there is one.
+Each trial draws a subject (an export, a checkpoint, an adapter, a file of weights, a base model, a GGUF file, a cache,
+a config, a record, a data set), a file of it and a damage. Then the subject either is refused in one line that names
+its folder, or gives what the undamaged one gave, where its files have checksums. Base models, configs and data have
+none, so there another value may come of it, but no other error. No damage may run anything or take more than seconds.
+One line of JSON for each fault that is found, with the seed and the number of the trial, which make it again; the exit
+code is 1 where there is one.
 """
 
 import argparse
@@ -29,15 +30,18 @@ from own_loop import Loop, patched
 from run_records import whole_run
 from tiny_models import fill_adapters, tiny_batch, tiny_model
 from tiny_run import sentences, tiny_tokenizer, write_config, write_csv
+from tiny_text import write_gguf
 from torch import Tensor
 
 import apt
+import apt.runs.data.cache as cache
 from apt.cli import USER_ERRORS
 from apt.efficient_finetuning import apply_lora_to_model
 from apt.files.manifest import MANIFEST, write_manifest
 from apt.methods import svd
-from apt.runs.config import DataConfig, load_config
+from apt.runs.config import DataConfig, ModelConfig, RunConfig, load_config
 from apt.runs.data import DatasetLoader
+from apt.runs.models import build_model, build_tokenizer
 from apt.runs.report.records import load_run
 from apt.runs.report.tables import sheets
 from apt.training.whole_checkpoints import check_checkpoint
@@ -146,6 +150,44 @@ def _read_data(folder: Path) -> list[Any]:
     return [len(data.train), len(data.test)]
 
 
+def _base_config(folder: Path) -> RunConfig:
+    data = DataConfig(datasets="none.csv")
+    return RunConfig(output_dir="none", model=ModelConfig(name=str(folder), task="classification"), data=data)
+
+
+def _write_base(folder: Path) -> None:
+    """A model folder as the hub has them."""
+    model: Any = tiny_model("bert", torch.float32, vocab_size=len(tiny_tokenizer()))
+    model.bert.save_pretrained(folder / "b")
+    tiny_tokenizer().save_pretrained(folder / "b")
+
+
+def _read_base(path: Path) -> list[Any]:
+    config = _base_config(path)
+    tokenizer = build_tokenizer(config)
+    model: Any = build_model(config, 2, tokenizer)
+    ids = tokenizer(["a good film"]).input_ids
+    with torch.no_grad():
+        return [ids, model.eval()(torch.tensor(ids)).logits.shape]
+
+
+def _tokens(folder: Path) -> list[Any]:
+    """Rows of a table whose tokens are kept in a folder beside it; the table itself stays whole."""
+    before, cache.SLOW = cache.SLOW, 0
+    try:
+        config = DataConfig(datasets=str(folder / "tiny/rows.csv"), test_size=4, cache=str(folder / "kept"))
+        data = DatasetLoader(config, tiny_tokenizer())
+    finally:
+        cache.SLOW = before
+    return [data.train.columns, data.test.columns]
+
+
+def _write_tokens(folder: Path) -> None:
+    (folder / "tiny").mkdir()
+    write_csv(folder / "tiny/rows.csv", sentences(40))
+    _tokens(folder)
+
+
 SUBJECTS = (
     Subject(
         "export",
@@ -169,6 +211,9 @@ SUBJECTS = (
     Subject("config", lambda f: write_config(f), lambda f: [load_config(f / "config.yaml")], has_sums=False),
     Subject("record", lambda f: whole_run(f / "run"), lambda f: sheets(load_run(f / "run")), has_sums=False),
     Subject("data", _write_data, _read_data, has_sums=False),
+    Subject("base", _write_base, lambda f: _read_base(f / "b"), has_sums=False),
+    Subject("GGUF", lambda f: write_gguf(f / "m.gguf"), lambda f: _read_base(f / "m.gguf"), has_sums=False),
+    Subject("tokens", _write_tokens, _tokens),
 )
 
 

@@ -11,7 +11,7 @@ from apt.export.resize import resize_dimensions
 from apt.export.row_gate_files import load_row_gates
 from apt.export.ties import tie_what_is_equal
 from apt.families import Anatomy, Attention, anatomy_of
-from apt.families.config_files import UNUSABLE, check_model_folder, reason_of
+from apt.families.config_files import UNUSABLE, check_model_folder, reason_of, state_reason_of
 from apt.families.linears import features, is_conv1d, make_linear, replace_module, weight_and_bias
 from apt.files.whole import find_whole
 from apt.layers.fused import restore_plain, split_fused
@@ -66,7 +66,7 @@ def load_model(folder: str | Path, *, model_class: Any = None) -> nn.Module:
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = state_reason_of(error)
         raise ValueError(f"load_model: {folder / WEIGHTS} does not fit the model: {reason}") from None
     tie_what_is_equal(model, state, set(missing))
     absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
@@ -121,8 +121,8 @@ def _model_class(name: str, given: Any, folder: Path) -> Any:
     found = getattr(transformers, name, None)
     if found is None:
         raise ValueError(
-            f"load_model: transformers {transformers.__version__} has no class {name!r}; upgrade it, or, where the "
-            f"class is your own or code from the hub, give it: load_model(folder, model_class={name})"
+            f"load_model: {folder}: transformers {transformers.__version__} has no class {name!r}; upgrade it, or, "
+            f"where the class is your own or code from the hub, give it: load_model(folder, model_class={name})"
         )
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise ValueError(f"load_model: {folder / CARD} is corrupt (class {name} is no model); {AGAIN}")

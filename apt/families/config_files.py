@@ -27,13 +27,19 @@ UNUSABLE = (
 
 
 def check_sizes(config: Mapping[str, Any], place: str) -> None:
-    """Raise UnreadableError for the first size that no model has; the message begins with `place`."""
+    """Raise UnreadableError for the first size that no model has, or else the first probability that is none.
+
+    The message begins with `place`. A dropout is looked at by torch only when a layer runs, hours later maybe.
+    """
     for name, most in SIZES.items():
         value = config.get(name)
         if value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
             raise UnreadableError(f"{place}: {name} must be a whole number from 0 to {most:,}, got {shown(value)}")
+    for name, value in config.items():
+        if "drop" in str(name) and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise UnreadableError(f"{place}: {name} must be a number from 0 to 1, got {shown(value)}")
 
 
 def check_model_folder(folder: Path, room: str) -> None:
@@ -67,3 +73,8 @@ def reason_of(error: BaseException) -> str:
     """The first line of an error of another library, with its class where that says more."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__} {line}"[:200] if isinstance(error, LookupError) or not line else line[:200]
+
+
+def state_reason_of(error: BaseException) -> str:
+    """The beginning of the last line of torch on a state that does not fit: the first names the model alone."""
+    return str(error).splitlines()[-1].strip()[:200]

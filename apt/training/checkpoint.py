@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.distillation import DistillationConfig, place_transform, release
+from apt.families.config_files import state_reason_of
 from apt.files.manifest import check_manifest, sha256_of
 from apt.files.reading import UnreadableError, check_numbers, check_regular, read_json_table, read_tensors
 from apt.files.whole import find_whole, write_folder_aside, write_json, write_jsonl
@@ -105,7 +106,7 @@ def resume_checkpoint(
     try:
         plain.load_state_dict(weights)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = state_reason_of(error)
         raise ValueError(
             f"checkpoint: {folder / MODEL} does not fit the model, patch it as the run's was: {reason}"
         ) from None
@@ -345,7 +346,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def _read_events(folder: Path, state: dict[str, Any], key: str) -> list[Event]:
     try:
         return [Event.from_json(row) for row in state[key]]
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UnreadableError(f"checkpoint: {folder / STATE} is corrupt ({key}: {error!r:.80}); {ADVICE}") from None
 
 

@@ -198,7 +198,10 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_card(f, prompt={"method": "charm", "virtual_tokens": 3}),
         rf"{CARD} is corrupt \(prompt is off\)",
     ),
-    "unknown class": (lambda f: edit_card(f, **{"class": "NoSuchModel"}), "has no class 'NoSuchModel'; upgrade it"),
+    "unknown class": (
+        lambda f: edit_card(f, **{"class": "NoSuchModel"}),
+        r"/\w+: transformers \S+ has no class 'NoSuchModel'; upg",
+    ),
     "a class that is no model": (lambda f: edit_card(f, **{"class": "Trainer"}), rf"{CARD} is corrupt \(class Trainer"),
     "a number for a class": (lambda f: edit_card(f, **{"class": 5}), rf"{CARD} is corrupt \(class is 5"),
     "units below none": (lambda f: edit_card(f, units=dict.fromkeys(UNITS, -1)), rf"{CARD} is corrupt \(units are"),

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from own_loop import Loop, patched
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_run import sentences, tiny_tokenizer, write_config, write_csv, write_grid, write_model
@@ -18,6 +20,7 @@ from tiny_run import sentences, tiny_tokenizer, write_config, write_csv, write_g
 import apt
 from apt.cli import main
 from apt.export.model_card import CardFacts, licence_of, model_card
+from apt.files.manifest import MANIFEST
 from apt.files.reading import UnreadableError, check_regular, parse_yaml, read_json, shown
 from apt.files.telling import markdown, printable
 from apt.runs.config import DataConfig, load_config
@@ -284,6 +287,10 @@ def leave_out(folder: Path, end: str) -> None:
 BASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an activation that nobody has": (lambda f: edit_config(f, hidden_act="evil"), "cannot be loaded: KeyError 'evil'"),
     "a width in words": (lambda f: edit_config(f, hidden_size="32"), "hidden_size must be a whole number"),
+    "a dropout that is no share": (
+        lambda f: edit_config(f, attention_probs_dropout_prob=float("nan")),
+        "attention_probs_dropout_prob must be a number from 0 to 1, got nan",
+    ),
     "another width": (lambda f: edit_config(f, hidden_size=64), "cannot be loaded: "),
     "a million layers": (
         lambda f: edit_config(f, num_hidden_layers=1000000),
@@ -376,6 +383,18 @@ def test_an_export_takes_no_folder_of_somebody(tmp_path: Path) -> None:
     assert all(
         (tmp_path / name / "chapter1.tex").read_text() == "mine" for name in ("thesis", "x.partial", "y.replaced")
     )
+
+
+def test_weights_of_another_are_one_short_line(tmp_path: Path) -> None:
+    """torch names each of their tensors; where a list of checksums is, it says so first."""
+    apt.save_checkpoint(Loop("bert", patched("bert")).take(1).run, tmp_path / "c")
+    (tmp_path / "c" / MANIFEST).unlink()
+    shutil.copy(tmp_path / "c/optimizer.safetensors", tmp_path / "c/model.safetensors")
+    loop = Loop("bert", patched("bert"), 0)
+    with pytest.raises(ValueError, match=r"c/model\.safetensors does not fit the model, .*: Unexpected key") as told:
+        apt.resume_checkpoint(tmp_path / "c", loop.model, loop.optimizer)
+    assert len(str(told.value)) < 400 + len(str(tmp_path))
+    assert "\n" not in str(told.value)
 
 
 def test_a_number_of_thousands_of_digits_is_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_records import METRICS, run_folder, write_metrics
@@ -69,4 +70,34 @@ def test_no_run_and_a_broken_one(tmp_path: Path) -> None:
     with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 3})[:-1])
     with pytest.raises(ValueError, match=r"a record in .* is corrupt"):
+        print_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"prune": {"step": 3, "target_sparsity": 0.5, "kept": {"layers.0.heads": None}, "round_to": 1}},
+            "what stays of",
+        ),
+        ({"prune": {"step": 3, "target_sparsity": 0.5, "kept": [[]], "round_to": 1}}, r"events\.jsonl: "),
+        ({"rank": {"step": 3, "budget": 9, "ranks": {"a": "2"}}}, "the rank of 'a' is no whole number"),
+        ({"sparsity": "much"}, "sparsity is no number"),
+    ],
+)
+def test_an_event_that_is_none_is_told(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    event: dict[str, Any] = {
+        "step": 3,
+        "prune": None,
+        "rank": None,
+        "target_sparsity": 0.5,
+        "sparsity": 0.5,
+        "removed": 0.1,
+    }
+    event |= {"block_params": 9, "trainable_params": 9, "seconds": 0.1}
+    folder = run_folder(tmp_path / "run", METRICS)
+    (folder / "events.jsonl").write_text(json.dumps(event) + "\n", encoding="utf-8")
+    print_report(folder)
+    (folder / "events.jsonl").write_text(json.dumps(event | change) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"a record in .* is corrupt .*{words}"):
         print_report(folder)

@@ -18,6 +18,7 @@ def test_five_hundred_damaged_files(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     line = [sys.executable, ROOT / "tests/fuzzing.py", tmp_path / "f", "--seed", os.environ.get("FUZZ_SEED", "0")]
     done = subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True, check=False)
-    rows = [json.loads(row) for row in done.stdout.splitlines()]
+    # Damaged tokenizers let their library write lines of its own, from below Python.
+    rows = [json.loads(row) for row in done.stdout.splitlines() if row.startswith("{")]
     assert rows, done.stderr[-2000:]
     assert rows[-1] == {"trials": 500, "faults": 0}, "\n".join(map(str, rows))

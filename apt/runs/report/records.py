@@ -148,7 +148,7 @@ def _is_right(name: str, value: Any) -> bool:
 def _events(path: Path) -> list[Event]:
     try:
         return [Event.from_json(row) for row in _rows(path)]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise _corrupt(path, error) from None
 
 
