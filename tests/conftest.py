@@ -1,5 +1,6 @@
 """What every test runs under: no network, the interpreter where there is no GPU, a fixed seed, NaN in fresh memory."""
 
+import gc
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -21,14 +22,26 @@ if not torch.cuda.is_available():
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# Files that take a minute or so. Workers, which take file by file, begin with them, so that none ends with one alone.
+LONGEST = [
+    *("apt/test_estimate", "kernels/test_compile_ahead", "apt/test_compile", "apt/test_experiment"),
+    *("system/test_distilled_run", "bench/test_accuracy", "bench/test_last_phase", "system/test_second_start"),
+    *("system/test_trainer", "system/test_text_run", "system/test_kill_and_resume", "apt/test_report_page"),
+    *("system/test_stopped", "system/test_trainer_losses", "system/test_task_runs", "system/test_cli"),
+    *("system/test_disk", "bench/test_first_gpu", "apt/test_shared_input", "bench/test_decoder"),
+]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pairs", action="store_true", help="of tests marked `pairs` run the few cases that a GPU gets")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a GPU a case may cost a compilation or more, in the interpreter none."""
+    """The longest files first; on a GPU few cases: one may cost a compilation or more, in the interpreter none."""
     if few_cases(config):
         items[:] = with_few(items)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(f"{item.path.parent.name}/{item.path.stem}", len(places)))
 
 
 def few_cases(config: pytest.Config) -> bool:
@@ -43,6 +56,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_are_no_garbage() -> None:
+    """A Trainer collects garbage as it begins: then nobody looks through all that was imported, which takes longest."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or libraries complain at the end of what they find alive
 
 
 @pytest.fixture(autouse=True)
