@@ -3,15 +3,21 @@
     PYTHONPATH=. python tests/compile_counts.py           TRITON_INTERPRET must not be set
 
 The count is over every cache of every kernel, not over what the stub saw: what was compiled is what is kept there.
+Whether a launch compiles is settled before the compiler is asked, so here it goes no further than Triton's own
+language; `compile_ahead.py` goes to the machine's code.
 """
 
 import json
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from lora_launches import FP16, IMPLEMENTATIONS, MASKED, PLAIN, Size, group_step, shape, step
 from stub_driver import compiling_for
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from apt_kernels import activation, kurtosis, lowrank, norms, products, statistics
@@ -30,6 +36,17 @@ LATER: dict[str, list[Size]] = {
     "all at once": [(17, 1000, 1608, 40), (1, 8, 4096, 64)],
 }
 OPTIONS = {"masked": MASKED, "plain": PLAIN}
+
+
+def parsed(src: ASTSource, target: GPUTarget, options: dict[str, Any]) -> object:
+    """In place of the compiler: its first stage, with the errors that this raises. What it returns is counted."""
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    chosen = backend.parse_options(dict(options, **src.parse_options()))
+    functions, modules = backend.get_codegen_implementation(chosen), backend.get_module_map()
+    src.make_ir(target, chosen, functions, modules, context)
+    return object()
 
 
 def total() -> int:
@@ -76,7 +93,7 @@ def main() -> None:
     later = [("split_triton", size) for sizes in LATER.values() for size in sizes]
     tall = [(8192, 4096), (8000, 4096), (8191, 4096), (17, 4096), (1, 4096), (8192, 4088), (8192, 3000)]
     weights = [(4096, 4096, 8), (4096, 4096, 16), (4096, 4096, 40), (4096, 4088, 64), (3000, 1000, 24), (1, 8, 5)]
-    with compiling_for("sm_90"):
+    with compiling_for("sm_90"), mock.patch("triton.compiler.compile", parsed):
         report = {f"{one}, {name}": linear(one, OPTIONS[name]) for one in IMPLEMENTATIONS for name in OPTIONS}
         again = ("split_cublas", FIRST, MASKED)
         report["another dtype"] = first_and_later(step, again, (*again, FP16))

@@ -19,11 +19,9 @@ Counts = dict[str, dict[str, int]]
 
 
 @pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> Counts:
+def counts() -> Counts:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parent.parent)
-    # On disk, what test_compile_ahead.py compiled is found again; counted are the caches of this process.
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.getbasetemp() / "triton")
     done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
