@@ -8,6 +8,7 @@ imported everything and computed nothing.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -141,14 +142,26 @@ def trial(folder: Path, config: Path, number: int, seed: int) -> dict[str, Any]:
     return row | {"ok": code == 0 and ours == theirs and kills[0]["killed"]}
 
 
-def main() -> int:
+def every_trap_finds_its_place(log: Path) -> bool:
+    """Whether what the traps replace is there; in a process of its own, as they do replace it."""
+
+    def arm() -> None:
+        for place in PLACES:
+            set_trap(place, 1, random.Random(0))
+        os._exit(0)
+
+    return forked([], log, arm) == 0
+
+
+def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--distil", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
+    gc.freeze()  # what is imported is no garbage, and every process that is forked would look through it
     config = write_config(arguments.folder, **SETTINGS, distillation=TAUGHT if arguments.distil else {})
     code = forked(["train", str(config), f"output_dir={arguments.folder / 'whole'}"], arguments.folder / "whole.log")
     assert code == 0, (arguments.folder / "whole.log").read_text(encoding="utf-8")

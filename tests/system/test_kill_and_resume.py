@@ -12,27 +12,46 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+AT_A_FILE = ["--kills", "1", "--seed", "3"]
+IN_BACKWARD = ["--kills", "1", "--first", "6", "--seed", "1", "--distil"]
+BOTH = """
+import json, sys
+from pathlib import Path
+import kill_and_resume as script
+
+assert script.every_trap_finds_its_place(Path(sys.argv[1], "traps.log"))
+sys.exit(max(script.main(given) for given in json.loads(sys.argv[2])))
+"""
+
+
 def kill_and_resume(folder: Path, *arguments: object) -> list[dict[str, Any]]:
+    return rows_of(ROOT / "tests/kill_and_resume.py", folder, *arguments)
+
+
+def rows_of(*command: object) -> list[dict[str, Any]]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, ROOT / "tests/kill_and_resume.py", folder, *arguments]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    line = [sys.executable, *map(str, command)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert rows, done.stderr
     assert done.returncode == 0, rows
     return rows
 
 
-def test_every_trap_finds_what_it_waits_for() -> None:
-    """In a process of its own, as a trap replaces a function."""
-    arm = "import kill_and_resume as k, random; [k.set_trap(place, 1, random.Random(0)) for place in k.PLACES]"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", arm], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A folder and the rows of two trials, by one process, which also looks whether every trap finds its place."""
+    folder = tmp_path_factory.mktemp("killed")
+    plain, taught = folder / "plain", folder / "taught"
+    for each in (plain, taught):
+        each.mkdir()
+    given = [[str(plain), *AT_A_FILE], [str(taught), *IN_BACKWARD]]
+    return taught, rows_of("-c", BOTH, folder, json.dumps(given))
 
 
-def test_killed_halfway_through_a_file(tmp_path: Path) -> None:
+def test_killed_halfway_through_a_file(killed: tuple[Path, list[dict[str, Any]]]) -> None:
     """In the second epoch: the file that was cut is of no consequence, nor is what the first epoch drew."""
-    (row,) = kill_and_resume(tmp_path, "--kills", 1, "--seed", 3)
+    row, _ = killed[1]
     (kill,) = row["kills"]
     assert kill["place"] == "file"
     assert kill["killed"]
@@ -42,14 +61,14 @@ def test_killed_halfway_through_a_file(tmp_path: Path) -> None:
     assert row["metrics_equal"]
 
 
-def test_killed_while_it_distils(tmp_path: Path) -> None:
+def test_killed_while_it_distils(killed: tuple[Path, list[dict[str, Any]]]) -> None:
     """Killed in a backward pass after the first event, so that the teacher comes out of a checkpoint."""
-    (row,) = kill_and_resume(tmp_path, "--kills", 1, "--first", 6, "--seed", 1, "--distil")
+    folder, (_, row) = killed
     (kill,) = row["kills"]
     assert (kill["place"], kill["killed"]) == ("backward", True)
     assert 13 + 7 < kill["step"] < 25
     assert row["metrics_equal"]
-    metrics = json.loads((tmp_path / "killed6/metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "killed6/metrics.json").read_text(encoding="utf-8"))
     assert metrics["self_distillation"]["teacher_of_steps"]
 
 
