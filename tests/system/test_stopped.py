@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from tiny_run import metrics_of, write_config, write_grid
 
 from apt.cli import main
+from apt.process.stopping import SIGNALS
 from apt.runs import measure
 from apt.runs.experiment import launch
 from apt.training.controller import Controller
@@ -47,6 +48,17 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Non
     monkeypatch.setattr(Controller, "after_step", wrapped)
 
 
+@pytest.fixture(autouse=True)
+def signals_end_a_process() -> Iterator[None]:
+    """As they do by default: who runs the tests under nohup or in the background hands on that they are ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
@@ -73,7 +85,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
 ) -> None:
     """Without save_steps, after the first event and while masks fall."""
     command = ["train", str(whole / "config.yaml"), f"output_dir={tmp_path / 'run'}"]
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(each) for each in SIGNALS]
     with monkeypatch.context() as patched:
         after_step(patched, 13, lambda: send(number))
         assert main(command) == 128 + number
@@ -81,7 +93,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
     assert told == (
         "apt: stopped after step 13 of 24, of which checkpoint-13 is saved; the same command with --resume goes on"
     )
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
     assert [path.name for path in (tmp_path / "run.partial/checkpoints").iterdir()] == ["checkpoint-13"]
     assert not (tmp_path / "run.partial/run.lock").exists()
     assert main([*command, "--resume"]) == 0
