@@ -101,14 +101,15 @@ def test_a_profile_has_a_row_a_kernel_with_time_and_count(session: Session) -> N
     rows = session.rows
     assert {(row["what"], row["status"], row["implementation"]) for row in rows} == {("profile", "ok", "torch")}
     assert {"aten::mm", "aten::addmm_"} <= {row["kernel"] for row in rows}
-    shares = [float(row["us"]) * float(row["calls"]) for row in rows]
-    assert shares == sorted(shares, reverse=True)
-    assert len(shares) <= profile.MOST
+    assert len(rows) <= profile.MOST
+    # Both numbers are rounded to 0.01, so the product of a row is known to so much.
+    least, most = ([(float(row["us"]) + off) * (float(row["calls"]) + off) for row in rows] for off in (-0.005, 0.005))
+    assert all(more >= less for more, less in zip(most, least[1:], strict=False))
 
 
 def test_kernels_of_ours_get_their_rate() -> None:
     launched = {"down": profile.Launches(count=2, moved=8_000_000)}
-    down, other = profile._rows({"down": (4.0, 2.0), "gemm": (3.0, 1.0)}, launched)
+    down, other = profile._rows({"gemm": (3.0, 1.0), "down": (4.0, 2.0)}, launched)
     assert (down["kernel"], down["value"], down["unit"]) == ("down", 1000.0, "GB/s")  # 4 MB in 4 us
     assert "value" not in other
 
