@@ -12,7 +12,7 @@ from tiny_run import SHORT, efficiency_of, metrics_of, write_grid
 
 from apt.cli import main
 from apt.runs.experiment import cells, load_grid, run_experiment
-from apt.runs.experiment.launch import command, folder_of
+from apt.runs.experiment.launch import Children, command, folder_of
 from apt.runs.experiment.tables import arms_of, tables
 from apt.runs.report.records import RunRecord
 
@@ -69,9 +69,15 @@ def test_what_is_wrong_stops_it_before_it_begins(
 
 
 def test_a_run_that_fails_stops_no_other_and_what_is_finished_is_skipped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = {"data.datasets": str(tmp_path / "nowhere.csv")}
+    """What fails is a process of its own; what succeeds is run here, as below one is by accelerate."""
+    broken, apart = {"data.datasets": str(tmp_path / "nowhere.csv")}, Children.run
+
+    def run(children: Children, line: list[str], log: Path) -> int | None:
+        return apart(children, line, log) if "nowhere.csv" in " ".join(line) else main(line[3:])
+
+    monkeypatch.setattr(Children, "run", run)
     path = write_grid(tmp_path, methods={"apt": broken, "lora": {}}, sparsities=[0.5])
     assert main(["experiment", str(path)]) == 1
     said = capsys.readouterr().err
