@@ -109,10 +109,8 @@ def test_the_same_records_the_same_page(page: Path) -> None:
     assert not list(folder.rglob("*.apt-lm"))
 
 
-def test_a_link_in_the_place_of_the_pictures_is_not_followed(page: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(page.parent, folder)
-    shutil.rmtree(folder / "report")
+def test_a_link_in_the_place_of_the_pictures_is_not_followed(tmp_path: Path) -> None:
+    folder = short_run(tmp_path / "run")
     album = tmp_path / "album"
     album.mkdir()
     (album / "mine.png").write_bytes(b"mine")
@@ -127,10 +125,10 @@ def test_a_link_in_the_place_of_the_pictures_is_not_followed(page: Path, tmp_pat
     [("accuracy", None), ("sparsity", [1]), ("latency_shape", [1]), ("active_gates", 3), ("data", 3)],
 )
 def test_a_run_with_an_entry_that_means_nothing_is_left_out_by_name(
-    entry: str, value: Any, page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    entry: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("good", "odd"):
-        shutil.copytree(page.parent, tmp_path / name)
+        short_run(tmp_path / name)
     path = tmp_path / "odd" / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {entry: value}), encoding="utf-8")
     assert report(tmp_path).exists()
@@ -139,12 +137,9 @@ def test_a_run_with_an_entry_that_means_nothing_is_left_out_by_name(
     assert f"{tmp_path / 'odd'} is corrupt (metrics.json: {entry} is " in told[0]
 
 
-def test_what_a_terminal_would_obey_is_spelt_out(
-    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A title that a model's name sets, in a table and in the name of a folder."""
-    folder = tmp_path / "a\x1b]0;title\x07"
-    shutil.copytree(page.parent, folder)
+    folder = short_run(tmp_path / "a\x1b]0;title\x07")
     path = folder / "metrics.json"
     told = json.loads(path.read_text(encoding="utf-8")) | {"method": "\x1b]0;title\x07", "sparsity": [1]}
     path.write_text(json.dumps(told), encoding="utf-8")
@@ -288,9 +283,11 @@ def test_without_the_drawing_library_the_tables_are_printed(
 
 
 def test_a_write_that_fails_leaves_the_old_page(
-    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, before = page.parent, page.read_bytes()
+    folder = short_run(tmp_path / "run")
+    before = report(folder).read_bytes()
+    capsys.readouterr()
 
     def full(path: Path, content: bytes) -> int:
         path.touch()
