@@ -22,9 +22,9 @@ CLOSE = {torch.float32: 1e-6, torch.float64: 1e-12}
 WAYS = ["p_tuning", "prefix_tuning", "prefix_projection"]
 
 
-def pair(kind: str, way: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """PEFT's model and ours, of the same base and the same prompt; texts end nowhere."""
-    base = tiny_model(kind, dtype, **SETTINGS.get(kind, {}))
+def pair(kind: str, way: str, dtype: torch.dtype, **sizes: Any) -> tuple[Any, Any]:
+    """PEFT's model and ours, of the same base and the same prompt; texts end nowhere. `sizes` go into its config."""
+    base = tiny_model(kind, dtype, **{**SETTINGS.get(kind, {}), **sizes})
     settings: dict[str, Any] = {"num_virtual_tokens": P, "encoder_hidden_size": HIDDEN}
     projects = way == "prefix_projection"
     config: Any
@@ -75,11 +75,13 @@ def linears(steps: nn.Module) -> list[nn.Linear]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_pefts(kind: str, way: str, dtype: torch.dtype) -> None:
-    theirs, ours = pair(kind, way, dtype)
+    # At 2.0 T5's softmax, which nothing scales, makes 1e-12 of the last bit.
+    mild = {"initializer_factor": 1.0} if kind == "t5" else {}
+    theirs, ours = pair(kind, way, dtype, **mild)
     batch = tiny_batch(kind)
     with torch.no_grad():
         wanted, found = theirs(**batch).logits, ours(**batch).logits
-        plain = tiny_model(kind, dtype, **SETTINGS.get(kind, {}))(**batch).logits
+        plain = tiny_model(kind, dtype, **{**SETTINGS.get(kind, {}), **mild})(**batch).logits
     wanted = wanted[:, -found.shape[1] :] if found.dim() == 3 else wanted  # PEFT answers for virtual tokens too
     if kind in ("llama_gqa", "gpt2", "opt", "qwen2", "t5"):
         seen = batch["attention_mask"].bool() if kind != "t5" else torch.ones_like(batch["labels"]).bool()
