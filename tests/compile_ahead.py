@@ -1,11 +1,12 @@
 """Compile the kernels for every machine, without one, and print what each takes, a JSON line a compilation.
 
-    PYTHONPATH=. python tests/compile_ahead.py            every tile that selection can choose
+    PYTHONPATH=. python tests/compile_ahead.py            every tile for sm_90, a sample for others
+    PYTHONPATH=. python tests/compile_ahead.py --every    every tile that selection can choose
     PYTHONPATH=. python tests/compile_ahead.py --full     all flags, dtypes and alignments
 
-Default: on sm_90 every tile of every kernel, in bfloat16, masks and bias on; on sm_80 and gfx942 every tile of the
-linear's (on sm_80 in float32 and unaligned too) and one of the others; on the other machines the largest of those that
-take most. All as their launchers launch them.
+Default: on sm_90 every tile of every kernel, in bfloat16, masks and bias on; on sm_80, gfx942 and sm_120 the largest of
+those kernels that take most. With --every, on sm_80 and gfx942 every tile of the linear's (on sm_80 in float32 and
+unaligned too) and one of the others, and the largest on all other machines. All as their launchers launch them.
 TRITON_INTERPRET must not be set.
 """
 
@@ -24,9 +25,10 @@ from apt_kernels import passes
 SIZE, UNALIGNED = (8192, 4096, 4096, 16), (8191, 4093, 4099, 16)
 LARGEST = (8192, 4096, 4096, 64)  # takes the largest tiles and rank block
 WHOLE = ("sm_90", "sm_80", "gfx942")
+SAMPLED = ("sm_80", "gfx942", "sm_120")  # sm_89 is given the tiles of sm_120; sm_100 takes longest
 
 
-def default_launches(machine: str) -> None:
+def every_launch(machine: str) -> None:
     """Each tile and rank block of each kernel: a launch compiles for all of them the first time."""
     step("split_triton", SIZE)
     if machine != "sm_90":
@@ -71,14 +73,14 @@ def full_launches() -> None:
     group_step("split_triton", SIZE)
 
 
-def main(full: bool) -> None:
-    for machine in MACHINES:
+def main(every: bool, full: bool) -> None:
+    for machine in MACHINES if every or full else ("sm_90", *SAMPLED):
         with compiling_for(machine) as compiled:
             if full:
                 full_launches()
                 every_variant()
-            if full or machine in WHOLE:
-                default_launches(machine)
+            if full or machine == "sm_90" or (every and machine in WHOLE):
+                every_launch(machine)
                 each_tile(machine)
             else:
                 largest_launches()
@@ -87,4 +89,4 @@ def main(full: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--full" in sys.argv)
+    main("--every" in sys.argv, "--full" in sys.argv)

@@ -1,6 +1,7 @@
 """Every tile that selection can choose compiles for the machines of `stub_driver.py`, and fits. No GPU is needed.
 
-What is compiled stands in `compile_ahead.py`. It runs in a process of its own: this one may run Triton's interpreter.
+By default those of one machine and the largest of others; all of them with `-m slow`. What is compiled stands in
+`compile_ahead.py`. It runs in a process of its own: this one may run Triton's interpreter.
 """
 
 import json
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 
+from apt_kernels import _triton
+
 pytest.importorskip("triton")
+pytestmark = pytest.mark.timeout(900)  # a busy machine compiles for minutes
 SCRIPT = Path(__file__).parent.parent / "compile_ahead.py"
 SHARED_BYTES = {  # that a program may have
     **{"sm_90": 232448, "sm_80": 166912, "gfx942": 65536},
@@ -25,7 +29,9 @@ PRODUCTS = {"forward", "backward", "one_kernel", "forward_tma", "backward_tma"}
 OTHERS = {"gate_kernel", "activation_backward_kernel", "tile_moments_kernel", "join_kernel"}
 OTHERS |= {"norm_forward_kernel", "norm_backward_kernel", "norm_backward_wide_kernel", "norm_weight_kernel"}
 SKINNY = {"pack", "reduce", "down", "up_backward", "rank_gradient", "down_backward"}
-MOST_CASES = 180
+PEAKS = SKINNY | {"forward", "backward", "norm_backward_kernel", "tile_moments_kernel"}  # that take most
+SAMPLED = ("sm_80", "gfx942", "sm_120")
+MOST_CASES, MOST_OF_ALL = 110, 180
 
 Rows = list[dict[str, Any]]
 
@@ -65,7 +71,12 @@ def needs_wgmma(row: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    return compile_ahead(tmp_path_factory.getbasetemp() / "triton")
+    return compile_ahead(tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    return compile_ahead(tmp_path_factory.mktemp("triton"), "--every")
 
 
 def test_nothing_spills_and_everything_fits(rows: Rows) -> None:
@@ -73,28 +84,40 @@ def test_nothing_spills_and_everything_fits(rows: Rows) -> None:
     assert any(needs_wgmma(row) for row in rows)
 
 
-def test_every_kernel_is_among_them_on_every_machine(rows: Rows) -> None:
+def kernels_by_machine(rows: Rows) -> dict[str, set[str]]:
+    return {machine: {row["kernel"] for row in rows if row["machine"] == machine} for machine in SHARED_BYTES}
+
+
+def variants(rows: Rows) -> Counter[tuple[str, str, str, int]]:
+    """Masked as they are, a kernel has as many as it has tiles and rank blocks."""
+    return Counter((row["machine"], row["kernel"], row["dtype"], row["constants"].get("UNIT", 8)) for row in rows)
+
+
+def test_every_kernel_is_among_them(rows: Rows) -> None:
     assert len(rows) <= MOST_CASES
-    kernels = {machine: {row["kernel"] for row in rows if row["machine"] == machine} for machine in SHARED_BYTES}
+    kernels = kernels_by_machine(rows)
     assert kernels["sm_90"] >= PRODUCTS | SKINNY | OTHERS
-    for machine in ("sm_80", "gfx942"):
-        assert {kernel for kernel in PRODUCTS if not kernel.endswith("_tma")} | SKINNY | OTHERS <= kernels[machine]
-    for machine in ("sm_89", "sm_100", "sm_120"):
-        assert SKINNY | {"forward", "backward", "norm_backward_kernel", "tile_moments_kernel"} <= kernels[machine]
+    for machine in SAMPLED:
+        assert kernels[machine] >= PEAKS
 
 
 def test_every_tile_and_rank_block_is_among_them(rows: Rows) -> None:
-    seen = Counter(
-        (row["machine"], row["kernel"], row["dtype"], row["constants"].get("UNIT", 8)) for row in rows
-    )  # masked as they are, a kernel has as many variants as it has tiles and rank blocks
-    choices = {"sm_90": 3, "sm_80": 2, "gfx942": 2}
-    for machine, number in choices.items():
-        assert seen[machine, "backward", "bf16", 8] >= number
-        assert seen[machine, "one_kernel", "bf16", 8] == (2 * number if machine == "sm_90" else 1)
-        assert seen[machine, "down", "bf16", 8] >= 2
-    assert seen["sm_90", "forward_tma", "bf16", 8] == seen["sm_90", "backward_tma", "bf16", 8] == 2
-    assert seen["sm_80", "forward", "fp32", 8]
-    assert seen["sm_80", "forward", "bf16", 1]
+    every_choice(variants(rows), "sm_90", 3)
+    assert {variants(rows)["sm_90", kernel, "bf16", 8] for kernel in ("forward_tma", "backward_tma")} == {2}
+
+
+def every_choice(seen: Counter[tuple[str, str, str, int]], machine: str, number: int) -> None:
+    """The tiles of a machine, so many, and the rank blocks."""
+    assert seen[machine, "backward", "bf16", 8] >= number
+    assert seen[machine, "one_kernel", "bf16", 8] == (2 * number if machine == "sm_90" else 1)
+    assert seen[machine, "down", "bf16", 8] >= 2
+
+
+def test_what_is_left_out_by_default_has_the_tiles_of_another() -> None:
+    """But sm_100, which takes longest."""
+    assert SHARED_BYTES.keys() - {"sm_90", *SAMPLED} == {"sm_89", "sm_100"}
+    small, young = _triton.nvidia_arch(8, SHARED_BYTES["sm_89"]), _triton.nvidia_arch(12, SHARED_BYTES["sm_120"])
+    assert small == young
 
 
 def test_the_judge_sees_what_it_is_for(rows: Rows) -> None:
@@ -106,6 +129,21 @@ def test_the_judge_sees_what_it_is_for(rows: Rows) -> None:
     check([{**young, "registers": 96}])
     with pytest.raises(AssertionError):
         check([{**young, "registers": 255}])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_machine_has_all_of_them(every: Rows) -> None:
+    check(every)
+    assert len(every) <= MOST_OF_ALL
+    kernels, seen = kernels_by_machine(every), variants(every)
+    for machine in ("sm_80", "gfx942"):
+        assert {kernel for kernel in PRODUCTS if not kernel.endswith("_tma")} | SKINNY | OTHERS <= kernels[machine]
+        every_choice(seen, machine, 2)
+    for machine in ("sm_89", "sm_100", "sm_120"):
+        assert kernels[machine] >= PEAKS
+    assert seen["sm_80", "forward", "fp32", 8]
+    assert seen["sm_80", "forward", "bf16", 1]
 
 
 @pytest.mark.slow
@@ -125,4 +163,4 @@ def test_triton_3_6(tmp_path: Path) -> None:
     Path(site.strip(), "zzz_torch.pth").write_text(sysconfig.get_path("purelib"))
     version = subprocess.check_output([python, "-c", "import triton; print(triton.__version__)"], text=True)
     assert version.strip() == "3.6.0"
-    check(compile_ahead(tmp_path / "cache", python=python))
+    check(compile_ahead(tmp_path / "cache", "--every", python=python))
