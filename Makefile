@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder ratings test check browser harness trainers fuzz soak kills bench bench-accuracy bench-adapters bench-finetune gpu clean
+.PHONY: help demo decoder ratings test check extras browser harness trainers fuzz soak kills bench bench-accuracy bench-adapters bench-finetune gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,11 +27,14 @@ ratings: $(STAMPS)/demo ## LoRA and APT on reviews with ratings: a number, three
 	$(PY) -m apt experiment examples/sentiment_grid.yaml
 	$(PY) -m bench.ratings
 
-test check browser harness trainers fuzz soak kills gpu: export HF_HUB_OFFLINE = 1
-test check browser harness trainers fuzz soak kills: export OMP_NUM_THREADS = 1
+test check extras browser harness trainers fuzz soak kills gpu: export HF_HUB_OFFLINE = 1
+test check extras browser harness trainers fuzz soak kills: export OMP_NUM_THREADS = 1
 
 WORKERS ?= auto
-PYTEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+# Files in the order of tests/conftest.py, the longest first.
+PYTEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# What needs more than `make test` has, the longest first.
+EXTRAS  := $(addprefix tests/system/test_, ecosystem_trainers.py fuzz.py harness.py page_in_browser.py)
 
 test: $(STAMPS)/dev $(STAMPS)/demo ## the default tests: CPU, no network, one process a core (WORKERS=0: one in all)
 	$(PYTEST)
@@ -41,6 +44,9 @@ check: $(STAMPS)/dev $(STAMPS)/demo ## lint, format, types, then the default tes
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy apt apt_kernels
 	$(PYTEST)
+
+extras: $(STAMPS)/extras ## browser, harness, fuzz and trainers in one: what CI runs after `check`
+	$(PYTEST) -m "browser or harness or fuzz or trainers" $(EXTRAS)
 
 browser: $(STAMPS)/dev ## the page of a report in Chromium (Debian: apt-get install chromium), which CI runs too
 	$(PYTEST) -m browser tests/system/test_page_in_browser.py
@@ -112,3 +118,7 @@ $(STAMPS)/harness: requirements/harness.txt $(STAMPS)/dev
 $(STAMPS)/trainers: requirements/trainers.txt $(STAMPS)/dev
 	$(PIP) -r requirements/trainers.txt
 	@touch $@
+
+$(STAMPS)/extras: requirements/harness.txt requirements/trainers.txt $(STAMPS)/dev
+	$(PIP) -r requirements/harness.txt -r requirements/trainers.txt
+	@touch $@ $(STAMPS)/harness $(STAMPS)/trainers
