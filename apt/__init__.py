@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from apt.training.adaptive_pruner import AdaptivePruner
     from apt.training.adaptive_tuner import AdaptiveTuner
     from apt.training.checkpoint import resume_checkpoint, save_checkpoint
-    from apt.training.controller import Controller
+    from apt.training.controller import Calibration, Controller
     from apt.training.trainer import APTrainer, trainer_class
 
 _HOMES = {
@@ -32,6 +32,7 @@ _HOMES = {
     "APTrainer": "training.trainer",
     "AdaptivePruner": "training.adaptive_pruner",
     "AdaptiveTuner": "training.adaptive_tuner",
+    "Calibration": "training.controller",
     "Controller": "training.controller",
     "EfficientFineTuningManager": "efficient_finetuning",
     "PTuningEmbedding": "methods.prompts",
@@ -56,6 +57,7 @@ __all__ = [
     "APTrainer",
     "AdaptivePruner",
     "AdaptiveTuner",
+    "Calibration",
     "Controller",
     "EfficientFineTuningManager",
     "PTuningEmbedding",

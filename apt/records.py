@@ -29,6 +29,18 @@ class UnitName(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RepairNote:
+    """What a repair did to the projection that reads the units of a group, before these were cut.
+
+    Errors are the mean squared change of its output over that of the output itself, on calibration tokens held out.
+    """
+
+    ridge: float | None  # relative to the mean of the diagonal of the second moment; None: nothing helped
+    before: float  # error of the cut alone
+    after: float  # of the cut that is repaired
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrunePlan:
     """Which units stay at an event.
 
@@ -40,6 +52,14 @@ class PrunePlan:
     target_sparsity: float | None  # fraction of the block parameters that should be gone then; None: time is the goal
     kept: dict[str, list[int]]
     round_to: int  # neurons come in multiples of this
+    # Of the projections whose frozen weights were changed, by unit group. A replay of the plan gives the shapes alone.
+    repair: dict[str, RepairNote] | None = None
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "PrunePlan":
+        repair = row.get("repair")
+        notes = None if repair is None else {name: RepairNote(**note) for name, note in repair.items()}
+        return cls(**{**row, "repair": notes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +121,7 @@ class Event:
         _check_numbers(row)
         prune, rank, trim = row["prune"], row["rank"], row.get("trim")
         plans = {
-            "prune": prune and PrunePlan(**prune),
+            "prune": prune and PrunePlan.from_json(prune),
             "rank": rank and RankPlan(**rank),
             "trim": trim and TrimPlan(**trim),
         }

@@ -49,7 +49,7 @@ class Teacher:
         """Take the student as it is now."""
         inside: set[int] = set()
         for _, linear in adapted(self.model):
-            linear.teacher_A = linear.teacher_B = None
+            linear.drop_teacher()
             if linear.rank:
                 linear.teacher_A, linear.teacher_B = (factor.detach().clone() for factor in linear.factors())
             inside |= {id(parameter) for parameter in linear.parameters()}
@@ -68,7 +68,7 @@ class Teacher:
     def drop(self) -> None:
         """Forget the snapshot; the tails stay until `free_tails`."""
         for _, linear in self._linears():
-            linear.teacher_A = linear.teacher_B = None
+            linear.drop_teacher()
         self.head = {}
         self.counts = {}
         self.shapes = {}
@@ -103,6 +103,9 @@ class Teacher:
                 rows, columns = linear.weight.shape
                 _swap(stack, linear, "n_out", rows)
                 _swap(stack, linear, "n_in", columns)
+                for own, value in (("weight", linear.teacher_weight), ("bias", linear.teacher_bias)):
+                    if value is not None:
+                        _swap(stack, linear, own, _frozen(value))
                 if linear.unit_mask is not None:
                     _swap(stack, linear, "unit_mask", None)
                 if linear.delta is not None:
@@ -146,11 +149,17 @@ class Teacher:
             return model(**inputs, return_dict=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Adapters and head of the snapshot, and what the model's own state lacks: attentions that stand aside."""
+        """Adapters and head of the snapshot, and what the model's own state lacks.
+
+        That is weights from before a repair, and attentions that stand aside.
+        """
         state = {f"head/{name}": value for name, value in self.head.items()}
         for name, linear in self._linears():
             if linear.teacher_A is not None and linear.teacher_B is not None:
                 state |= {f"A/{name}": linear.teacher_A, f"B/{name}": linear.teacher_B}
+            for kind, value in (("weight", linear.teacher_weight), ("bias", linear.teacher_bias)):
+                if value is not None:
+                    state[f"{kind}/{name}"] = value
         for name, module in self._aside():
             state |= {f"aside/{name}/{key}": value for key, value in module.state_dict().items()}
         return {name: value.detach().clone() for name, value in state.items()}

@@ -58,6 +58,8 @@ class APTAdapter(nn.Module):
     lora_B: nn.Parameter | None  # [n_out, R]
     teacher_A: Tensor | None  # [R, I], the adapter of a teacher that runs at the full widths of the weight
     teacher_B: Tensor | None  # [O, R]
+    teacher_weight: Tensor | None  # [O, I], where the student's own weight was repaired since
+    teacher_bias: Tensor | None  # [O], the same
 
     def __init__(
         self,
@@ -83,6 +85,8 @@ class APTAdapter(nn.Module):
         self.place = 0  # among those that share its input
         self.register_buffer("teacher_A", None, persistent=False)
         self.register_buffer("teacher_B", None, persistent=False)
+        self.register_buffer("teacher_weight", None, persistent=False)
+        self.register_buffer("teacher_bias", None, persistent=False)
         self.lora_A, self.lora_B = None, None
         self.delta: Delta | None = None
         self.row_gate: RowGate | None = None
@@ -168,10 +172,20 @@ class APTAdapter(nn.Module):
         """Numbers in the live part of weight and bias."""
         return self.n_out * self.n_in + (0 if self.bias is None else self.n_out)
 
+    def keep_dense(self) -> None:
+        """Leave weight and bias as they are to a teacher that reads them, before they are repaired; once is enough."""
+        if self.teacher_weight is None:
+            self.teacher_weight = self.weight.detach().clone()
+            self.teacher_bias = None if self.bias is None else self.bias.detach().clone()
+
+    def drop_teacher(self) -> None:
+        """Forget what is a teacher's alone."""
+        self.teacher_A = self.teacher_B = self.teacher_weight = self.teacher_bias = None
+
     def free_tail(self) -> None:
         """Give back the memory behind the live part, and with it the adapter of a teacher that read it."""
         weight, bias = self.view()
-        self.teacher_A = self.teacher_B = None
+        self.drop_teacher()
         if weight is not self.weight:
             exchange(self.weight, weight.detach().clone(memory_format=torch.contiguous_format))
             if self.bias is not None and bias is not None:

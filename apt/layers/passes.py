@@ -43,6 +43,7 @@ class _Here(PerThread):
         self.current: Pass | None = None
         self.latest: Pass | None = None  # the last that came to its end
         self.labels: Tensor | None = None  # of the call in flight
+        self.counting = False  # whether tokens are counted though no gradient is asked for
 
 
 class Passes:
@@ -81,6 +82,16 @@ class Passes:
             yield
         finally:
             self.here.labels = before
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Let the passes inside know their tokens, also where no gradient is asked for."""
+        before = self.here.counting
+        self.here.counting = True
+        try:
+            yield
+        finally:
+            self.here.counting = before
 
 
 class ValidTokens:
@@ -177,7 +188,7 @@ class ReadPass:
         if mask is not None or not self.behind:
             text = given.get("inputs_embeds") if ids is None else ids
             return real_tokens(mask, text.shape[1]) if isinstance(text, Tensor) else None
-        if not torch.is_grad_enabled():  # nothing is collected
+        if not (torch.is_grad_enabled() or self.passes.here.counting):  # nothing is collected
             return None
         if self.expects and labels is not None and (ids is None or labels.shape == ids.shape):
             return labels != IGNORED

@@ -1,88 +1,11 @@
 """Unit masks as modules: where a unit is shut, and where its statistics are collected."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 import apt_kernels
 from apt.layers.passes import ValidTokens
-from apt_kernels.autocast import outside_autocast
-
-
-class _Products(torch.autograd.Function):
-    """Hands y on; backward adds the token sums of ``|h dL/dy|`` and of ``h dL/dy``, for which it keeps h."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, sums_2D: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
-        ctx.save_for_backward(h)
-        ctx.valid = valid
-        ctx.sums_2D = sums_2D
-        ctx.count = count
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (h,) = ctx.saved_tensors
-        valid = ctx.valid
-        wide = torch.promote_types(h.dtype, torch.float32)
-        products_TD = (h.to(wide) * grads[0].to(wide)).reshape(-1, h.shape[-1])
-        if valid is not None:
-            products_TD = products_TD * valid.reshape(-1, 1)
-        ctx.sums_2D[0].add_(products_TD.abs().sum(0))
-        ctx.sums_2D[1].add_(products_TD.sum(0))
-        ctx.count.add_(products_TD.shape[0] if valid is None else valid.sum(dtype=ctx.count.dtype))
-        return grads[0], None, None, None, None
-
-
-class _Total(torch.autograd.Function):
-    """Hands y on; backward adds a vector to a total, so that a pass without one, or a recomputed one, adds nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, vector_D: Tensor, total_D: Tensor) -> Tensor:
-        ctx.vector_D = vector_D
-        ctx.total_D = total_D
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        ctx.total_D += ctx.vector_D
-        return grads[0], None, None
-
-
-class _Start(torch.autograd.Function):
-    """Hands h on with a gradient to be asked for, where nothing that trains stands before it; none flows back."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, starter: Tensor) -> Tensor:
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return None, None
-
-
-def _products(y: Tensor, h: Tensor, sums_2D: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
-    return _Products.apply(y, h, sums_2D, count, valid)
-
-
-def _total(y: Tensor, vector_D: Tensor, total_D: Tensor) -> Tensor:
-    return _Total.apply(y, vector_D, total_D)
-
-
-def _start(h: Tensor, starter: Tensor) -> Tensor:
-    return _Start.apply(h, starter)
-
-
-WITH_BACKWARD = (_products, _total, _start)  # a backward of their own, as some ops of apt_kernels have
-
-
-@outside_autocast
-def _token_sum(h: Tensor, valid: Tensor | None) -> Tensor:
-    """Sum over the valid tokens of h, ``[D]`` in at least float32."""
-    h_TD = h.reshape(-1, h.shape[-1])
-    wide = torch.promote_types(h.dtype, torch.float32)
-    return h_TD.sum(0, dtype=wide) if valid is None else valid.reshape(-1).to(wide) @ h_TD.to(wide)
+from apt.layers.unit_sums import add_products, add_squares, add_total, start, token_sum
 
 
 class UnitMask(nn.Module):
@@ -102,7 +25,9 @@ class UnitMask(nn.Module):
     """
 
     values: Tensor  # [num_units], 1 kept, 0 pruned, between while it decays
-    sums: Tensor  # [2, D], sum over tokens of |h| and of |dL/dy|; with `products`, of |h dL/dy| and of h dL/dy
+    # [2, D], sums over tokens of |h| and |dL/dy|; with `products` of |h dL/dy| and h dL/dy; with `squares` of squares
+    sums: Tensor
+    blocks: Tensor | None  # [2, num_units, unit_size, unit_size], with `squares` of units with several features
     total: Tensor  # [D], sum over tokens of h, signed; only with `totals`
     count: Tensor  # [], tokens counted
 
@@ -121,9 +46,11 @@ class UnitMask(nn.Module):
         self.valid = valid
         self.collecting = False
         self.products = False  # which statistics are collected; products keep h until backward
+        self.squares = False
         self.totals = False  # collects `total` too
         self._masked = False  # whether any mask differs from 1, kept here so that no step asks the device
         self._starter = torch.zeros((), requires_grad=True)  # belongs to no optimizer and gets no gradient
+        self.register_buffer("blocks", None, persistent=False)
         # Not persistent: the checkpoint room saves them with the plan that gave them their size.
         self.register_buffer("values", torch.ones(num_units, device=device), persistent=False)
         self.register_buffer("sums", torch.zeros(2, num_units * unit_size, device=device), persistent=False)
@@ -151,6 +78,7 @@ class UnitMask(nn.Module):
 
     def reset_sums(self) -> None:
         self.sums.zero_()
+        self.blocks = None
         self.total.zero_()
         self.count.zero_()
 
@@ -160,6 +88,7 @@ class UnitMask(nn.Module):
         self.sums = torch.zeros(2, kept.numel() * self.unit_size, device=self.sums.device)
         self.total = torch.zeros(kept.numel() * self.unit_size, device=self.total.device)
         self.count.zero_()
+        self.blocks = None
         self._masked = False
 
     @property
@@ -170,7 +99,7 @@ class UnitMask(nn.Module):
     @property
     def collects_sums(self) -> bool:
         """Whether it leaves `sums` and no other statistics: those that `apt_kernels.gate` collects."""
-        return self.collects and not (self.products or self.totals)
+        return self.collects and not (self.products or self.squares or self.totals)
 
     @property
     def only_masks(self) -> bool:
@@ -188,16 +117,25 @@ class UnitMask(nn.Module):
             return h
         mask = self.feature_mask() if self.masked else None
         y = self.collect(h, mask, self.sums, self.count, self.valid)
-        return _total(y, _token_sum(h.detach(), self.valid.of(h)), self.total) if self.totals else y
+        return add_total(y, token_sum(h.detach(), self.valid.of(h)), self.total) if self.totals else y
 
     def collect(self, h: Tensor, mask: Tensor | None, sums: Tensor, count: Tensor, valid: ValidTokens) -> Tensor:
         """``h * mask``, whose backward adds the statistics to `sums` ``[2, D]`` and `count`."""
         if not h.requires_grad:  # the units count as much where no adapter stands before them
-            h = _start(h, self._starter)
-        if not self.products:
+            h = start(h, self._starter)
+        if not (self.products or self.squares):
             return apt_kernels.gate(h, mask, sums=sums, count=count, valid=valid.of(h))
         y = h if mask is None else apt_kernels.gate(h, mask)
-        return _products(y, h.detach(), sums, count, valid.of(h))
+        if self.squares:
+            return add_squares(y, h.detach(), sums, self._open_blocks(), count, valid.of(h))
+        return add_products(y, h.detach(), sums, count, valid.of(h))
+
+    def _open_blocks(self) -> Tensor | None:
+        """Room for the products inside units; hidden dimensions, and other units of one feature, have none."""
+        if self.blocks is None and self.unit_size > 1:
+            size = (2, self.num_units, self.unit_size, self.unit_size)
+            self.blocks = torch.zeros(size, device=self.sums.device, dtype=self.sums.dtype)
+        return self.blocks
 
     def extra_repr(self) -> str:
         return f"num_units={self.num_units}, unit_size={self.unit_size}"

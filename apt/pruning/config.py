@@ -10,6 +10,7 @@ from apt.records import Target
 
 BALANCES = ("type", "none")
 LAYOUTS = ("free", "uniform")
+REPAIRS = ("off", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,14 @@ class PruningConfig:
     hidden_sites: str = "read"  # where hidden dimensions are scored: "read" by a layer, or "write", output and down
     prune_before_tuning: bool = False  # all at once before step 1, from static scores; no pruning event comes later
     calibration_batches: int = 32  # of training data, summed into these scores; at least 1
-    salience: str = "product_of_sums"  # of a unit; "sum_of_products", "gate_taylor" keep activations; or "magnitude"
+    salience: str = (
+        "product_of_sums"  # of a unit; "sum_of_products", "gate_taylor" keep activations; "fisher", "magnitude"
+    )
+    repair: str = (
+        "off"  # of what reads the units that go: "weights" gives their output to those that stay, at the event
+    )
+    rounds: int = 1  # with a repair: the units of an event are chosen in so many, scored anew between them; at least 1
+    moment_batches: int = 64  # with a repair: training batches whose inputs it is fitted to; at least 1
     kurtosis: str | None = None  # added to it: "off", "paper", "normalized", "original"; null: paper in decoders only
     balance: str = "type"  # "type": densities over the mean of their kind of unit; "none": as they are
     layout: str = "free"  # "free": each layer its own counts; "uniform": as many heads and neurons in every layer
@@ -56,6 +64,7 @@ class PruningConfig:
             "balance": BALANCES,
             "scheduler": SCHEDULES,
             "layout": LAYOUTS,
+            "repair": REPAIRS,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -68,8 +77,11 @@ class PruningConfig:
             raise ValueError("pruning: round_to and min_hidden must be at least 1")
         if self.update_frequency is not None and self.update_frequency < 1:
             raise ValueError(f"pruning: update_frequency must be at least 1, got {self.update_frequency}")
-        if self.calibration_batches < 1:
-            raise ValueError(f"pruning: calibration_batches must be at least 1, got {self.calibration_batches}")
+        for name in ("calibration_batches", "moment_batches", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pruning: {name} must be at least 1, got {getattr(self, name)}")
+        if self.rounds > 1 and self.repair == "off":
+            raise ValueError("pruning: rounds are of events that repair; set repair='weights', or rounds=1")
         if self.salience == "magnitude" and self.kurtosis not in (None, "off"):
             raise ValueError(
                 f"pruning: salience 'magnitude' takes no statistics, so kurtosis must be 'off', got {self.kurtosis!r}"

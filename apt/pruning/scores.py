@@ -48,7 +48,8 @@ class UnitScores:
             self.masks |= dict.fromkeys(self.outliers.inputs(self.groups), True)
         for mask, totals in self.masks.items():
             mask.collecting = on and self.from_data
-            mask.products = self.config.salience != "product_of_sums"
+            mask.products = self.config.salience in ("sum_of_products", "gate_taylor")
+            mask.squares = self.config.salience == "fisher"
             mask.totals = totals
             mask.reset_sums()
             if isinstance(mask, HiddenMask):

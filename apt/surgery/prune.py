@@ -163,12 +163,11 @@ def _select(tensor: Tensor, axis: int, index: Tensor, optimizer: torch.optim.Opt
 
 
 def _permute_teacher(linear: APTAdapter, side: str, order: Tensor) -> None:
-    """A teacher's adapter stays in the order of the weight that it is added to."""
-    if linear.teacher_A is not None and linear.teacher_B is not None:
-        if side == "in":
-            linear.teacher_A = linear.teacher_A.index_select(1, order)
-        else:
-            linear.teacher_B = linear.teacher_B.index_select(0, order)
+    """What is a teacher's alone stays in the order of the weight that it reads."""
+    own = {"in": ("teacher_A", "teacher_weight"), "out": ("teacher_B", "teacher_weight", "teacher_bias")}
+    for name in own[side]:
+        if (tensor := getattr(linear, name)) is not None:
+            setattr(linear, name, tensor.index_select(AXES[side], order))
 
 
 def _retained_first(features: Tensor, live: int, full: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 import apt_kernels
 from apt.apt_config import APTConfig
 from apt.families import Found
-from apt.layers import unit_mask
+from apt.layers import unit_sums
 from apt.layers.passes import ValidTokens, spread
 from apt.records import Event
 
@@ -93,7 +93,7 @@ def keep_ops_whole() -> None:
     2.13: 5 MB for 36 linears), and each event compiles anew.
     """
     if "torch._dynamo" in sys.modules:
-        for op in (*apt_kernels.WITH_BACKWARD, *unit_mask.WITH_BACKWARD):
+        for op in (*apt_kernels.WITH_BACKWARD, *unit_sums.WITH_BACKWARD):
             torch.compiler.allow_in_graph(op)
 
 

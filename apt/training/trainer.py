@@ -28,7 +28,7 @@ from apt.training.checkpoint import (
     save_controller,
 )
 from apt.training.clock import StepClock
-from apt.training.controller import Controller, adopt
+from apt.training.controller import Calibration, Controller, adopt
 from apt.training.controller.built import check_one_device
 from apt.training.drive import Drive
 from apt.training.recorder import Recorder, event_scalars, planned_sparsity
@@ -148,6 +148,7 @@ class APTrainer(WholeCheckpoints):
             scaler=getattr(self.accelerator, "scaler", None),
             event_log=self.event_log,
             held_out=self._batches_of(self._held_out) if self._held_out is not None else None,
+            calibration=Calibration(self._calibration_batches, self._plain_loss),
         )
         if self._resume_from is not None:
             load_controller(self.controller, self._resume_from)
@@ -197,13 +198,16 @@ class APTrainer(WholeCheckpoints):
             chunks = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
             return [dict(self._prepare_inputs(collate([dataset[i] for i in chunk]))) for chunk in chunks]
 
-    def _calibration_batches(self) -> Iterator[dict[str, Any]]:
-        """Batches of the training data, drawn with the run's seed; its own loader and random state stay as they are."""
+    def _calibration_batches(self, step: int = 0) -> Iterator[dict[str, Any]]:
+        """Batches of the training data for the event of a step, drawn with the run's seed.
+
+        The trainer's own loader and random state stay as they are.
+        """
         dataset = self.train_dataset
         size = self.args.per_device_train_batch_size
         if isinstance(dataset, Sized):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed + step)).tolist()
             rows: Iterator[Any] = (dataset[index] for index in order)  # type: ignore[index]
         else:
             rows = iter(dataset)  # type: ignore[arg-type]

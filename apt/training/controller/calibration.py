@@ -1,6 +1,7 @@
 """Static scores: sums over batches before any training, for a cut that needs no schedule."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,20 @@ from apt.pruning.salience import not_finite
 
 Scores = dict[str, Tensor]
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Training data for the events of a run that repair what they cut.
+
+    Args:
+        batches: for the step of an event, inputs and labels on the model's device; a resumed run asks for the same step
+            again, and is the same run if it gets the same batches.
+        compute_loss: from the model and a batch; by default the loss of the model itself.
+    """
+
+    batches: Callable[[int], Iterable[Mapping[str, Any]]]
+    compute_loss: Loss | None = None
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -29,8 +44,10 @@ def static_scores(
     compute_loss: Loss = model_loss,
     grad_scale: float = 1.0,
     count: int | None = None,
+    *,
+    training: bool = True,
 ) -> Scores:
-    """The plain sum over batches of the scores of each (method.md 7.3), in training mode as a step would give them.
+    """The plain sum over batches of the scores of each (method.md 7.3).
 
     Gradients are dropped, and the random state and the mode of every module stay as they were.
 
@@ -41,6 +58,7 @@ def static_scores(
         compute_loss: from the model and a batch.
         grad_scale: factor on the loss, a power of 2; halved, for good, where a batch overflows with it, down to 1.
         count: of the batches, at most, where it is known.
+        training: whether the passes drop what a step would drop.
 
     Raises:
         FloatingPointError: a loss or score is no number, whatever the factor.
@@ -49,7 +67,7 @@ def static_scores(
     total: Scores = {}
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), modes_kept(model):
-        model.train()
+        model.train(training)
         for number, batch in enumerate(progress(batches, "calibration", total=count), 1):
             loss, scores = _one_batch(model, batch, take_scores, compute_loss, grad_scale)
             while (wrong := not_finite(scores)) and grad_scale > 1.0:

@@ -1,5 +1,6 @@
 """When: asks the rooms above for scores and plans, hands the plans to surgery, keeps the events."""
 
+import functools
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from apt.surgery.around import tell_copies
 from apt.surgery.event import apply_plan
 from apt.surgery.moments import bare_optimizer, check_optimizer
 from apt.training.controller.built import check_built, check_holds_trained, check_one_process
-from apt.training.controller.calibration import Loss, model_loss
+from apt.training.controller.calibration import Calibration, Loss, model_loss
 from apt.training.controller.distillation import Distillation, HeldOut
 from apt.training.controller.finite import gradients_are_finite, task_loss
 from apt.training.controller.growth import Growth
@@ -32,6 +33,10 @@ from apt.training.controller.timeline import Timeline
 from apt.training.controller.trimming import Trimming
 from apt.training.controller.verify import LogitCheck
 from apt.training.memory import give_back
+
+
+def _keeps_tail(phase: Phase | None) -> bool:
+    return phase is not None and phase.keeps_tail
 
 
 class Controller:
@@ -51,6 +56,7 @@ class Controller:
         held_out: with `teacher_refresh`, batches of training data that the student does not learn from, or a function
             from the model to a number that is lower the better it is.
         latency: with `target_speedup`, the table to price units by; None measures one before the first step.
+        calibration: with `repair`, the training data by which events choose and repair.
         overrides: leaves of the config by name; what `patch_model` has built already cannot differ.
 
     Raises:
@@ -70,6 +76,7 @@ class Controller:
         event_log: Path | None = None,
         held_out: HeldOut | None = None,
         latency: LatencyTable | None = None,
+        calibration: Calibration | None = None,
         **overrides: Any,
     ) -> None:
         model = bare_model(model)
@@ -99,12 +106,13 @@ class Controller:
         if make_budget is not None:
             budget = make_budget(model, self.config.rank, self.config.adapter, total_steps)
             self._unscheduled = [Trimming(budget)]
-        self.pruning: Pruning | None = None  # None where no event prunes
-        if self.timeline.prune_steps:
-            self.pruning = Pruning(model, self.config, self.timeline, latency)
         self.distillation: Distillation | None = None
         if self.config.distillation.use_self_distillation:
             self.distillation = self._begin_distillation(held_out)
+        self.pruning: Pruning | None = None  # None where no event prunes
+        if self.timeline.prune_steps:
+            has_teacher = functools.partial(_keeps_tail, self.distillation)
+            self.pruning = Pruning(model, self.config, self.timeline, latency, calibration, has_teacher)
         # What decides at the events of the timeline. The teacher is taken before a mask moves, and units go before
         # ranks grow.
         halves = (self.distillation, self.pruning, self.growth)

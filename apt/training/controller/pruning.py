@@ -1,11 +1,11 @@
 """The pruning half of a run: scores of its steps, masks that fall towards an event, the plan of the event."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apt.apt_config import APTConfig
 from apt.families import anatomy_of
@@ -15,7 +15,8 @@ from apt.pruning.latency_table import LatencyTable
 from apt.pruning.salience import MovingAverage
 from apt.records import Plan, PrunePlan
 from apt.surgery import patch_state
-from apt.training.controller.calibration import Loss, static_scores
+from apt.training.controller.calibrated_cut import CalibratedCut
+from apt.training.controller.calibration import Calibration, Loss, model_loss, static_scores
 from apt.training.controller.finite import check_scores
 from apt.training.controller.goal import Goal
 from apt.training.controller.phase import Phase
@@ -26,22 +27,31 @@ from apt.training.controller.timeline import Timeline
 class Pruning(Phase):
     """Chooses the units that go at the events of a run, and moves their masks there. It does not say when.
 
-    From its construction on the masks collect statistics, unless all units go before step 1.
+    From its construction on the masks collect statistics, unless all units go before step 1, or events repair: then
+    masks do not fall either, and an event chooses by calibration batches alone.
 
     Args:
         model: patched.
         config: which units, how they are scored, target and floors.
         timeline: of the run; units go at one of its events at least.
         latency: with `target_speedup`, the table to price units by; None measures one in `prepare`.
+        calibration: for events that repair.
+        has_teacher: asked at such an event: whether a teacher reads the weights.
 
     Raises:
-        ValueError: there are no prunable units, or the floors exclude the target.
+        ValueError: there are no prunable units, the floors exclude the target, or events are to repair without data.
     """
 
     absent: ClassVar[Mapping[str, Any]] = {"latency": None, "salience": {}, "masks": {}}
 
     def __init__(
-        self, model: nn.Module, config: APTConfig, timeline: Timeline, latency: LatencyTable | None = None
+        self,
+        model: nn.Module,
+        config: APTConfig,
+        timeline: Timeline,
+        latency: LatencyTable | None = None,
+        calibration: Calibration | None = None,
+        has_teacher: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model
         self.config = config.pruning
@@ -53,8 +63,25 @@ class Pruning(Phase):
         self.prepared = False  # whether the target was checked
         if not self.goal.by_time:
             self.prepare()
-        if not timeline.one_shot:
+        self.calibration = calibration
+        self.has_teacher = has_teacher
+        if self.repairs and calibration is None and not timeline.one_shot:
+            raise ValueError(
+                "controller: events with repair='weights' take calibration data; give Controller(calibration="
+                "apt.Calibration(batches)), or set repair='off'"
+            )
+        if not (timeline.one_shot or self.repairs):
             self.units.collect(True)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether events repair what they cut."""
+        return self.config.repair != "off"
+
+    @property
+    def _scores_steps(self) -> bool:
+        """Whether the steps of the run score units."""
+        return self.units.from_data and not self.repairs
 
     def prepare(self) -> None:
         """Check once that the target can be met; with `target_speedup` measure the latency table if there is none.
@@ -74,7 +101,7 @@ class Pruning(Phase):
     @property
     def scored(self) -> bool:
         """Whether units can be ranked: a step has given scores, or the weights alone do."""
-        return bool(self.salience.values) or not self.units.from_data
+        return bool(self.salience.values) or not self._scores_steps
 
     def after_backward(self, progress: Progress, grad_scale: float, *, finite: bool) -> None:
         """Take the scores of the step into the average, and empty the masks, while units are to go.
@@ -82,7 +109,7 @@ class Pruning(Phase):
         Raises:
             FloatingPointError: the salience of a unit is NaN or infinite.
         """
-        if not (progress.still_prunes and self.units.from_data):
+        if not (progress.still_prunes and self._scores_steps):
             return
         scores = self.units.take(grad_scale)
         if finite:
@@ -92,7 +119,9 @@ class Pruning(Phase):
     def calibrate(self, batches: Iterable[Mapping[str, Any]], compute_loss: Loss, grad_scale: float) -> None:
         """Score the units by `calibration_batches` of these batches, nothing trained; see `static_scores`."""
         self.prepare()
-        if self.units.from_data:
+        if self.repairs:
+            self.calibration = Calibration(lambda _: batches, compute_loss)
+        elif self.units.from_data:
             self.units.collect(True)
             count = self.config.calibration_batches
             taken = itertools.islice(batches, count)
@@ -100,7 +129,7 @@ class Pruning(Phase):
 
     def before_event(self, progress: Progress) -> None:
         """Move the masks, while units are to go and can be ranked."""
-        if progress.still_prunes and self.scored:
+        if progress.still_prunes and self.scored and not self.repairs:
             self.drive_masks(progress.step, progress.num_pruned)
 
     def drive_masks(self, step: int, index: int) -> None:
@@ -125,6 +154,8 @@ class Pruning(Phase):
         """What the masks keep at the event, once they are settled."""
         if event not in self.timeline.prune_steps:
             return None
+        if self.repairs:
+            return self._repaired_plan(event)
         # Settled since some steps, with the scores of then; or no score came in time to decay.
         masked = any(group.mask.masked for group in self.groups)
         if not (masked and self._rests_before(event)):
@@ -135,6 +166,25 @@ class Pruning(Phase):
             kept=open_units(self.groups),
             round_to=self.config.round_to,
         )
+
+    def _repaired_plan(self, event: int) -> PrunePlan:
+        """What stays at the event, chosen on calibration batches; the weights that read it are repaired here."""
+        assert self.calibration is not None
+        with torch.random.fork_rng(devices=[]):
+            count = max(self.config.moment_batches, self.config.calibration_batches)
+            batches = list(itertools.islice(self.calibration.batches(event), count))
+        if not batches:
+            raise ValueError("calibration: there is no batch to score units on; give at least one")
+        live = self.goal.live()
+        before = max((self.timeline.saving_at(step) for step in self.timeline.prune_steps if step < event), default=0.0)
+        asked = self.timeline.saving_at(event) - before
+
+        def choose(scores: dict[str, Tensor], part: float) -> PrunePlan:
+            return self.goal.search.plan(self.groups, scores, live, event, before + part * asked)
+
+        compute_loss = self.calibration.compute_loss or model_loss
+        cut = CalibratedCut(self.model, self.units, batches, compute_loss, self.config.calibration_batches)
+        return cut.carry_out(choose, self.config.rounds, keep_dense=self.has_teacher())
 
     def _rests_before(self, event: int) -> bool:
         """Whether the masks are to be settled some steps before the event."""
@@ -177,4 +227,4 @@ class Pruning(Phase):
             self.goal.take_table(LatencyTable.from_json(state["latency"]))
             self.prepared = True  # the run began with it
         self.units.outliers.reset()
-        self.units.collect(progress.still_prunes and not progress.awaits_calibration)
+        self.units.collect(progress.still_prunes and not progress.awaits_calibration and not self.repairs)

@@ -1,0 +1,69 @@
+"""Second moments of what the output and down projections read, collected while batches pass."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.layers import APTAdapter
+from apt.layers.passes import ValidTokens
+from apt.repair.solve import Moment
+
+HELD_OUT = 8  # every so many a batch is held out, to choose the ridge by
+
+
+class Collector:
+    """Forward pre-hook of a projection: adds the tokens that are there to one of its two moments.
+
+    Args:
+        linear: the projection; its unit mask knows which tokens are padding.
+    """
+
+    def __init__(self, linear: APTAdapter) -> None:
+        assert linear.unit_mask is not None
+        self.valid: ValidTokens = linear.unit_mask.valid
+        weight = linear.weight
+        self.moments = [Moment.zeros(linear.n_in, weight.device, weight.dtype) for _ in range(2)]
+        self.part = 0  # 0 is fitted on, 1 is held out
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x: Tensor = args[0].detach()
+        valid = self.valid.of(x)
+        x_TD = x.reshape(-1, x.shape[-1])
+        if valid is not None:
+            x_TD = x_TD[valid.reshape(-1).bool()]
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            self.moments[self.part].add(x_TD)
+
+    @property
+    def fit(self) -> Moment:
+        return self.moments[0]
+
+    @property
+    def held_out(self) -> Moment | None:
+        """None where no token was held out."""
+        return self.moments[1] if float(self.moments[1].count) else None
+
+
+@contextmanager
+def collecting(linears: Sequence[APTAdapter]) -> Iterator[list[Collector]]:
+    """Collect the moments of these projections from every pass inside."""
+    collectors = [Collector(linear) for linear in linears]
+    with ExitStack() as stack:
+        for linear, collector in zip(linears, collectors, strict=True):
+            stack.callback(linear.register_forward_pre_hook(collector).remove)
+        yield collectors
+
+
+def hold_out(collectors: Sequence[Collector], number: int) -> None:
+    """Say which batch comes next, from 0: every eighth is held out."""
+    for collector in collectors:
+        collector.part = int(number % HELD_OUT == HELD_OUT - 1)
+
+
+def bytes_of(linear: APTAdapter) -> int:
+    """Memory of the moments of a projection."""
+    size = torch.promote_types(linear.weight.dtype, torch.float32).itemsize
+    return 2 * size * linear.n_in**2

@@ -1,0 +1,139 @@
+"""A cut at one moment, from calibration batches alone: units chosen in rounds, what reads them repaired each time."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.layers.modes import modes_kept
+from apt.layers.passes import passes_of
+from apt.process.progress import progress
+from apt.pruning import UnitScores, settle_masks
+from apt.pruning.units import UnitGroup
+from apt.records import PrunePlan
+from apt.repair.moments import Collector, bytes_of, collecting, hold_out
+from apt.repair.repairer import Repairer
+from apt.training.controller.calibration import Loss, Scores, static_scores
+
+Batch = Mapping[str, Any]
+MOST_BYTES = 4 * 1024**3  # of moments at a time; where they need more, the batches pass once more for the next
+Choose = Callable[[Scores, float], PrunePlan]  # from scores, and a part of the way to the event's sparsity
+
+
+class CalibratedCut:
+    """Chooses what stays at an event, and repairs what reads it; masks and weights are those of the cut then.
+
+    Args:
+        model: patched, with the masks of `units`.
+        units: that may go.
+        batches: of calibration data, inputs and labels on the model's device.
+        compute_loss: from the model and a batch, to score units by.
+        scored: how many of the batches units are scored on, a forward and a backward pass each; the others are passed
+            through the model once, for the moments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: UnitScores,
+        batches: Sequence[Batch],
+        compute_loss: Loss,
+        scored: int,
+    ) -> None:
+        self.model = model
+        self.units = units
+        self.batches = batches
+        self.compute_loss = compute_loss
+        self.scored = scored
+
+    def carry_out(self, choose: Choose, rounds: int = 1, *, repair: bool = True, keep_dense: bool = False) -> PrunePlan:
+        """Choose in rounds, scored anew between them on the repaired model; set masks and weights.
+
+        What a round shuts stays shut. Every repair starts at the weights from before the first.
+
+        Args:
+            choose: the plan from scores, for a fraction of the way to the event's sparsity.
+            rounds: at least 1.
+            repair: whether the projections that read the units are repaired.
+            keep_dense: whether a teacher reads their weights, which then keeps its own.
+
+        Raises:
+            FloatingPointError: a loss, a score or an input is NaN or infinite.
+        """
+        self._open()
+        groups = [group for group in self.units.groups if isinstance(group, UnitGroup)] if repair else []
+        repairer = Repairer(groups, keep_dense=keep_dense)
+        scores, moments = self._first_pass(groups)
+        for number in range(1, rounds + 1):
+            if number > 1:
+                scores = self._shut(self._score(self.batches))
+            plan = choose(scores, number / rounds)
+            settle_masks(self.units.groups, plan.kept)
+            notes = repairer.repair(plan.kept, moments, choose_ridge=number == rounds)
+        return replace(plan, repair=notes if repair else None)
+
+    def _open(self) -> None:
+        settle_masks(self.units.groups, {group.name: range(group.num_units) for group in self.units.groups})
+
+    def _score(self, batches: Iterable[Batch]) -> Scores:
+        """Scores of the first `scored` batches; of magnitude, from the weights."""
+        if not self.units.from_data:
+            return self.units.take()
+        self.units.collect(True)
+        chosen = itertools.islice(batches, self.scored)
+        scores = static_scores(
+            self.model, chosen, self.units.take, self.compute_loss, count=self.scored, training=False
+        )
+        self.units.collect(False)
+        return scores
+
+    def _shut(self, scores: Scores) -> Scores:
+        """The scores with 0 for the units that an earlier round shut."""
+        return {group.name: scores[group.name] * (group.mask.values > 0) for group in self.units.groups}
+
+    def _first_pass(self, groups: Sequence[UnitGroup]) -> tuple[Scores, dict[str, Collector]]:
+        """The scores of the model as it is, and the moments of what the groups' projections read in all batches."""
+        moments: dict[str, Collector] = {}
+        scores: Scores = {}
+        for number, some in enumerate(_in_memory(groups)):
+            with collecting([group.reader for group in some]) as collectors:
+                batches = _numbered(self.batches, collectors)
+                if number == 0:
+                    scores = self._score(batches)
+                self._pass(batches)
+            moments |= {group.name: collector for group, collector in zip(some, collectors, strict=True)}
+        return scores, moments
+
+    @torch.no_grad()
+    def _pass(self, batches: Iterator[Batch]) -> None:
+        """Let what is left of the batches pass through the model."""
+        passes = passes_of(self.units.anatomy)
+        with modes_kept(self.model), nullcontext() if passes is None else passes.counting():
+            self.model.eval()
+            for batch in progress(batches, "moments", total=len(self.batches)):
+                self.compute_loss(self.model, batch)
+
+
+def _numbered(batches: Iterable[Batch], collectors: Sequence[Collector]) -> Iterator[Batch]:
+    """The batches, some of them held out."""
+    for number, batch in enumerate(batches):
+        hold_out(collectors, number)
+        yield batch
+
+
+def _in_memory(groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
+    """The groups in their order, as many together as have moments in `MOST_BYTES`; at least one list."""
+    lists: list[list[UnitGroup]] = [[]]
+    used = 0
+    for group in groups:
+        size = bytes_of(group.reader)
+        if lists[-1] and used + size > MOST_BYTES:
+            lists.append([])
+            used = 0
+        lists[-1].append(group)
+        used += size
+    return lists
