@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from apt.training.adaptive_pruner import AdaptivePruner
     from apt.training.adaptive_tuner import AdaptiveTuner
     from apt.training.checkpoint import resume_checkpoint, save_checkpoint
+    from apt.training.compress import compress
     from apt.training.controller import Calibration, Controller
     from apt.training.trainer import APTrainer, trainer_class
 
@@ -39,6 +40,7 @@ _HOMES = {
     "PrefixTuning": "methods.prompts",
     "SelfDistiller": "distillation",
     "SparsityScheduler": "pruning.schedule",
+    "compress": "training.compress",
     "export_model": "export",
     "fuse_adapters": "export.fuse",
     "load_adapter": "export.peft",
@@ -64,6 +66,7 @@ __all__ = [
     "PrefixTuning",
     "SelfDistiller",
     "SparsityScheduler",
+    "compress",
     "export_model",
     "fuse_adapters",
     "load_adapter",

@@ -110,6 +110,20 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compress(arguments: argparse.Namespace) -> int:
+    from apt.export.model_card import command_of
+    from apt.runs.compress import compress_config, compress_to
+
+    data, overrides = arguments.data, list(arguments.overrides)
+    if data is not None and "=" in data:  # after a config file
+        overrides.insert(0, data)
+        data = None
+    config = compress_config(arguments.model, data, arguments.out, arguments.sparsity, overrides)
+    command = command_of(arguments.command_line)
+    compress_to(config, arguments.out, overwrite=arguments.overwrite, command=command)
+    return 0
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     config = read_config(arguments)
     from apt.runs.run import evaluate
@@ -163,6 +177,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "compress": _compress,
     "eval": _eval,
     "report": _report,
     "experiment": _experiment,
@@ -178,6 +193,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="apt", description="Fine-tune a language model and make it smaller while it trains.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     training = commands.add_parser("train", help="fine-tune, prune, export and measure")
+    shrinking = commands.add_parser(
+        "compress", help="prune and repair a model in minutes, without training, and export"
+    )
+    shrinking.add_argument("model", help="a model, as model.name takes it, or a config file that names model and data")
+    shrinking.add_argument("data", nargs="?", help="its data, as data.datasets takes it")
+    shrinking.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top, e.g. rounds=1")
+    shrinking.add_argument("--sparsity", type=float, default=0.3, help="fraction of the block parameters that goes")
+    shrinking.add_argument("--out", type=Path, required=True, help="folder of the export")
+    shrinking.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
     scoring = commands.add_parser("eval", help="scores of an export on the test split of a config; prints JSON")
     scoring.add_argument("folder", type=Path, help="an export, such as runs/demo/model")
     reporting = commands.add_parser("report", help="tables of a finished run, and a page with its pictures")

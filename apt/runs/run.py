@@ -88,7 +88,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False, c
 def _fill_folder(config: RunConfig, partial: Path, *, overwrite: bool, resume: bool, command: str | None) -> None:
     """Train and measure in the folder of an unfinished run; afterwards it is whole."""
     checkpoint = find_checkpoint(partial, config, overwrite=overwrite, resume=resume)
-    _prepare_process(config)
+    prepare_process(config)
     tokenizer = build_tokenizer(config)
     data = load_data(config, tokenizer)
     tell(f"{len(data.train):,} {data.unit} to train on, {len(data.test):,} to test on")
@@ -106,7 +106,8 @@ def _fill_folder(config: RunConfig, partial: Path, *, overwrite: bool, resume: b
             # The clock of a resumed run has seen its last part only, so it cannot tell the rates of the whole.
             step = int(Path(checkpoint).name.rpartition("-")[2])
             efficiency |= {"resumed_from_step": step, "tokens_per_s_before": None, "tokens_per_s_after": None}
-        _write_card(config, trainer, partial / MODEL, metrics | efficiency, command)
+        assert trainer.model is not None
+        write_card(config, trainer.model, partial / MODEL, metrics | efficiency, command)
         write_json(partial / EFFICIENCY, efficiency)
         # The last of all: it marks the run as whole.
         write_json(partial / METRICS, metrics)
@@ -145,19 +146,15 @@ def load_data(config: RunConfig, tokenizer: Any, *, num_labels: int | None = Non
     return TASKS[config.model.task].load(asked)
 
 
-def _write_card(
-    config: RunConfig, trainer: APTrainer, folder: Path, metrics: dict[str, Any], command: str | None
-) -> None:
+def write_card(config: RunConfig, model: nn.Module, folder: Path, metrics: dict[str, Any], command: str | None) -> None:
     """The model card of the export once more, with what the run knows of it."""
-    model = trainer.model
-    assert model is not None
     stock = bool(json.loads((folder / CARD).read_text(encoding="utf-8"))["stock"])
     facts = CardFacts(config.model.name, type(model).__name__, config.model.method, stock, summary(model))
     card = model_card(facts, metrics, TASKS[config.model.task].hub_tag, command)
     (folder / README).write_text(card, encoding="utf-8")
 
 
-def _prepare_process(config: RunConfig) -> None:
+def prepare_process(config: RunConfig) -> None:
     """Seeds, threads, and quiet libraries; this is the process of a command, so it may set them."""
     if config.hardware.num_threads is not None:
         torch.set_num_threads(config.hardware.num_threads)
@@ -266,7 +263,7 @@ def evaluate(folder: Path, config: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: the folder is no export, or the data does not fit it.
     """
-    _prepare_process(config)
+    prepare_process(config)
     model = load_model(folder).to(choose_device(config.hardware))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     hf_config: Any = model.config

@@ -22,7 +22,7 @@ OF_ONE = {  # what an override puts back to its default, as it goes with the fil
     "model": {"model.shape"},
     "model.architectures": {"model.shape"},
 }
-OFF_IS_TEXT = ("pruning.kurtosis",)  # YAML 1.1 reads a bare off as false
+OFF_IS_TEXT = ("pruning.kurtosis", "pruning.repair")  # YAML 1.1 reads a bare off as false
 SECTIONS: dict[str, Any] = {  # section -> its dataclass
     entry.name: entry.type for entry in fields(RunConfig) if dataclasses.is_dataclass(entry.type)
 }
@@ -31,8 +31,8 @@ KEYS = TOP + [f"{section}.{leaf.name}" for section, room in SECTIONS.items() for
 KNOWN = [*KEYS, *DOCUMENT_KEYS]
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file and put ``key=value`` settings on top of it.
+def load_config(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, if any, and put ``key=value`` settings on top of it.
 
     A key is ``section.leaf``, ``output_dir``, the name of a leaf that only one section has, one of `DOCUMENT_KEYS`, or
     a shorthand: ``model=`` for ``model.name``, ``dataset=`` for ``data.datasets``. As the columns, filter, duplicates
@@ -43,7 +43,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         FileNotFoundError: there is no such file.
         ValueError: broken YAML, an unknown key (the nearest ones are named), or a value of a wrong type or range.
     """
-    values = _read_yaml(Path(path))
+    values = {} if path is None else _read_yaml(Path(path))
     pairs = [(key in OF_ONE, key, text) for key, text in map(_split, overrides or [])]
     for resets, key, text in sorted(pairs, key=lambda pair: not pair[0]):
         full = _full_key(key)

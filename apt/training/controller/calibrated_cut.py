@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.layers.modes import modes_kept
+from apt.layers.modes import frozen, modes_kept
 from apt.layers.passes import passes_of
 from apt.process.progress import progress
 from apt.pruning import UnitScores, settle_masks
@@ -85,9 +85,12 @@ class CalibratedCut:
             return self.units.take()
         self.units.collect(True)
         chosen = itertools.islice(batches, self.scored)
-        scores = static_scores(
-            self.model, chosen, self.units.take, self.compute_loss, count=self.scored, training=False
-        )
+        # The masks alone ask for gradients; a layer that is computed anew needs something before it that does too.
+        again = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        with nullcontext() if again else frozen(self.model):
+            scores = static_scores(
+                self.model, chosen, self.units.take, self.compute_loss, count=self.scored, training=False
+            )
         self.units.collect(False)
         return scores
 

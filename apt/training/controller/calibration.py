@@ -96,3 +96,16 @@ def _one_batch(
     (loss * grad_scale).backward()
     model.zero_grad(set_to_none=True)
     return loss.item(), take_scores(grad_scale)
+
+
+def output_entropy(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The mean entropy of what the model predicts, in nats: a measure of what matters to it that asks for no labels.
+
+    As HFPrune (arXiv 2603.08083) scores units. The mean is over the tokens that are no padding, or over the examples.
+    """
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+    entropy = -(logits.log_softmax(-1) * logits.softmax(-1)).sum(-1)
+    mask = batch.get("attention_mask")
+    if mask is None or mask.shape != entropy.shape:
+        return entropy.mean()
+    return (entropy * mask).sum() / mask.sum()

@@ -1,0 +1,108 @@
+"""``python -m apt compress``: a model made smaller in minutes, without training, with its scores before and after."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apt.export import CARD, export_model, load_model
+from apt.files.telling import tell
+from apt.files.whole import check_writable, find_whole, mark, write_folder_aside, write_json
+from apt.records import Event
+from apt.runs.arguments import choose_device
+from apt.runs.config import RunConfig, load_config
+from apt.runs.data import Loader
+from apt.runs.evaluation.evaluate import Evaluator
+from apt.runs.measure import metric_names, score_model
+from apt.runs.models import build_model, build_tokenizer, check_lengths
+from apt.runs.run import load_data, prepare_process, write_card
+from apt.surgery import patch_state
+from apt.training.compress import CHOSEN, compress
+
+RECORD = "apt_compress.json"  # beside the export: scores, seconds, and the error of every projection
+
+
+def compress_config(model: str, data: str | None, folder: Path, sparsity: float, overrides: list[str]) -> RunConfig:
+    """The settings of a compression.
+
+    Args:
+        model: its name, as `model.name` takes it, or a config file that names model and data.
+        data: as `data.datasets` takes it; None with a config file.
+        folder: that is written.
+        sparsity: fraction of the block parameters that goes.
+        overrides: ``key=value``, on top.
+
+    Raises:
+        ValueError: there is no data, or a setting is wrong.
+    """
+    is_file = model.endswith((".yaml", ".yml"))
+    if data is None and not is_file:
+        raise ValueError("compress: give a model and its data, or a config file that names both")
+    named = [f"output_dir={folder}"] if is_file else [f"output_dir={folder}", f"model={model}"]
+    named += [] if data is None else [f"dataset={data}"]
+    named += [f"pruning.{name}={value}" for name, value in CHOSEN.items()]
+    return load_config(Path(model) if is_file else None, [*named, f"target_sparsity={sparsity}", *overrides])
+
+
+def compress_to(config: RunConfig, folder: Path, *, overwrite: bool = False, command: str | None = None) -> Path:
+    """Load, calibrate, choose, repair, cut, export and score, as a config says it. Returns the folder.
+
+    Args:
+        config: model, task, data; `pruning` with how much goes and how it is chosen.
+        folder: gets the export, the tokenizer, the model card and `RECORD`.
+        overwrite: replace one that exists.
+        command: that the model card tells.
+
+    Raises:
+        ValueError: the folder exists, or a setting, the data or the model is not what it must be.
+        OSError: the folder cannot be written.
+    """
+    folder = folder.expanduser()
+    if not overwrite and (found := find_whole(folder)).exists():
+        raise ValueError(f"compress: {found} exists; give another folder or --overwrite")
+    check_writable(folder, "compress")
+    prepare_process(config)
+    tokenizer = build_tokenizer(config)
+    data = load_data(config, tokenizer)
+    tell(f"{len(data.train):,} {data.unit} to calibrate on, {len(data.test):,} to test on")
+    device = choose_device(config.hardware)
+    model = build_model(config, data.num_labels, tokenizer, data.label_names).to(device)
+    check_lengths(data, model)
+    evaluator = Evaluator(tokenizer, config.evaluation)
+    before = score_model(config, evaluator, model, data)
+    started, cpu = time.perf_counter(), time.process_time()
+    compress(model, _batches(config, data), config.pruning.target_sparsity, config=config.apt_config())
+    taken = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+    with write_folder_aside(folder, holds=CARD) as partial:
+        export_model(model, partial, overwrite=True)
+        mark(partial)
+        tokenizer.save_pretrained(partial)
+        after = score_model(config, evaluator, load_model(partial).to(device), data)
+        event = patch_state(model).past[-1]
+        write_json(partial / RECORD, {"before": before, "after": after, **taken, "event": event.to_json()})
+        write_card(config, model, partial, after | {"test_size": len(data.test), "unit": data.unit}, command)
+    tell(_told(config, before, after, event, taken["seconds"]))
+    return folder
+
+
+def _batches(config: RunConfig, data: Loader) -> Iterator[dict[str, Any]]:
+    """Batches of the training data, in an order drawn with the run's seed."""
+    draw = torch.Generator().manual_seed(config.training.seed)
+    rows = iter(torch.randperm(len(data.train), generator=draw).tolist())
+    while chosen := list(itertools.islice(rows, config.training.batch_size)):
+        yield data.collator([data.train[row] for row in chosen])
+
+
+def _told(config: RunConfig, before: dict[str, float], after: dict[str, float], event: Event, seconds: float) -> str:
+    """One line of what came out."""
+    metric = metric_names(config)[0]
+    notes = list((event.prune.repair or {}).values()) if event.prune is not None else []
+    errors = [sum(getattr(note, side) for note in notes) / max(1, len(notes)) for side in ("before", "after")]
+    return (
+        f"{metric} {before[metric]:.4g} before, {after[metric]:.4g} after: {event.sparsity:.1%} of the block "
+        f"parameters are gone, in {seconds:.0f} s; mean error of {len(notes)} projections {errors[0]:.3f}, repaired "
+        f"{errors[1]:.3f}"
+    )
