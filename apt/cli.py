@@ -110,17 +110,23 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _compress(arguments: argparse.Namespace) -> int:
-    from apt.export.model_card import command_of
-    from apt.runs.compress import compress_config, compress_to
+def read_compression(arguments: argparse.Namespace) -> "RunConfig":
+    """The settings of a compression that the arguments name."""
+    from apt.runs.compress import compress_config
 
     data, overrides = arguments.data, list(arguments.overrides)
     if data is not None and "=" in data:  # after a config file
         overrides.insert(0, data)
         data = None
-    config = compress_config(arguments.model, data, arguments.out, arguments.sparsity, overrides)
+    return compress_config(arguments.model, data, arguments.out, arguments.sparsity, overrides)
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    from apt.export.model_card import command_of
+    from apt.runs.compress import compress_to
+
     command = command_of(arguments.command_line)
-    compress_to(config, arguments.out, overwrite=arguments.overwrite, command=command)
+    compress_to(read_compression(arguments), arguments.out, overwrite=arguments.overwrite, command=command)
     return 0
 
 

@@ -36,7 +36,7 @@ from tiny_tasks import word_tokenizer
 from torch.utils.data import DataLoader
 
 import apt
-from apt.cli import main, parse_arguments, read_config
+from apt.cli import main, parse_arguments, read_compression, read_config
 from apt.runs.config import SECTIONS, load_config
 from apt.runs.experiment import cells, load_grid
 
@@ -64,7 +64,11 @@ def local_or_toy(original: Any) -> Any:
     def from_pretrained(cls: type, name: Any, *args: Any, **settings: Any) -> Any:
         if Path(name).is_dir():
             return original.__func__(cls, name, *args, **settings)
-        return word_tokenizer() if cls.__name__ == "AutoTokenizer" else tiny_pretrained(cls.__name__, **settings)
+        if cls.__name__ == "AutoTokenizer":
+            return word_tokenizer()
+        told = settings.pop("output_loading_info", False)
+        model = tiny_pretrained(cls.__name__, **settings)
+        return (model, {"missing_keys": []}) if told else model
 
     return classmethod(from_pretrained)
 
@@ -178,7 +182,9 @@ def check_command(line: str) -> None:
         words = words[1:]
     if words[0] == "apt-lm" or words[1:3] == ["-m", "apt"]:
         arguments = parse_arguments(words[1:] if words[0] == "apt-lm" else words[3:])
-        if hasattr(arguments, "overrides"):
+        if arguments.command == "compress":
+            read_compression(arguments)
+        elif hasattr(arguments, "overrides"):
             read_config(arguments)
         if hasattr(arguments, "grid"):
             assert cells(load_grid(arguments.grid)), line

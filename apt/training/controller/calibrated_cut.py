@@ -114,7 +114,7 @@ class CalibratedCut:
     @torch.no_grad()
     def _pass(self, batches: Iterator[Batch]) -> None:
         """Let what is left of the batches pass through the model."""
-        passes = passes_of(self.units.anatomy)
+        passes = passes_of(self.model)
         with modes_kept(self.model), nullcontext() if passes is None else passes.counting():
             self.model.eval()
             for batch in progress(batches, "moments", total=len(self.batches)):
