@@ -85,7 +85,7 @@ def test_backward_and_statistics_in_the_graph() -> None:
 def test_an_event_leaves_no_graph_behind() -> None:
     """What torch makes of a backward of ours when it looks into it would stay for good, with every graph around it."""
     model = start("bert")
-    trained("bert", model, torch.compile(model, backend="eager"), **TWICE)
+    trained("bert", model, torch.compile(model, backend="eager"), **THRICE)
     torch._dynamo.reset()
     gc.collect()
     left = [thing for thing in gc.get_objects() if type(thing) is torch.fx.Node]
