@@ -1,7 +1,9 @@
 """Repair of a cut: the closed form against least squares, and what it leaves of a model beside the model itself."""
 
 import copy
+import dataclasses
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from check import close
 from own_loop import Loop, equal_bits, patched
 from tiny_models import NAMES, fill_adapters, free_heads, random_plan, set_masks, tiny_batch, tiny_model
+from tiny_run import write_config
 from torch import Tensor
 
 import apt
@@ -21,6 +24,7 @@ from apt.pruning.units import block_params, find_units
 from apt.repair.moments import collecting, hold_out
 from apt.repair.repairer import Repairer
 from apt.repair.solve import Moment, solve
+from apt.runs.report.tables import repaired_sheet, repairs_sheet
 from apt.surgery.prune import apply_prune_plan
 from apt.training.controller.calibrated_cut import CalibratedCut
 from apt.training.controller.calibration import model_loss
@@ -274,3 +278,43 @@ def test_a_run_that_repairs_asks_for_data() -> None:
         Loop("bert", patched("bert", target_sparsity=0.5, **REPAIR))
     with pytest.raises(ValueError, match=r"pruning: rounds are of events that repair"):
         APTConfig().with_overrides(rounds=2)
+
+
+def test_dry_run_and_estimate_tell_what_it_costs(tmp_path: Path) -> None:
+    from apt.runs.config import load_config
+    from apt.runs.estimate.dry_run import dry_run
+    from apt.runs.estimate.estimate import estimate
+
+    path = write_config(tmp_path)
+    plain = load_config(path, ["train_size=192"])
+    asked = load_config(path, ["train_size=192", "repair=weights", "rounds=2", "calibration_batches=3", "num_events=1"])
+    assert "repair" not in str(dry_run(plain))
+    assert "repair       at each event; 2 x 3 batches forward and backward to choose, 64 forward" in str(dry_run(asked))
+    without, found = (estimate(config, baseline=False) for config in (plain, asked))
+    step, event = found.phases["before pruning"], found.phases["an event that repairs"]
+    # Both moments of the inputs of two attentions (32) and two FFNs (64), and their weights, in float32.
+    assert event.peak - step.peak == 4 * (2 * 2 * (32**2 + 64**2) + 2 * (32 * 32 + 32 * 64))
+    assert "masks fall" not in found.phases
+    assert found.run_over_lora > without.run_over_lora
+
+
+def test_the_report_tells_the_error_of_every_projection() -> None:
+    note = apt.records.RepairNote(ridge=1e-2, before=0.25, after=0.125)
+    plan = apt.records.PrunePlan(
+        step=3, target_sparsity=0.5, kept={"layers.0.heads": [0]}, round_to=1, repair={"layers.0.heads": note}
+    )
+    event = apt.records.Event(
+        step=3,
+        prune=plan,
+        rank=None,
+        target_sparsity=0.5,
+        sparsity=0.5,
+        removed=0.5,
+        block_params=1,
+        trainable_params=1,
+        seconds=0.1,
+    )
+    assert apt.records.Event.from_json(json.loads(json.dumps(event.to_json()))) == event
+    assert repaired_sheet([event])[0].rows == [("3", "layers.0.heads", "0.2500", "0.1250", "1e-02")]
+    assert repairs_sheet([event])[0].rows == [("3", "1", "0.2500", "0.1250")]
+    assert repairs_sheet([dataclasses.replace(event, prune=None)]) == []

@@ -22,7 +22,7 @@ from apt.runs.config import RunConfig
 from apt.runs.tasks import TASKS
 from apt.surgery import patch_model, patch_state
 from apt.surgery.moments import OPTIMIZERS
-from apt.training.controller import Controller
+from apt.training.controller import Calibration, Controller
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class DryRun:
     total_steps: int
     events: tuple[PlannedEvent, ...]
     distilled_steps: tuple[int, int] | None  # first and last with a teacher
+    repair: tuple[int, int, int] | None  # at each event: rounds, batches units are scored on, batches of the moments
     params: int  # of the model as it comes, task head included
     block_params: int  # of attention, FFN and norms inside the layers; 0 where the family is not known
     target_params: int | None  # of the whole model, adapters merged, at the target; None: it is a speed-up
@@ -64,6 +65,12 @@ class DryRun:
         ]
         if self.distilled_steps is not None:
             rows.append(f"teacher      from step {self.distilled_steps[0]:,} to step {self.distilled_steps[1]:,}")
+        if self.repair is not None:
+            rounds, scored, moments = self.repair
+            rows.append(
+                f"repair       at each event; {rounds} x {scored} batches forward and backward to choose, {moments} "
+                f"forward for the moments"
+            )
         for event in self.events:
             asked = ""
             if event.sparsity is not None:
@@ -173,8 +180,9 @@ def dry_run(config: RunConfig) -> DryRun:
     patch_model(model, replace(settings, adapter=replace(settings.adapter, svd_cache=None)))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[config.training.optimizer](trained, lr=config.training.learning_rate)
-    # A run holds some data out itself.
-    controller = Controller(model, optimizer, steps, held_out=lambda _: 0.0)
+    # A run holds some data out itself, and calibrates on what it trains on.
+    no_data = Calibration(lambda _: ())
+    controller = Controller(model, optimizer, steps, held_out=lambda _: 0.0, calibration=no_data)
     modules = [module for _, module in adapted(model) if module.rank]
     distillation = controller.distillation
     block_params = patch_state(model).block_params
@@ -187,6 +195,7 @@ def dry_run(config: RunConfig) -> DryRun:
         total_steps=steps,
         events=_planned_events(controller) if settings.prunes else (),
         distilled_steps=None if distillation is None else (distillation.first, distillation.end),
+        repair=_repair(controller),
         params=params,
         block_params=block_params,
         target_params=None if by_speed else params - int(target * block_params),
@@ -195,6 +204,13 @@ def dry_run(config: RunConfig) -> DryRun:
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         units=_units_of_parts(model, controller) if settings.prunes else {},
     )
+
+
+def _repair(controller: Controller) -> tuple[int, int, int] | None:
+    if controller.pruning is None or not controller.pruning.repairs:
+        return None
+    pruning = controller.pruning.config
+    return pruning.rounds, pruning.calibration_batches, pruning.moment_batches
 
 
 def _planned_events(controller: Controller) -> tuple[PlannedEvent, ...]:

@@ -16,6 +16,7 @@ from apt.runs.arguments import choose_device
 from apt.runs.config import RunConfig
 from apt.runs.estimate.dry_run import DryRun, PlannedEvent, build_on_meta, dry_run
 from apt.runs.estimate.footprint import KINDS, Footprint, forward_flops
+from apt.runs.estimate.repairing import repairing
 from apt.runs.estimate.simulation import Simulation, batch_for
 from apt.surgery import unpatch_model
 
@@ -132,7 +133,12 @@ def _predict(config: RunConfig, plan: DryRun, after_step: Callable[[], object]) 
     start = simulation(settings)
     first = start.step()
     phases = {"before pruning": first}
-    if savings and savings[0][0] > 0:
+    repairs = bool(savings) and settings.pruning.repair != "off"
+    repair_flops = 0
+    if repairs:
+        phases["an event that repairs"] = repairing(start, first)
+        repair_flops = phases["an event that repairs"].flops * len(savings)
+    elif savings and savings[0][0] > 0:
         start.let_masks_fall()
         phases["masks fall"] = start.step()
     distillation = start.controller.distillation
@@ -164,7 +170,10 @@ def _predict(config: RunConfig, plan: DryRun, after_step: Callable[[], object]) 
         "measuring": side_by_side + trained,
         "step_speedup": first.flops / last.flops,
         "inference_speedup": forward_flops(dense, inference) / forward_flops(small, inference),
-        "run_over_lora": (_mean_flops(plan, savings, first.flops, last_flops) + taught_flops) / lora,
+        "run_over_lora": (
+            _mean_flops(plan, savings, first.flops, last_flops) + taught_flops + repair_flops / plan.total_steps
+        )
+        / lora,
         "batch": tuple(start.batch["input_ids"].shape),
     }
 

@@ -24,7 +24,7 @@ from apt.runs.tasks import TASKS
 from apt.surgery import patch_model, patch_state
 from apt.surgery.event import apply_plan
 from apt.surgery.moments import OPTIMIZERS
-from apt.training.controller import Controller, Distillation
+from apt.training.controller import Calibration, Controller, Distillation
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,7 +49,13 @@ class Simulation:
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[config.training.optimizer](trained, lr=config.training.learning_rate)
-        self.controller = Controller(self.model, self.optimizer, plan.total_steps, held_out=lambda _: 0.0)
+        self.controller = Controller(
+            self.model,
+            self.optimizer,
+            plan.total_steps,
+            held_out=lambda _: 0.0,
+            calibration=Calibration(lambda _: ()),
+        )
         self.teaching = self.controller.distillation if taught else None
         if self.teaching is not None:
             self.teaching.distiller.snapshot()

@@ -15,6 +15,7 @@ from apt.runs.report.tables import (
     efficiency_rows,
     events_sheet,
     number,
+    repaired_sheet,
     score_rows,
     size_rows,
     timings_sheet,
@@ -84,7 +85,7 @@ def _events(run: RunRecord) -> Section:
     if not run.events:
         return Section(title="Events", texts=("No event: nothing was pruned, and no rank grew.",))
     timed = (timings_sheet(run.timings),) if run.timings.get("events") else ()
-    return Section(title="Events", sheets=(events_sheet(run.events), *timed))
+    return Section(title="Events", sheets=(events_sheet(run.events), *repaired_sheet(run.events), *timed))
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:

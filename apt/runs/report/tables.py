@@ -25,6 +25,7 @@ def sheets(run: RunRecord) -> list[Sheet]:
     found = [Sheet(f"{run.folder}: {run.metrics.get('method', '')}", (), rows)]
     if run.events:
         found.append(events_sheet(run.events))
+        found += repairs_sheet(run.events)
     if run.timings.get("events"):
         found.append(timings_sheet(run.timings))
     return found
@@ -121,6 +122,32 @@ def _left(event: Event, ending: str) -> str:
     if event.prune is None:
         return "-"
     return f"{sum(len(kept) for name, kept in event.prune.kept.items() if name.endswith(ending)):,}"
+
+
+REPAIRED = "Error of the projections that read what went, over their output, on calibration tokens held out"
+
+
+def repairs_sheet(events: list[Event]) -> list[Sheet]:
+    """One row an event that repaired: how many projections, and their mean error; nothing where none did."""
+    rows = []
+    for event in events:
+        notes = list((event.prune.repair or {}).values()) if event.prune is not None else []
+        if notes:
+            means = [sum(getattr(note, side) for note in notes) / len(notes) for side in ("before", "after")]
+            rows.append((str(event.step), str(len(notes)), *(f"{mean:.4f}" for mean in means)))
+    return [Sheet(REPAIRED, ("event at step", "projections", "cut", "repaired"), list(rows))] if rows else []
+
+
+def repaired_sheet(events: list[Event]) -> list[Sheet]:
+    """One row a projection that an event repaired; nothing where none was."""
+    rows = [
+        (str(event.step), name, f"{note.before:.4f}", f"{note.after:.4f}", number(note.ridge, ".0e"))
+        for event in events
+        if event.prune is not None
+        for name, note in (event.prune.repair or {}).items()
+    ]
+    headers = ("event at step", "units", "cut", "repaired", "ridge")
+    return [Sheet(REPAIRED, headers, list(rows), words=2)] if rows else []
 
 
 def timings_sheet(timings: dict[str, Any]) -> Sheet:
