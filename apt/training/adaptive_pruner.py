@@ -53,6 +53,8 @@ class AdaptivePruner:
             raise ValueError("pruner: the model is not patched; call apt.patch_model(model) first")
         if config is not None and config.target_speedup is not None:
             raise ValueError("pruner: target_speedup is a goal of the Controller; leave it out here")
+        if config is not None and config.repair != "off":
+            raise ValueError("pruner: a Controller repairs, at its events; set repair='off', or use apt.compress")
         self.model = model
         self.scheduler = scheduler
         self.optimizer = optimizer
@@ -99,11 +101,12 @@ class AdaptivePruner:
             or h.shape != grad.shape
             or h.shape[-1:] != (features,)
             or group.mask.sums.dim() > 2
+            or group.mask.squares
         ):
             shapes = [None if tensor is None else list(tensor.shape) for tensor in (h, grad)]
             raise ValueError(
                 f"pruner: {group.name} needs an activation and a gradient of shape [..., {features}], got {shapes}; of "
-                f"hidden dimensions the masks alone can tell"
+                f"hidden dimensions, and of salience 'fisher', the masks alone can tell"
             )
         h_TD, grad_TD = (tensor.detach().reshape(-1, features) for tensor in (h, grad))
         products_TD = h_TD * grad_TD

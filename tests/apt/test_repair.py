@@ -318,3 +318,26 @@ def test_the_report_tells_the_error_of_every_projection() -> None:
     assert repaired_sheet([event])[0].rows == [("3", "layers.0.heads", "0.2500", "0.1250", "1e-02")]
     assert repairs_sheet([event])[0].rows == [("3", "1", "0.2500", "0.1250")]
     assert repairs_sheet([dataclasses.replace(event, prune=None)]) == []
+
+
+def test_a_scaled_loss_scores_alike_and_counts_every_token_once() -> None:
+    """With a scaler a batch may pass twice, so the moments are collected apart from the scores."""
+    found = []
+    for scale in (1.0, 1024.0):
+        model = patched("bert", target_sparsity=0.5, salience="fisher", **REPAIR)
+        config = apt.surgery.patch_state(model).config.pruning
+        units = UnitScores(anatomy_of(model), config)
+        search = UnitSearch(block_params(anatomy_of(model)), config)
+        cut = CalibratedCut(model, units, batches("bert", 9), model_loss, 3, scale)
+        plan = cut.carry_out(lambda scores, part, u=units, s=search: s.plan(u.groups, scores, s.total, 0, 0.5))
+        found.append((plan, [linear.weight.clone() for _, linear in adapted(model)]))
+    assert found[0][0].kept == found[1][0].kept
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        close("weight", ours, theirs)
+
+
+def test_a_pruner_of_ones_own_says_that_it_does_not_repair() -> None:
+    model = patched("bert")
+    scheduler = apt.SparsityScheduler(100, 0.5)
+    with pytest.raises(ValueError, match=r"pruner: a Controller repairs, at its events"):
+        apt.AdaptivePruner(model, scheduler, config=apt.pruning.PruningConfig(repair="weights"))

@@ -34,6 +34,7 @@ class CalibratedCut:
         compute_loss: from the model and a batch, to score units by.
         scored: how many of the batches units are scored on, a forward and a backward pass each; the others are passed
             through the model once, for the moments.
+        grad_scale: factor on the loss, as in `static_scores`.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class CalibratedCut:
         batches: Sequence[Batch],
         compute_loss: Loss,
         scored: int,
+        grad_scale: float = 1.0,
     ) -> None:
         self.model = model
         self.units = units
         self.batches = batches
         self.compute_loss = compute_loss
         self.scored = scored
+        self.grad_scale = grad_scale
 
     def carry_out(self, choose: Choose, rounds: int = 1, *, repair: bool = True, keep_dense: bool = False) -> PrunePlan:
         """Choose in rounds, scored anew between them on the repaired model; set masks and weights.
@@ -89,7 +92,13 @@ class CalibratedCut:
         again = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         with nullcontext() if again else frozen(self.model):
             scores = static_scores(
-                self.model, chosen, self.units.take, self.compute_loss, count=self.scored, training=False
+                self.model,
+                chosen,
+                self.units.take,
+                self.compute_loss,
+                self.grad_scale,
+                self.scored,
+                training=False,
             )
         self.units.collect(False)
         return scores
@@ -105,10 +114,12 @@ class CalibratedCut:
         for number, some in enumerate(_in_memory(groups)):
             with collecting([group.reader for group in some]) as collectors:
                 batches = _numbered(self.batches, collectors)
-                if number == 0:
-                    scores = self._score(batches)
+                if number == 0 and self.grad_scale == 1.0:
+                    scores = self._score(batches)  # and the moments of the same passes
                 self._pass(batches)
             moments |= {group.name: collector for group, collector in zip(some, collectors, strict=True)}
+        if self.grad_scale != 1.0:  # a batch that overflows passes again, and would count twice
+            scores = self._score(self.batches)
         return scores, moments
 
     @torch.no_grad()

@@ -64,6 +64,7 @@ class Pruning(Phase):
         if not self.goal.by_time:
             self.prepare()
         self.calibration = calibration
+        self.grad_scale = 1.0  # of the latest step
         self.has_teacher = has_teacher
         if self.repairs and calibration is None and not timeline.one_shot:
             raise ValueError(
@@ -109,6 +110,7 @@ class Pruning(Phase):
         Raises:
             FloatingPointError: the salience of a unit is NaN or infinite.
         """
+        self.grad_scale = grad_scale
         if not (progress.still_prunes and self._scores_steps):
             return
         scores = self.units.take(grad_scale)
@@ -121,6 +123,7 @@ class Pruning(Phase):
         self.prepare()
         if self.repairs:
             self.calibration = Calibration(lambda _: batches, compute_loss)
+            self.grad_scale = grad_scale
         elif self.units.from_data:
             self.units.collect(True)
             count = self.config.calibration_batches
@@ -183,7 +186,8 @@ class Pruning(Phase):
             return self.goal.search.plan(self.groups, scores, live, event, before + part * asked)
 
         compute_loss = self.calibration.compute_loss or model_loss
-        cut = CalibratedCut(self.model, self.units, batches, compute_loss, self.config.calibration_batches)
+        scored = self.config.calibration_batches
+        cut = CalibratedCut(self.model, self.units, batches, compute_loss, scored, self.grad_scale)
         return cut.carry_out(choose, self.config.rounds, keep_dense=self.has_teacher())
 
     def _rests_before(self, event: int) -> bool:
