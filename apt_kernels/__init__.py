@@ -15,7 +15,6 @@ from apt_kernels.selection import backend_of, calls, chosen, reset_calls
 WITH_BACKWARD = (gate, gated_activation, masked_lora_linear, masked_lora_linears, masked_norm)
 
 __all__ = [
-    "WITH_BACKWARD",
     "backend_of",
     "calls",
     "chosen",

@@ -81,7 +81,9 @@ def test_masks_that_fall_until_the_event_are_settled_by_it(settle: float) -> Non
 def test_every_salience_ranks_the_units_of_a_run(salience: str) -> None:
     loop = Loop("bert", patched("bert"), 40, target_sparsity=0.5, salience=salience, **ONCE).take(20)
     assert 0.5 <= loop.run.events[0].sparsity <= 0.55
-    assert all(group.mask.products == (salience != "product_of_sums") for group in loop.run.groups)
+    masks = [group.mask for group in loop.run.groups]
+    assert all(mask.products == (salience in ("sum_of_products", "gate_taylor")) for mask in masks)
+    assert all(mask.squares == (salience == "fisher") for mask in masks)
 
 
 def test_ranks_follow_their_budget() -> None:

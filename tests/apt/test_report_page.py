@@ -196,7 +196,7 @@ def test_what_is_shown_is_escaped(tmp_path: Path) -> None:
         ("steps.jsonl", '{"loss": 1.0}', "steps.jsonl: a row without a step"),
         ("steps.jsonl", '{"step": 1, "loss": "low"}', "steps.jsonl: loss of step 1 is no number"),
         ("shapes.jsonl", '{"step": 1, "units": 3, "ranks": {}}', "shapes.jsonl: units of step 1 are no counts"),
-        ("events.jsonl", '{"step": 1}', "events.jsonl: 'prune'"),
+        ("events.jsonl", '{"step": 1}', "events.jsonl: 'sparsity'"),
         ("event_timing.json", "{}", "event_timing.json: events is missing"),
         ("config.yaml", "a: [", "config.yaml: "),
     ],

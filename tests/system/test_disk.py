@@ -80,7 +80,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (APTrainer, "_save_checkpoint", 4096),  # the weights, by safetensors
         (APTrainer, "_save_checkpoint", 140_000),  # the optimizer, by torch
         (measure, "export_model", 4096),
-        (run, "_write_card", 0),
+        (run, "write_card", 0),
         (run, "write_json", 0),
     ],
     ids=["checkpoint", "optimizer", "export", "card", "metrics"],
