@@ -44,6 +44,15 @@ ARMS: dict[str, list[str]] = {  # overrides of the config
     "apt kurtosis=off": ["pruning.kurtosis=off"],
     "apt kurtosis=paper": ["pruning.kurtosis=paper"],
     "apt kurtosis=normalized": ["pruning.kurtosis=normalized"],
+    "apt repaired": [
+        "pruning.repair=weights",
+        "pruning.rounds=3",
+        "pruning.salience=fisher",
+        "pruning.balance=none",
+        "pruning.kurtosis=off",
+        "pruning.min_heads=1",
+        "pruning.calibration_batches=16",
+    ],
     "magnitude": ["pruning.salience=magnitude", "pruning.kurtosis=off"],
 }
 UNPRUNED = ("dense", "lora")
