@@ -57,7 +57,7 @@ class Runner:
         command = stage.command(job)
         with subprocess.Popen(
             command, cwd=ROOT, env=self._environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True, preexec_fn=_die_with_parent,
+            errors="replace", start_new_session=True, preexec_fn=_begin,
         ) as process:  # fmt: skip
             echo = Echo(process.stdout, self.folder / stage.output if stage.output else None)
             try:
@@ -141,9 +141,13 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _die_with_parent() -> None:
-    """A stage does not outlive the run that began it, whatever ends that."""
+def _begin() -> None:
+    """A stage does not outlive the run that began it, whatever ends that; and it can be asked to stop.
+
+    In the background and under nohup a run is begun with signals ignored, which a stage would take over.
+    """
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _status(code: int, asked: str) -> str:
