@@ -96,3 +96,9 @@ class Repairer:
             reader.put(columns, solution)
             notes[group.name] = RepairNote(ridge=solution.ridge, before=solution.before, after=solution.after)
         return notes
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Write into every projection what it was; what a teacher has kept of it is the same."""
+        for reader in self._readers.values():
+            reader.put()

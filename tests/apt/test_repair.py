@@ -341,3 +341,77 @@ def test_a_pruner_of_ones_own_says_that_it_does_not_repair() -> None:
     scheduler = apt.SparsityScheduler(100, 0.5)
     with pytest.raises(ValueError, match=r"pruner: a Controller repairs, at its events"):
         apt.AdaptivePruner(model, scheduler, config=apt.pruning.PruningConfig(repair="weights"))
+
+
+class BrokenOffError(Exception):
+    """What a user's loss may raise."""
+
+
+@pytest.mark.parametrize("error", [BrokenOffError, KeyboardInterrupt, FloatingPointError])
+def test_an_event_that_fails_leaves_the_model_as_it_was(error: type[BaseException]) -> None:
+    """Masks open, weights, modes and what asks for gradients; then the same event can be done."""
+    settings = {"target_sparsity": 0.5, "num_events": 1, "salience": "fisher", **REPAIR, "rounds": 3}
+    settings |= {"calibration_batches": 2, "use_self_distillation": True}
+    calls: list[int] = []
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        calls.append(len(calls))
+        if len(calls) == 7:  # 4 for scores and moments, 2 for those of the second round
+            raise error("of the third")
+        return model_loss(model, batch)
+
+    given = apt.Calibration(calibration("bert").batches, loss)
+    loop = Loop("bert", patched("bert", **settings), calibration=given)
+    at = loop.run.progress.next_event
+    loop.take(at - 1)
+    asked = [parameter.requires_grad for parameter in loop.model.parameters()]
+    with pytest.raises(error):
+        loop.take(1)
+    assert loop.run.events == []
+    readers = {id(group.reader) for group in find_units(anatomy_of(loop.model))}
+    plain = patched("bert", **settings)
+    for (_, linear), (_, dense) in zip(adapted(loop.model), adapted(plain), strict=True):
+        assert torch.equal(linear.weight, dense.weight)
+        assert id(linear) not in readers or not linear._forward_pre_hooks
+    for group in find_units(anatomy_of(loop.model)):
+        assert not group.mask.masked
+        assert not group.mask.collecting
+    assert all(module.training for module in loop.model.modules())
+    assert asked == [parameter.requires_grad for parameter in loop.model.parameters()]
+    loop.optimizer.zero_grad()
+    loop.take(1)
+    assert len(loop.run.events) == 1
+    assert loop.run.events[0].sparsity >= 0.5
+
+
+def test_static_scores_that_fail_leave_no_mask_collecting() -> None:
+    model = patched("bert", target_sparsity=0.5, prune_before_tuning=True)
+    loop = Loop("bert", model)
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        raise BrokenOffError
+
+    with pytest.raises(BrokenOffError):
+        loop.run.prune_before_tuning(batches("bert"), loss)
+    assert not any(group.mask.collecting for group in find_units(anatomy_of(model)))
+
+
+def test_each_round_sees_the_outliers_of_the_weights_that_it_repaired() -> None:
+    """The kurtosis of a neuron's column is kept from step to step, and changes with the repair."""
+    model = patched("llama_gqa", target_sparsity=0.5, **{**REPAIR, "salience": "fisher", "kurtosis": "paper"})
+    config = apt.surgery.patch_state(model).config.pruning
+    units = UnitScores(anatomy_of(model), config)
+    total = block_params(anatomy_of(model))
+    search = UnitSearch(total, config)
+    shares = []
+
+    def choose(scores: dict[str, Tensor], part: float) -> Any:
+        again = UnitScores(anatomy_of(model), config)
+        wanted = [again.outliers._term(group) for group in units.groups if group.mask.unit_size == 1]
+        units.collect(True)
+        found = [units.outliers._term(group) for group in units.groups if group.mask.unit_size == 1]
+        shares.append(all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True)))
+        return search.plan(units.groups, scores, total, 0, 0.5 * part)
+
+    CalibratedCut(model, units, batches("llama_gqa", 9), model_loss, 2).carry_out(choose, 3)
+    assert shares == [True] * 3

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +56,8 @@ class CalibratedCut:
     def carry_out(self, choose: Choose, rounds: int = 1, *, repair: bool = True, keep_dense: bool = False) -> PrunePlan:
         """Choose in rounds, scored anew between them on the repaired model; set masks and weights.
 
-        What a round shuts stays shut. Every repair starts at the weights from before the first.
+        What a round shuts stays shut. Every repair starts at the weights from before the first. Where it fails or is
+        broken off, masks are open and weights as they were.
 
         Args:
             choose: the plan from scores, for a fraction of the way to the event's sparsity.
@@ -70,13 +71,19 @@ class CalibratedCut:
         self._open()
         groups = [group for group in self.units.groups if isinstance(group, UnitGroup)] if repair else []
         repairer = Repairer(groups, keep_dense=keep_dense)
-        scores, moments = self._first_pass(groups)
-        for number in range(1, rounds + 1):
-            if number > 1:
-                scores = self._shut(self._score(self.batches))
-            plan = choose(scores, number / rounds)
-            settle_masks(self.units.groups, plan.kept)
-            notes = repairer.repair(plan.kept, moments, choose_ridge=number == rounds)
+        with ExitStack() as undo:
+            undo.callback(self._open)
+            undo.callback(self.units.collect, False)
+            undo.callback(repairer.undo)
+            scores, moments = self._first_pass(groups)
+            for number in range(1, rounds + 1):
+                if number > 1:
+                    scores = self._shut(self._score(self.batches))
+                plan = choose(scores, number / rounds)
+                settle_masks(self.units.groups, plan.kept)
+                notes = repairer.repair(plan.kept, moments, choose_ridge=number == rounds)
+                self.units.outliers.reset()  # they were of the weights before
+            undo.pop_all()
         return replace(plan, repair=notes if repair else None)
 
     def _open(self) -> None:

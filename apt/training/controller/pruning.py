@@ -128,7 +128,11 @@ class Pruning(Phase):
             self.units.collect(True)
             count = self.config.calibration_batches
             taken = itertools.islice(batches, count)
-            self.salience.values = static_scores(self.model, taken, self.units.take, compute_loss, grad_scale, count)
+            try:
+                scores = static_scores(self.model, taken, self.units.take, compute_loss, grad_scale, count)
+            finally:
+                self.units.collect(False)
+            self.salience.values = scores
 
     def before_event(self, progress: Progress) -> None:
         """Move the masks, while units are to go and can be ranked."""
