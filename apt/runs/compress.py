@@ -20,7 +20,7 @@ from apt.runs.measure import metric_names, score_model
 from apt.runs.models import build_model, build_tokenizer, check_lengths
 from apt.runs.run import load_data, prepare_process, write_card
 from apt.surgery import patch_state
-from apt.training.compress import CHOSEN, compress
+from apt.training.compress import CHOSEN, check_asks, compress
 
 RECORD = "apt_compress.json"  # beside the export: scores, seconds, and the error of every projection
 
@@ -44,7 +44,10 @@ def compress_config(model: str, data: str | None, folder: Path, sparsity: float,
     named = [f"output_dir={folder}"] if is_file else [f"output_dir={folder}", f"model={model}"]
     named += [] if data is None else [f"dataset={data}"]
     named += [f"pruning.{name}={value}" for name, value in CHOSEN.items()]
-    return load_config(Path(model) if is_file else None, [*named, f"target_sparsity={sparsity}", *overrides])
+    named += ["pruning.target_speedup=null", f"target_sparsity={sparsity}"]  # of a file, which is for a run
+    config = load_config(Path(model) if is_file else None, [*named, *overrides])
+    check_asks(config.apt_config())
+    return config
 
 
 def compress_to(config: RunConfig, folder: Path, *, overwrite: bool = False, command: str | None = None) -> Path:
@@ -74,7 +77,8 @@ def compress_to(config: RunConfig, folder: Path, *, overwrite: bool = False, com
     evaluator = Evaluator(tokenizer, config.evaluation)
     before = score_model(config, evaluator, model, data)
     started, cpu = time.perf_counter(), time.process_time()
-    compress(model, _batches(config, data), config.pruning.target_sparsity, config=config.apt_config())
+    asked = {name: getattr(config.pruning, name) for name in ("target_sparsity", "target_speedup")}
+    compress(model, _batches(config, data), config=config.apt_config(), **asked)
     taken = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
     with write_folder_aside(folder, holds=CARD) as partial:
         export_model(model, partial, overwrite=True)

@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
-from tiny_run import sentences, tiny_bert, tiny_tokenizer, write_csv
+from tiny_run import sentences, tiny_bert, tiny_tokenizer, write_config, write_csv
 from tiny_text import write_text_config
 
 import apt
 from apt.cli import main
-from apt.runs.compress import RECORD
+from apt.pruning.latency_table import LatencyTable
+from apt.runs.compress import RECORD, compress_config
 
 QUICK = ["calibration_batches=2", "moment_batches=9", "round_to=1", "hardware.device=cpu", "num_threads=1"]
 
@@ -92,3 +94,86 @@ def test_what_is_compressed_can_be_trained_on(tmp_path: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def unlabelled(name: str, count: int = 9) -> list[dict[str, torch.Tensor]]:
+    found = [tiny_batch(name, seed=seed) for seed in range(count)]
+    return [{key: value for key, value in batch.items() if key != "labels"} for batch in found]
+
+
+def none_labelled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+
+WRONG: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "nothing to go": ("bert", unlabelled("bert"), {"target_sparsity": 0.0}, "compress: nothing is asked to go"),
+    "too much": ("bert", unlabelled("bert"), {"target_sparsity": 0.99}, "pruner: target_sparsity 0.99 is not reach"),
+    "training": ("bert", unlabelled("bert"), {"use_self_distillation": True}, "compress: nothing is trained here"),
+    "no such moment": ("bert", unlabelled("bert"), {"prune_before_tuning": False}, "compress: nothing is trained here"),
+    "ranks that grow": ("bert", unlabelled("bert"), {"method": "apt"}, "compress: ranks of method 'apt' grow in a run"),
+    "tuples": ("bert", [tuple(unlabelled("bert")[0].values())], {}, "compress: batches are mappings .* got a tuple"),
+    "one batch": ("bert", unlabelled("bert")[0], {}, "compress: batches are mappings .* got a str"),
+    "one number": (
+        lambda: tiny_model("bert", num_labels=1),
+        unlabelled("bert"),
+        {},
+        "this model predicts no classes or tokens",
+    ),
+    "no head": (lambda: tiny_model("bert").bert, unlabelled("bert"), {}, "this model predicts no classes or tokens"),
+    "a decoder": ("t5", unlabelled("t5"), {}, "calibration: a decoder behind an encoder needs text to predict"),
+    "no label": ("bert", [none_labelled(tiny_batch("bert"))], {}, "calibration: batch 1 has a loss of nan"),
+    "no unit": (
+        "bert",
+        unlabelled("bert"),
+        {"compute_loss": lambda model, batch: model(**batch).logits.sum() * 0.0},
+        "calibration: the loss depends on no unit",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_what_fails_says_why_and_leaves_the_model_as_it_was_given(case: str) -> None:
+    name, batches, settings, told = WRONG[case]
+    model = tiny_model(name) if isinstance(name, str) else name()
+    model.get_input_embeddings().requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises((ValueError, FloatingPointError), match=told):
+        apt.compress(model, batches, round_to=1, **settings)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert asked == [parameter.requires_grad for parameter in model.parameters()]
+    assert not model.training
+
+
+def test_what_is_compressed_to_a_speed_asks_for_no_further_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"layers.heads": [[0, 0.0], [4, 3.0]], "layers.neurons": [[0, 0.0], [40, 2.0]]}
+    table = LatencyTable(device="paper", batch_size=2, length=5, dense_ms=16.0, rest_ms=1.0, parts=parts)
+    monkeypatch.setattr(apt.training.controller.goal, "measure_latency", lambda *_: table)
+    model = apt.compress(tiny_model("bert"), unlabelled("bert"), round_to=1, target_speedup=2.0)
+    assert apt.summary(model).sparsity > 0.3
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    assert not apt.Controller(model, optimizer, 50).active
+    asked = apt.APTConfig().with_overrides(target_speedup=1.2)
+    model = apt.compress(tiny_model("bert"), unlabelled("bert"), 0.5, config=asked, round_to=1, kurtosis="off")
+    assert apt.summary(model).sparsity >= 0.5
+
+
+def test_no_batch_is_drawn_that_is_not_used() -> None:
+    drawn = iter(unlabelled("bert", 9))
+    apt.compress(tiny_model("bert"), drawn, round_to=1, calibration_batches=2, moment_batches=4)
+    assert len(list(drawn)) == 5
+
+
+def test_a_run_of_a_file_that_asks_for_speed_is_compressed_to_the_sparsity(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, pruning={"target_speedup": 1.5, "num_events": 3})
+    config = compress_config(str(path), None, tmp_path / "out", 0.4, [])
+    assert (config.pruning.target_speedup, config.pruning.target_sparsity) == (None, 0.4)
+    told = {"0": "compress: nothing is asked to go", "1.5": "must be in [0, 1)", "nan": "must be a number"}
+    for wrong, words in told.items():
+        assert main(["compress", str(path), "--sparsity", wrong, "--out", str(tmp_path / "x")]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

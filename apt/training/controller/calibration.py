@@ -1,5 +1,6 @@
 """Static scores: sums over batches before any training, for a cut that needs no schedule."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def static_scores(
 
     Raises:
         FloatingPointError: a loss or score is no number, whatever the factor.
-        ValueError: there is no batch.
+        ValueError: there is no batch, or the loss depends on no unit.
     """
     total: Scores = {}
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
@@ -78,9 +79,13 @@ def static_scores(
                     f"calibration: batch {number}, with a loss of {loss}, gives {wrong[0]} a salience that is NaN "
                     f"or infinite; look at that batch, or calibrate in a wider dtype"
                 )
+            if not math.isfinite(loss):  # of no label at all: its gradients are 0
+                raise FloatingPointError(f"calibration: batch {number} has a loss of {loss}; look at its labels")
             total = {name: score + total.get(name, 0.0) for name, score in scores.items()}
     if not total:
         raise ValueError("calibration: there is no batch to score units on; give at least one")
+    if not any(bool(score.any()) for score in total.values()):
+        raise ValueError("calibration: the loss depends on no unit, so none could be chosen; look at loss and labels")
     return total
 
 
@@ -102,10 +107,23 @@ def output_entropy(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The mean entropy of what the model predicts, in nats: a measure of what matters to it that asks for no labels.
 
     As HFPrune (arXiv 2603.08083) scores units. The mean is over the tokens that are no padding, or over the examples.
+
+    Raises:
+        ValueError: the model does not predict one of several classes or tokens, or is to be told what its decoder
+            reads.
     """
-    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+    generates = hasattr(model, "prepare_decoder_input_ids_from_labels")
+    if generates and "decoder_input_ids" not in batch:
+        raise ValueError("calibration: a decoder behind an encoder needs text to predict; put labels into the batches")
+    logits = getattr(model(**{name: value for name, value in batch.items() if name != "labels"}), "logits", None)
+    if not isinstance(logits, Tensor) or logits.shape[-1] < 2:
+        raise ValueError(
+            "calibration: this model predicts no classes or tokens, so its output has no entropy; put labels into the "
+            "batches, or give compute_loss"
+        )
+    logits = logits.float()
     entropy = -(logits.log_softmax(-1) * logits.softmax(-1)).sum(-1)
-    mask = batch.get("attention_mask")
+    mask = batch.get("decoder_attention_mask" if generates else "attention_mask")
     if mask is None or mask.shape != entropy.shape:
         return entropy.mean()
     return (entropy * mask).sum() / mask.sum()
