@@ -39,6 +39,16 @@ class RepairNote:
     before: float  # error of the cut alone
     after: float  # of the cut that is repaired
 
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "RepairNote":
+        """The note of an entry. Raises TypeError where it is none."""
+        note = cls(**row)
+        for name in ("ridge", "before", "after"):
+            value = getattr(note, name)
+            if not (isinstance(value, int | float) or (name == "ridge" and value is None)):
+                raise TypeError(f"{name} of a repair is no number")
+        return note
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan:
@@ -57,9 +67,10 @@ class PrunePlan:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "PrunePlan":
+        row = dict(row)
         repair = row.get("repair")
-        notes = None if repair is None else {name: RepairNote(**note) for name, note in repair.items()}
-        return cls(**{**row, "repair": notes})
+        notes = None if repair is None else {name: RepairNote.from_json(note) for name, note in dict(repair).items()}
+        return cls(**(row | {"repair": notes}))
 
 
 @dataclass(frozen=True, kw_only=True)

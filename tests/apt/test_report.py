@@ -73,6 +73,10 @@ def test_no_run_and_a_broken_one(tmp_path: Path) -> None:
         print_report(folder)
 
 
+PRUNED: dict[str, Any] = {"step": 3, "target_sparsity": 0.5, "kept": {"a": [0]}, "round_to": 1}
+NOTE: dict[str, Any] = {"ridge": None, "before": 0.2, "after": 0.1}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -83,6 +87,11 @@ def test_no_run_and_a_broken_one(tmp_path: Path) -> None:
         ({"prune": {"step": 3, "target_sparsity": 0.5, "kept": [[]], "round_to": 1}}, r"events\.jsonl: "),
         ({"rank": {"step": 3, "budget": 9, "ranks": {"a": "2"}}}, "the rank of 'a' is no whole number"),
         ({"sparsity": "much"}, "sparsity is no number"),
+        ({"prune": [1]}, r"events\.jsonl: "),
+        ({"prune": PRUNED | {"repair": [1]}}, r"events\.jsonl: "),
+        ({"prune": PRUNED | {"repair": {"a": None}}}, r"events\.jsonl: "),
+        ({"prune": PRUNED | {"repair": {"a": NOTE | {"ridge": "x"}}}}, "ridge of a repair is no number"),
+        ({"prune": PRUNED | {"repair": {"a": NOTE | {"after": None}}}}, "after of a repair is no number"),
     ],
 )
 def test_an_event_that_is_none_is_told(change: dict[str, Any], words: str, tmp_path: Path) -> None:
