@@ -30,7 +30,7 @@ class CardFacts:
 
     base: str  # model as it was named: on the hub, a package's, or a local folder, of which the last part is told
     kind: str  # class of transformers
-    method: str
+    method: str | None  # None: nothing was trained
     stock: bool  # whether AutoModel loads it
     counts: Summary
 
@@ -86,9 +86,9 @@ def model_card(
         pipeline_tag=hub_tag,
         datasets=[printable(public_name(str(metrics["data"])))] if "data" in metrics else None,
         metrics=[metrics["metric"]] if "metric" in metrics else None,
-        tags=["apt-lm", facts.method, *(["pruned"] if facts.counts.sparsity > 0.0 else [])],
+        tags=["apt-lm", facts.method or "compress", *(["pruned"] if facts.counts.sparsity > 0.0 else [])],
     )
-    parts = [f"# {markdown(base)}, by apt-lm ({facts.method})", _text(facts, base, metrics)]
+    parts = [f"# {markdown(base)}, by apt-lm ({facts.method or 'compress'})", _text(facts, base, metrics)]
     parts += ["## How to load it", _loading(facts), "## What was removed, and what is left", _structure(facts.counts)]
     if metrics:
         parts += ["## Scores and efficiency", _figures(metrics)]
@@ -115,7 +115,9 @@ def command_of(arguments: list[str]) -> str:
 def _text(facts: CardFacts, base: str, metrics: Mapping[str, Any]) -> str:
     counts = facts.counts
     share = 1.0 - counts.params_after / counts.params_before
-    lines = f"{facts.kind}, fine-tuned from {markdown(base)} by the method {facts.method} of apt-lm"
+    lines = f"{facts.kind}, made from {markdown(base)} by apt-lm without training"
+    if facts.method is not None:
+        lines = f"{facts.kind}, fine-tuned from {markdown(base)} by the method {facts.method} of apt-lm"
     lines += f" on {markdown(public_name(str(metrics['data'])))}" if "data" in metrics else ""
     return (
         f"{lines}. {counts.sparsity:.1%} of its block parameters (attention, FFN, norms) and {share:.1%} of all are "

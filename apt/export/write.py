@@ -20,6 +20,7 @@ from apt.families import known_anatomy
 from apt.families.hidden_parts import hidden_size
 from apt.files.manifest import sha256_of
 from apt.files.whole import find_whole, write_folder_aside
+from apt.layers import adapted
 from apt.layers.derived import plain_class
 from apt.methods.prompts import PTuningEmbedding, placed_prompt
 from apt.surgery import Summary, bare_model, patch_state, summary
@@ -133,7 +134,10 @@ def _readme(model: nn.Module, counts: Summary, *, is_stock: bool) -> str:
     """The model card."""
     config: Any = model.config
     base = str(getattr(config, "_name_or_path", "") or "")
-    return model_card(CardFacts(base, type(model).__name__, patch_state(model).config.method, is_stock, counts))
+    factors = [linear.factors()[1] for _, linear in adapted(model) if linear.rank]
+    trained = not factors or any(bool(b.any()) for b in factors)
+    method = patch_state(model).config.method if trained else None
+    return model_card(CardFacts(base, type(model).__name__, method, is_stock, counts))
 
 
 def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> Summary:

@@ -178,6 +178,13 @@ def _remove_forgotten(path: Path) -> None:
                 left.unlink()
 
 
+def check_replaceable(folder: Path, holds: str) -> None:
+    """Raise ValueError where `write_folder_aside` would: before the work whose result is to be written."""
+    if os.path.lexists(folder) and not (folder / holds).is_file() and not is_ours(folder):
+        raise ValueError(f"{folder} exists and holds no {holds}; it stays as it is, give another folder")
+    check_ours(partial_of(folder), replaced_of(folder))
+
+
 @contextmanager
 def write_folder_aside(folder: Path, holds: str) -> Iterator[Path]:
     """Lend an empty folder to write in; it takes the place of `folder` where the block ends without an error.
@@ -191,10 +198,8 @@ def write_folder_aside(folder: Path, holds: str) -> Iterator[Path]:
     Raises:
         ValueError: what has the name, or the temporary name, is not ours; it stays.
     """
-    if os.path.lexists(folder) and not (folder / holds).is_file() and not is_ours(folder):
-        raise ValueError(f"{folder} exists and holds no {holds}; it stays as it is, give another folder")
+    check_replaceable(folder, holds)
     partial = partial_of(folder)
-    check_ours(partial, replaced_of(folder))
     remove_ours(partial)
     partial.mkdir(parents=True)
     mark(partial)

@@ -10,7 +10,7 @@ import torch
 
 from apt.export import CARD, export_model, load_model
 from apt.files.telling import tell
-from apt.files.whole import check_writable, find_whole, mark, write_folder_aside, write_json
+from apt.files.whole import check_replaceable, check_writable, find_whole, mark, write_folder_aside, write_json
 from apt.records import Event
 from apt.runs.arguments import choose_device
 from apt.runs.config import RunConfig, load_config
@@ -67,12 +67,13 @@ def compress_to(config: RunConfig, folder: Path, *, overwrite: bool = False, com
     if not overwrite and (found := find_whole(folder)).exists():
         raise ValueError(f"compress: {found} exists; give another folder or --overwrite")
     check_writable(folder, "compress")
+    check_replaceable(folder, CARD)
     prepare_process(config)
     tokenizer = build_tokenizer(config)
     data = load_data(config, tokenizer)
     tell(f"{len(data.train):,} {data.unit} to calibrate on, {len(data.test):,} to test on")
     device = choose_device(config.hardware)
-    model = build_model(config, data.num_labels, tokenizer, data.label_names).to(device)
+    model = build_model(config, data.num_labels, tokenizer, data.label_names, tuned=True).to(device)
     check_lengths(data, model)
     evaluator = Evaluator(tokenizer, config.evaluation)
     before = score_model(config, evaluator, model, data)
@@ -87,7 +88,8 @@ def compress_to(config: RunConfig, folder: Path, *, overwrite: bool = False, com
         after = score_model(config, evaluator, load_model(partial).to(device), data)
         event = patch_state(model).past[-1]
         write_json(partial / RECORD, {"before": before, "after": after, **taken, "event": event.to_json()})
-        write_card(config, model, partial, after | {"test_size": len(data.test), "unit": data.unit}, command)
+        figures = after | {"test_size": len(data.test), "unit": data.unit}
+        write_card(config, model, partial, figures, command, trained=False)
     tell(_told(config, before, after, event, taken["seconds"]))
     return folder
 
@@ -104,9 +106,11 @@ def _told(config: RunConfig, before: dict[str, float], after: dict[str, float], 
     """One line of what came out."""
     metric = metric_names(config)[0]
     notes = list((event.prune.repair or {}).values()) if event.prune is not None else []
-    errors = [sum(getattr(note, side) for note in notes) / max(1, len(notes)) for side in ("before", "after")]
-    return (
+    told = (
         f"{metric} {before[metric]:.4g} before, {after[metric]:.4g} after: {event.sparsity:.1%} of the block "
-        f"parameters are gone, in {seconds:.0f} s; mean error of {len(notes)} projections {errors[0]:.3f}, repaired "
-        f"{errors[1]:.3f}"
+        f"parameters are gone, in {seconds:.0f} s"
     )
+    if not notes:
+        return told
+    cut, repaired = (sum(getattr(note, side) for note in notes) / len(notes) for side in ("before", "after"))
+    return f"{told}; mean error of {len(notes)} projections {cut:.3f}, repaired {repaired:.3f}"

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, GgufConfig
 
+from apt.export.files import CARD
 from apt.families.config_files import check_gguf, check_model_folder, is_unusable, reason_of
 from apt.families.locate import GGUF, resolve_model
 from apt.runs.config import RunConfig
@@ -34,9 +35,21 @@ def build_tokenizer(config: RunConfig) -> Any:
 
 
 def build_model(
-    config: RunConfig, num_labels: int | None, tokenizer: Any, label_names: list[str] | None = None
+    config: RunConfig,
+    num_labels: int | None,
+    tokenizer: Any,
+    label_names: list[str] | None = None,
+    *,
+    tuned: bool = False,
 ) -> nn.Module:
     """The pretrained model in float32 on the CPU, with the head of its task; a new one is drawn with `training.seed`.
+
+    Args:
+        config: names the model and its task.
+        num_labels: of the data.
+        tokenizer: of the model.
+        label_names: of the data.
+        tuned: whether the head must come with the model, as nothing trains it.
 
     Raises:
         ValueError: the model cannot be loaded, or is not whole.
@@ -55,6 +68,11 @@ def build_model(
         )
     assert isinstance(model, nn.Module)
     _check_whole(model, told["missing_keys"], config.model.name)
+    for key in sorted(told["missing_keys"])[: int(tuned)]:
+        raise ValueError(
+            f"model: {config.model.name} lacks {key}, which would be drawn at random, and nothing trains it; give a "
+            f"model that was tuned to {config.model.task}"
+        )
     loaded: Any = model.config
     # A decoder reads its class at the last token that is not padding, so it has to know which one that is.
     if task.new_head and loaded.pad_token_id is None:
@@ -113,6 +131,10 @@ def _load_pretrained(kind: Any, name: str, **settings: Any) -> Any:
     except Exception as error:  # whatever the files say; what is no fault of theirs passes
         if not is_unusable(error):
             raise
+        if (Path(path) / CARD).is_file():
+            raise ValueError(
+                f"model: {name} is an export of apt-lm with sizes of its own; give the model that it was made from"
+            ) from error
         raise ValueError(f"model: {name} cannot be loaded: {reason_of(error)}") from error
 
 

@@ -146,10 +146,19 @@ def load_data(config: RunConfig, tokenizer: Any, *, num_labels: int | None = Non
     return TASKS[config.model.task].load(asked)
 
 
-def write_card(config: RunConfig, model: nn.Module, folder: Path, metrics: dict[str, Any], command: str | None) -> None:
+def write_card(
+    config: RunConfig,
+    model: nn.Module,
+    folder: Path,
+    metrics: dict[str, Any],
+    command: str | None,
+    *,
+    trained: bool = True,
+) -> None:
     """The model card of the export once more, with what the run knows of it."""
+    method = config.model.method if trained else None
     stock = bool(json.loads((folder / CARD).read_text(encoding="utf-8"))["stock"])
-    facts = CardFacts(config.model.name, type(model).__name__, config.model.method, stock, summary(model))
+    facts = CardFacts(config.model.name, type(model).__name__, method, stock, summary(model))
     card = model_card(facts, metrics, TASKS[config.model.task].hub_tag, command)
     (folder / README).write_text(card, encoding="utf-8")
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
-from tiny_run import sentences, tiny_bert, tiny_tokenizer, write_config, write_csv
+from tiny_run import sentences, tiny_bert, tiny_tokenizer, write_config, write_csv, write_model
 from tiny_text import write_text_config
 
 import apt
+import apt.runs.compress
 from apt.cli import main
 from apt.pruning.latency_table import LatencyTable
 from apt.runs.compress import RECORD, compress_config
@@ -177,3 +178,58 @@ def test_a_run_of_a_file_that_asks_for_speed_is_compressed_to_the_sparsity(
         assert main(["compress", str(path), "--sparsity", wrong, "--out", str(tmp_path / "x")]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_the_card_says_that_nothing_was_trained(tmp_path: Path) -> None:
+    """Of the command and of the function; once it is trained on it says so."""
+    tiny_bert().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    data = write_csv(tmp_path / "rows.csv", sentences(240))
+    out = tmp_path / "small"
+    assert main(["compress", str(tmp_path / "tiny"), str(data), "test_size=48", "--out", str(out), *QUICK]) == 0
+    model = apt.compress(tiny_model("bert"), unlabelled("bert"), round_to=1)
+    apt.export_model(model, tmp_path / "function")
+    for folder in (out, tmp_path / "function"):
+        card = (folder / "README.md").read_text()
+        assert "without training" in card
+        assert "fine-tuned" not in card
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_()
+    apt.export_model(model, tmp_path / "trained")
+    assert "fine-tuned from" in (tmp_path / "trained/README.md").read_text()
+
+
+def test_what_would_be_compressed_or_written_for_nothing_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head drawn at random, an export that has sizes of its own, a folder that is somebody's."""
+    tiny_bert().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    small = apt.compress(tiny_bert(), [{"input_ids": torch.arange(5, 14)[None]}], 0.3, round_to=1)
+    apt.export_model(small, tmp_path / "export")
+    tiny_tokenizer().save_pretrained(tmp_path / "export")
+    headless = write_model(tmp_path / "headless")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    data = write_csv(tmp_path / "rows.csv", sentences(240))
+    monkeypatch.setattr(apt.runs.compress, "compress", lambda *_, **__: pytest.fail("compressed"))
+    for model, out, words in (
+        (headless, "x", "which would be drawn at random, and nothing trains it; give a model that was tuned"),
+        (
+            tmp_path / "export",
+            "x",
+            "is an export of apt-lm with sizes of its own; give the model that it was made",
+        ),
+        (tmp_path / "tiny", "mine", "holds no apt_export.json; it stays as it is, give another folder"),
+    ):
+        command = ["compress", str(model), str(data), "test_size=48", "--out", str(tmp_path / out), "--overwrite"]
+        assert main([*command, *QUICK]) == 2
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "mine/notes.txt").read_text() == "mine"
+
+
+def test_without_repair_no_error_of_projections_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compress", str(write_text_config(tmp_path)), "--out", str(tmp_path / "small"), *QUICK]
+    assert main([*command, "repair=off", "rounds=1"]) == 0
+    assert "projections" not in capsys.readouterr().err.splitlines()[-1]
