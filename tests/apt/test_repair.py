@@ -276,6 +276,13 @@ def test_a_teacher_keeps_the_weights_from_before_a_repair() -> None:
 def test_a_run_that_repairs_asks_for_data() -> None:
     with pytest.raises(ValueError, match=r"controller: events with repair='weights' take calibration data"):
         Loop("bert", patched("bert", target_sparsity=0.5, **REPAIR))
+    wrong: Any = batches("bert")
+    with pytest.raises(ValueError, match=r"give Controller\(calibration=apt.Calibration\(lambda step: batches\)\)"):
+        Loop("bert", patched("bert", target_sparsity=0.5, **REPAIR), calibration=wrong)
+    with pytest.raises(ValueError, match=r"calibration: batches is a function of an event's step, got a list"):
+        apt.Calibration(wrong)
+    with pytest.raises(ValueError, match=r"calibration: batches are mappings .* got a tuple"):
+        model_loss(patched("bert"), tuple(wrong[0].values()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"pruning: rounds are of events that repair"):
         APTConfig().with_overrides(rounds=2)
 

@@ -28,9 +28,21 @@ class Calibration:
     batches: Callable[[int], Iterable[Mapping[str, Any]]]
     compute_loss: Loss | None = None
 
+    def __post_init__(self) -> None:
+        if not callable(self.batches):
+            raise ValueError(
+                f"calibration: batches is a function of an event's step, got a {type(self.batches).__name__}; give "
+                f"apt.Calibration(lambda step: batches)"
+            )
+
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The loss that the model computes itself, from the labels in the batch."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"calibration: batches are mappings of tensors by name, as the model takes them; got a "
+            f"{type(batch).__name__}"
+        )
     loss = getattr(model(**batch), "loss", None)
     if not isinstance(loss, Tensor):
         raise ValueError("calibration: the model gave no loss; put labels into the batches, or give compute_loss")

@@ -66,10 +66,10 @@ class Pruning(Phase):
         self.calibration = calibration
         self.grad_scale = 1.0  # of the latest step
         self.has_teacher = has_teacher
-        if self.repairs and calibration is None and not timeline.one_shot:
+        if self.repairs and not isinstance(calibration, Calibration) and not timeline.one_shot:
             raise ValueError(
                 "controller: events with repair='weights' take calibration data; give Controller(calibration="
-                "apt.Calibration(batches)), or set repair='off'"
+                "apt.Calibration(lambda step: batches)), or set repair='off'"
             )
         if not (timeline.one_shot or self.repairs):
             self.units.collect(True)
