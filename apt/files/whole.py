@@ -32,18 +32,19 @@ OF_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers te
 OF_TORCH = "inline_container.cc"  # of torch.save, which does not tell why
 
 
-def check_writable(folder: Path, room: str) -> None:
+def check_writable(folder: Path, room: str, setting: str = "output_dir") -> None:
     """Raise OSError where a folder cannot be made, or nothing can be written in it; nothing is made here.
 
     Args:
         folder: what is to be written, whether it exists or not.
         room: begins the message.
+        setting: that names the folder.
     """
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
         return
     why = "may not be written" if nearest.is_dir() else "is no folder"
-    raise OSError(f"{room}: {folder} cannot be written, as {nearest} {why}; give another output_dir")
+    raise OSError(f"{room}: {folder} cannot be written, as {nearest} {why}; give another {setting}")
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def compress_to(config: RunConfig, folder: Path, *, overwrite: bool = False, com
     folder = folder.expanduser()
     if not overwrite and (found := find_whole(folder)).exists():
         raise ValueError(f"compress: {found} exists; give another folder or --overwrite")
-    check_writable(folder, "compress")
+    check_writable(folder, "compress", "--out")
     check_replaceable(folder, CARD)
     prepare_process(config)
     tokenizer = build_tokenizer(config)

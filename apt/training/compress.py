@@ -62,6 +62,8 @@ def compress(
         ValueError: there is no batch, a setting is wrong, the floors exclude the sparsity, or the family is unknown.
         FloatingPointError: a loss, a score or an input is NaN or infinite.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("compress: units are scored by gradients; call it outside of torch.inference_mode()")
     config = _settled(config, {"target_sparsity": target_sparsity, **settings})
     device = next(model.parameters()).device
     most = max(config.pruning.calibration_batches, config.pruning.moment_batches)

@@ -58,6 +58,12 @@ def test_an_encoder_with_its_head_by_model_and_data(tmp_path: Path, capsys: pyte
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", "some-model", "--out", str(tmp_path / "x")]) == 2
     assert "compress: give a model and its data, or a config file that names both" in capsys.readouterr().err
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of torch\.inference_mode"):
+        apt.compress(tiny_model("bert"), [tiny_batch("bert")])
+    (tmp_path / "file").touch()
+    config = write_text_config(tmp_path)
+    assert main(["compress", str(config), "--out", str(tmp_path / "file" / "x")]) == 2
+    assert "is no folder; give another --out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="compress: there is no batch to calibrate on"):
         apt.compress(tiny_model("bert"), [])
 
