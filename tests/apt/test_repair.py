@@ -58,6 +58,12 @@ def repaired(model: Any, name: str, kept: dict[str, list[int]], *, keep_dense: b
     return Repairer(groups, keep_dense=keep_dense).repair(kept, found)
 
 
+def searched(model: Any) -> tuple[UnitScores, UnitSearch]:
+    """The units of a patched model and the search over them, by its own settings."""
+    config = apt.surgery.patch_state(model).config.pruning
+    return UnitScores(anatomy_of(model), config), UnitSearch(block_params(anatomy_of(model)), config)
+
+
 @torch.no_grad()
 def logits(model: Any, name: str, seed: int = 77) -> Tensor:
     found: Tensor = model.eval()(**tiny_batch(name, seed=seed)).logits
@@ -208,14 +214,11 @@ def test_a_calibrated_cut_is_no_other_without_gradients(rounds: int) -> None:
     """One round scores once; more of them shut units that stay shut, and the last repair is from the dense weights."""
     model = patched("llama_gqa", target_sparsity=0.5, salience="fisher", **REPAIR)
     dense = copy.deepcopy(model)
-    config = apt.surgery.patch_state(model).config.pruning
-    units = UnitScores(anatomy_of(model), config)
-    total = block_params(anatomy_of(model))
-    search = UnitSearch(total, config)
+    units, search = searched(model)
     plans = []
 
     def choose(scores: dict[str, Tensor], part: float) -> Any:
-        plans.append(search.plan(units.groups, scores, total, 0, 0.5 * part))
+        plans.append(search.plan(units.groups, scores, search.total, 0, 0.5 * part))
         return plans[-1]
 
     state = torch.get_rng_state()
@@ -225,13 +228,7 @@ def test_a_calibrated_cut_is_no_other_without_gradients(rounds: int) -> None:
     for earlier, later in itertools.pairwise(plans):
         assert all(set(later.kept[name]) <= set(earlier.kept[name]) for name in later.kept)
     assert all(parameter.grad is None for parameter in model.parameters())
-    again = Repairer(find_units(anatomy_of(dense)))
-    groups = find_units(anatomy_of(dense))
-    with collecting([group.reader for group in groups]) as collectors, torch.no_grad():
-        for number, batch in enumerate(batches("llama_gqa", 9)):
-            hold_out(collectors, number)
-            dense.eval()(**batch)
-    again.repair(plan.kept, {group.name: c for group, c in zip(groups, collectors, strict=True)})
+    repaired(dense, "llama_gqa", plan.kept)
     for (name, ours), (_, theirs) in zip(adapted(model), adapted(dense), strict=True):
         close(name, ours.weight, theirs.weight)
 
@@ -332,9 +329,7 @@ def test_a_scaled_loss_scores_alike_and_counts_every_token_once() -> None:
     found = []
     for scale in (1.0, 1024.0):
         model = patched("bert", target_sparsity=0.5, salience="fisher", **REPAIR)
-        config = apt.surgery.patch_state(model).config.pruning
-        units = UnitScores(anatomy_of(model), config)
-        search = UnitSearch(block_params(anatomy_of(model)), config)
+        units, search = searched(model)
         cut = CalibratedCut(model, units, batches("bert", 9), model_loss, 3, scale)
         plan = cut.carry_out(lambda scores, part, u=units, s=search: s.plan(u.groups, scores, s.total, 0, 0.5))
         found.append((plan, [linear.weight.clone() for _, linear in adapted(model)]))
@@ -406,19 +401,16 @@ def test_static_scores_that_fail_leave_no_mask_collecting() -> None:
 def test_each_round_sees_the_outliers_of_the_weights_that_it_repaired() -> None:
     """The kurtosis of a neuron's column is kept from step to step, and changes with the repair."""
     model = patched("llama_gqa", target_sparsity=0.5, **{**REPAIR, "salience": "fisher", "kurtosis": "paper"})
-    config = apt.surgery.patch_state(model).config.pruning
-    units = UnitScores(anatomy_of(model), config)
-    total = block_params(anatomy_of(model))
-    search = UnitSearch(total, config)
+    units, search = searched(model)
     shares = []
 
     def choose(scores: dict[str, Tensor], part: float) -> Any:
-        again = UnitScores(anatomy_of(model), config)
+        again, _ = searched(model)
         wanted = [again.outliers._term(group) for group in units.groups if group.mask.unit_size == 1]
         units.collect(True)
         found = [units.outliers._term(group) for group in units.groups if group.mask.unit_size == 1]
         shares.append(all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True)))
-        return search.plan(units.groups, scores, total, 0, 0.5 * part)
+        return search.plan(units.groups, scores, search.total, 0, 0.5 * part)
 
     CalibratedCut(model, units, batches("llama_gqa", 9), model_loss, 2).carry_out(choose, 3)
     assert shares == [True] * 3
