@@ -38,7 +38,7 @@ class PruningConfig:
     prune_before_tuning: bool = False  # all at once before step 1, from static scores; no pruning event comes later
     calibration_batches: int = 32  # of training data, summed into these scores; at least 1
     salience: str = (
-        "product_of_sums"  # of a unit; "sum_of_products", "gate_taylor" keep activations; "fisher", "magnitude"
+        "product_of_sums"  # of a unit; "sum_of_products", "gate_taylor" keep activations; "fisher", "obs", "magnitude"
     )
     repair: str = (
         "off"  # of what reads the units that go: "weights" gives their output to those that stay, at the event
@@ -82,6 +82,16 @@ class PruningConfig:
                 raise ValueError(f"pruning: {name} must be at least 1, got {getattr(self, name)}")
         if self.rounds > 1 and self.repair == "off":
             raise ValueError("pruning: rounds are of events that repair; set repair='weights', or rounds=1")
+        if self.salience == "obs" and self.repair == "off" and self.target_saving > 0.0:
+            raise ValueError(
+                "pruning: salience 'obs' weighs what a repair cannot give back; set repair='weights', or take 'fisher'"
+            )
+        if self.salience == "obs" and self.kurtosis not in (None, "off"):
+            raise ValueError(
+                f"pruning: salience 'obs' takes no outlier term, so kurtosis must be 'off', got {self.kurtosis!r}"
+            )
+        if self.salience == "obs" and "hidden" in self.unit_types:
+            raise ValueError("pruning: hidden dimensions have no salience 'obs', as no repair is theirs; take 'fisher'")
         if self.salience == "magnitude" and self.kurtosis not in (None, "off"):
             raise ValueError(
                 f"pruning: salience 'magnitude' takes no statistics, so kurtosis must be 'off', got {self.kurtosis!r}"

@@ -22,7 +22,7 @@ class UnitScores:
     def __init__(self, anatomy: Anatomy, config: PruningConfig) -> None:
         self.anatomy = anatomy
         self.config = config
-        default = "paper" if anatomy.family.decoder and self.from_data else "off"
+        default = "paper" if anatomy.family.decoder and self.from_data and config.salience != "obs" else "off"
         self.outliers = OutlierTerm(config.kurtosis or default)
         self.masks: dict[UnitMask, bool] = {}  # that collect, and whether their signed inputs too
         self.groups: list[Group] = []
@@ -49,7 +49,7 @@ class UnitScores:
         for mask, totals in self.masks.items():
             mask.collecting = on and self.from_data
             mask.products = self.config.salience in ("sum_of_products", "gate_taylor")
-            mask.squares = self.config.salience == "fisher"
+            mask.squares = self.config.salience in ("fisher", "obs")
             mask.totals = totals
             mask.reset_sums()
             if isinstance(mask, HiddenMask):

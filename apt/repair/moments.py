@@ -42,6 +42,15 @@ class Collector:
         return self.moments[0]
 
     @property
+    def whole(self) -> Moment:
+        """Of all tokens."""
+        return self.moments[0].plus(self.moments[1])
+
+    def to(self, device: torch.device | str) -> None:
+        """Move what was collected."""
+        self.moments = [moment.to(device) for moment in self.moments]
+
+    @property
     def held_out(self) -> Moment | None:
         """None where no token was held out."""
         return self.moments[1] if float(self.moments[1].count) else None

@@ -87,8 +87,11 @@ class Repairer:
             columns = (units[:, None] * size + torch.arange(size, device=device)).flatten()
             collector = collectors[group.name]
             held_out = collector.held_out if choose_ridge else None
+            held_out = None if held_out is None else held_out.to(device)
             try:
-                solution = solve(reader.acting, collector.fit, held_out, columns, with_bias=reader.bias is not None)
+                solution = solve(
+                    reader.acting, collector.fit.to(device), held_out, columns, with_bias=reader.bias is not None
+                )
             except FloatingPointError as error:
                 raise FloatingPointError(f"repair: of {group.name} {error}; look at the calibration batches") from None
             if self.keep_dense:

@@ -37,6 +37,14 @@ class Moment:
     def plus(self, other: "Moment") -> "Moment":
         return Moment(self.second + other.second, self.total + other.total, self.count + other.count)
 
+    def to(self, device: torch.device | str) -> "Moment":
+        return Moment(self.second.to(device), self.total.to(device), self.count.to(device))
+
+    def check(self) -> None:
+        """Raise FloatingPointError where it holds a number that is NaN or infinite."""
+        if not bool(self.second.isfinite().all()):
+            raise FloatingPointError("the inputs hold a number that is NaN or infinite")
+
     def mean(self) -> Tensor:
         """``[D]``, float64."""
         return self.total.double() / self.count.double().clamp(min=1.0)
@@ -86,8 +94,7 @@ def solve(weight_OD: Tensor, fit: Moment, held_out: Moment | None, kept_S: Tenso
         FloatingPointError: the moments hold a number that is NaN or infinite.
     """
     whole = fit if held_out is None else fit.plus(held_out)
-    if not bool(whole.second.isfinite().all()):
-        raise FloatingPointError("the inputs hold a number that is NaN or infinite")
+    whole.check()
     weight_OD = weight_OD.double()
     gone_P = _others(kept_S, weight_OD.shape[1])
     judge = fit if held_out is None else held_out

@@ -17,10 +17,12 @@ from apt.pruning.units import UnitGroup
 from apt.records import PrunePlan
 from apt.repair.moments import Collector, bytes_of, collecting, hold_out
 from apt.repair.repairer import Repairer
+from apt.repair.unexplained import Unexplained
 from apt.training.controller.calibration import Loss, Scores, static_scores
 
 Batch = Mapping[str, Any]
-MOST_BYTES = 4 * 1024**3  # of moments at a time; where they need more, the batches pass once more for the next
+MOST_BYTES = 4 * 1024**3  # of moments on the device; where they need more, the batches pass once more for the next
+OBS_STEPS = 12  # in which salience "obs" chooses the units of a round: of two that tell the same, one must stay
 Choose = Callable[[Scores, float], PrunePlan]  # from scores, and a part of the way to the event's sparsity
 
 
@@ -76,11 +78,16 @@ class CalibratedCut:
             undo.callback(self.units.collect, False)
             undo.callback(repairer.undo)
             scores, moments = self._first_pass(groups)
+            unexplained = self._unexplained(groups, moments)
             for number in range(1, rounds + 1):
                 if number > 1:
-                    scores = self._shut(self._score(self.batches))
-                plan = choose(scores, number / rounds)
-                settle_masks(self.units.groups, plan.kept)
+                    scores = self._score(self.batches)
+                for part in self._parts(number, rounds):
+                    known = {name: left.scores(scores[name]) for name, left in unexplained.items()}
+                    plan = choose(self._shut(known or scores), part)
+                    settle_masks(self.units.groups, plan.kept)
+                    for name, left in unexplained.items():
+                        left.keep(plan.kept[name])
                 notes = repairer.repair(plan.kept, moments, choose_ridge=number == rounds)
                 self.units.outliers.reset()  # they were of the weights before
             undo.pop_all()
@@ -110,6 +117,33 @@ class CalibratedCut:
         self.units.collect(False)
         return scores
 
+    def _parts(self, number: int, rounds: int) -> list[float]:
+        """How far towards the event's sparsity a round goes, in one step or in several."""
+        steps = OBS_STEPS if self._by_obs else 1
+        return [(number - 1 + step / steps) / rounds for step in range(1, steps + 1)]
+
+    @property
+    def _by_obs(self) -> bool:
+        return self.units.config.salience == "obs"
+
+    def _unexplained(self, groups: Sequence[UnitGroup], moments: Mapping[str, Collector]) -> dict[str, Unexplained]:
+        """What salience "obs" asks of the moments, by unit group; nothing for another.
+
+        Raises:
+            FloatingPointError: a moment holds a number that is NaN or infinite.
+        """
+        found = {}
+        for group in groups if self._by_obs else ():
+            moment = moments[group.name].whole.to(group.mask.values.device)
+            with_bias = group.reader.view()[1] is not None
+            try:
+                found[group.name] = Unexplained.of(moment, group.mask.unit_size, with_bias=with_bias)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"salience: of {group.name} {error}; look at the calibration batches"
+                ) from None
+        return found
+
     def _shut(self, scores: Scores) -> Scores:
         """The scores with 0 for the units that an earlier round shut."""
         return {group.name: scores[group.name] * (group.mask.values > 0) for group in self.units.groups}
@@ -118,12 +152,15 @@ class CalibratedCut:
         """The scores of the model as it is, and the moments of what the groups' projections read in all batches."""
         moments: dict[str, Collector] = {}
         scores: Scores = {}
-        for number, some in enumerate(_in_memory(groups)):
+        lists = _in_memory(groups)
+        for number, some in enumerate(lists):
             with collecting([group.reader for group in some]) as collectors:
                 batches = _numbered(self.batches, collectors)
                 if number == 0 and self.grad_scale == 1.0:
                     scores = self._score(batches)  # and the moments of the same passes
                 self._pass(batches)
+            for collector in collectors if len(lists) > 1 else ():
+                collector.to("cpu")
             moments |= {group.name: collector for group, collector in zip(some, collectors, strict=True)}
         if self.grad_scale != 1.0:  # a batch that overflows passes again, and would count twice
             scores = self._score(self.batches)
