@@ -33,6 +33,7 @@ class CardFacts:
     method: str | None  # None: nothing was trained
     stock: bool  # whether AutoModel loads it
     counts: Summary
+    repaired: int = 0  # projections whose columns that stayed took over what went
 
 
 def public_name(name: str) -> str:
@@ -89,7 +90,7 @@ def model_card(
         tags=["apt-lm", facts.method or "compress", *(["pruned"] if facts.counts.sparsity > 0.0 else [])],
     )
     parts = [f"# {markdown(base)}, by apt-lm ({facts.method or 'compress'})", _text(facts, base, metrics)]
-    parts += ["## How to load it", _loading(facts), "## What was removed, and what is left", _structure(facts.counts)]
+    parts += ["## How to load it", _loading(facts), "## What was removed, and what is left", _structure(facts)]
     if metrics:
         parts += ["## Scores and efficiency", _figures(metrics)]
     if command is not None:
@@ -131,7 +132,8 @@ def _loading(facts: CardFacts) -> str:
     return "No stock configuration describes it:\n\n```python\nimport apt\n\nmodel = apt.load_model(folder)\n```"
 
 
-def _structure(counts: Summary) -> str:
+def _structure(facts: CardFacts) -> str:
+    counts = facts.counts
     rows: dict[str, Any] = {
         "parameters before": f"{counts.params_before:,}",
         "parameters after": f"{counts.params_after:,}",
@@ -143,7 +145,9 @@ def _structure(counts: Summary) -> str:
     rows |= {f"{kind} left, layer by layer": " ".join(map(str, left)) for kind, left in found.items()}
     if counts.hidden:
         rows["hidden dimensions"] = counts.hidden
-    if counts.ranks:
+    if facts.repaired:
+        rows["projections repaired for what they lost"] = facts.repaired
+    if counts.ranks and facts.method is not None:
         rows["ranks of the adapters, now merged"] = " ".join(map(str, counts.ranks.values()))
     if counts.virtual_tokens:
         rows["virtual tokens"] = counts.virtual_tokens

@@ -136,8 +136,11 @@ def _readme(model: nn.Module, counts: Summary, *, is_stock: bool) -> str:
     base = str(getattr(config, "_name_or_path", "") or "")
     factors = [linear.factors()[1] for _, linear in adapted(model) if linear.rank]
     trained = not factors or any(bool(b.any()) for b in factors)
-    method = patch_state(model).config.method if trained else None
-    return model_card(CardFacts(base, type(model).__name__, method, is_stock, counts))
+    state = patch_state(model)
+    method = state.config.method if trained else None
+    notes = [event.prune.repair or {} for event in state.past if event.prune is not None]
+    repaired = {name for note in notes for name, found in note.items() if found.ridge is not None}
+    return model_card(CardFacts(base, type(model).__name__, method, is_stock, counts, len(repaired)))
 
 
 def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> Summary:

@@ -24,8 +24,8 @@ def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_
         gate_taylor       |sum over features and tokens of h * dL/dy|, which is |dL/dmask| of an open unit
         fisher            sum over tokens of h^2 times that of (dL/dy)^2; of a unit with several features the sum over
                           all entries of (sum over tokens of h h^T) * (sum over tokens of g g^T), g being dL/dy
-        obs               those sums of the gradients alone: ``[D]``, or ``[num_units, d, d]`` of units of d features;
-                          `apt.repair.unexplained` makes scores of them, with the moments of a repair
+        obs               those sums of the gradients alone, times the tokens: ``[D]``, or ``[num_units, d, d]`` of
+                          units of d features; `apt.repair.unexplained` makes scores of them, with the moments of a repair
         magnitude         sum of |w| over all weights and biases of the unit, adapters merged; asks for no statistics
 
     The mean divides the product once by the number of tokens: for a mean-reduced loss no score depends on batch size
@@ -41,12 +41,12 @@ def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_
     if salience in ("fisher", "obs") and group.mask.blocks is not None:
         of_h, of_grad = group.mask.blocks
         of_grad = of_grad / grad_scale**2
-        return of_grad if salience == "obs" else (of_h * of_grad).sum((1, 2))
+        return of_grad * group.mask.count if salience == "obs" else (of_h * of_grad).sum((1, 2))
     first_D, second_D = group.mask.sums.unbind(-2)  # of hidden dimensions one row a site: [sites, D]
     if salience == "product_of_sums":
         features_D = first_D * second_D / (group.mask.count.clamp(min=1.0)[..., None] * grad_scale)
     elif salience == "obs":
-        return second_D / grad_scale**2
+        return second_D * (group.mask.count / grad_scale**2)
     elif salience == "fisher":
         features_D = first_D * (second_D / grad_scale**2)
     elif salience == "sum_of_products":

@@ -11,7 +11,7 @@ from apt.layers import APTAdapter
 from apt.layers.passes import ValidTokens
 from apt.repair.solve import Moment
 
-HELD_OUT = 8  # every so many a batch is held out, to choose the ridge by
+HELD_OUT = 8  # every so many a batch is held out, to choose the ridge by; of fewer than that the last
 
 
 class Collector:
@@ -66,10 +66,11 @@ def collecting(linears: Sequence[APTAdapter]) -> Iterator[list[Collector]]:
         yield collectors
 
 
-def hold_out(collectors: Sequence[Collector], number: int) -> None:
-    """Say which batch comes next, from 0: every eighth is held out."""
+def hold_out(collectors: Sequence[Collector], number: int, count: int) -> None:
+    """Say which of so many batches comes next, from 0: every eighth is held out, of fewer the last; none of one."""
+    every = min(HELD_OUT, count)
     for collector in collectors:
-        collector.part = int(number % HELD_OUT == HELD_OUT - 1)
+        collector.part = int(every > 1 and number % every == every - 1)
 
 
 def bytes_of(linear: APTAdapter) -> int:

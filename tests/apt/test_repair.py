@@ -52,7 +52,7 @@ def repaired(model: Any, name: str, kept: dict[str, list[int]], *, keep_dense: b
     groups = find_units(anatomy_of(model))
     with collecting([group.reader for group in groups]) as collectors, torch.no_grad():
         for number, batch in enumerate(batches(name, 9)):
-            hold_out(collectors, number)
+            hold_out(collectors, number, 9)
             model.eval()(**batch)
     found = {group.name: collector for group, collector in zip(groups, collectors, strict=True)}
     return Repairer(groups, keep_dense=keep_dense).repair(kept, found)
@@ -207,6 +207,17 @@ def test_padding_is_left_out_of_the_moments() -> None:
         close(name, collector.fit.second, x.T @ x)
         close(name, collector.fit.total, x.sum(0))
         assert float(collector.fit.count) == len(x)
+
+
+@pytest.mark.parametrize(("count", "held"), [(1, []), (2, [1]), (5, [4]), (8, [7]), (20, [7, 15])])
+def test_every_eighth_batch_is_held_out_or_the_last(count: int, held: list[int]) -> None:
+    (name, group), *_ = ((group.name, group) for group in find_units(anatomy_of(patched("bert"))))
+    with collecting([group.reader]) as (collector,):
+        parts = []
+        for number in range(count):
+            hold_out([collector], number, count)
+            parts.append(collector.part)
+    assert [number for number, part in enumerate(parts) if part] == held, name
 
 
 @pytest.mark.parametrize("rounds", [1, 3])

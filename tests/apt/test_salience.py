@@ -18,6 +18,7 @@ from apt.pruning.salience import SALIENCES, MovingAverage, adapter_importance, u
 from apt.pruning.units import UnitGroup, find_units
 
 WIDE = torch.float64
+SQUARES = ("fisher", "obs")
 COLLECTED = [name for name in SALIENCES if name != "magnitude"]  # from activations and gradients
 
 
@@ -30,7 +31,7 @@ def collecting(name: str, salience: str = "product_of_sums") -> tuple[Any, list[
         group.mask.count = group.mask.count.to(WIDE)
         group.mask.collecting = True
         group.mask.products = salience in ("sum_of_products", "gate_taylor")
-        group.mask.squares = salience == "fisher"
+        group.mask.squares = salience in SQUARES
     return model, groups
 
 
@@ -39,6 +40,7 @@ OF_UNIT = {  # from h and dL/dy of one unit, [valid tokens, features]
     "sum_of_products": lambda h, g: (h * g).abs().sum(),
     "gate_taylor": lambda h, g: (h * g).sum().abs(),
     "fisher": lambda h, g: ((h.T @ h) * (g.T @ g)).sum(),
+    "obs": lambda h, g: len(g) * (g.T @ g).squeeze(),  # the half of it that is of gradients
 }
 
 
@@ -133,7 +135,7 @@ def test_units_before_the_first_adapter_are_scored_alike(name: str, salience: st
     embeddings.requires_grad_(False)
     model.zero_grad()
     for group in groups:
-        group.mask.collecting, group.mask.squares = True, salience == "fisher"
+        group.mask.collecting, group.mask.squares = True, salience in SQUARES
         group.mask.products = salience in ("sum_of_products", "gate_taylor")
     model(**tiny_batch(name)).loss.backward()
     for group in groups:
@@ -175,7 +177,7 @@ def test_recomputed_layers_count_once(salience: str) -> None:
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(**tiny_batch("bert")).loss.backward()
-        found.append(torch.cat([unit_scores(group, salience=salience) for group in groups]))
+        found.append(torch.cat([unit_scores(group, salience=salience).flatten() for group in groups]))
     close("recomputed", found[1], found[0])
 
 
@@ -208,7 +210,7 @@ def test_scores_do_not_depend_on_the_batch_size(salience: str) -> None:
     for given in (batch, twice):
         model, groups = collecting("bert", salience)
         model(**given).loss.backward()
-        found.append(torch.cat([unit_scores(group, salience=salience) for group in groups]))
+        found.append(torch.cat([unit_scores(group, salience=salience).flatten() for group in groups]))
     close("twice", found[1], found[0])
 
 

@@ -199,6 +199,8 @@ def test_the_card_says_that_nothing_was_trained(tmp_path: Path) -> None:
         card = (folder / "README.md").read_text()
         assert "without training" in card
         assert "fine-tuned" not in card
+        assert "now merged" not in card
+        assert "| projections repaired for what they lost |" in card
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             parameter.data.normal_()

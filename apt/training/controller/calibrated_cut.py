@@ -155,7 +155,7 @@ class CalibratedCut:
         lists = _in_memory(groups)
         for number, some in enumerate(lists):
             with collecting([group.reader for group in some]) as collectors:
-                batches = _numbered(self.batches, collectors)
+                batches = self._numbered(collectors)
                 if number == 0 and self.grad_scale == 1.0:
                     scores = self._score(batches)  # and the moments of the same passes
                 self._pass(batches)
@@ -166,6 +166,12 @@ class CalibratedCut:
             scores = self._score(self.batches)
         return scores, moments
 
+    def _numbered(self, collectors: Sequence[Collector]) -> Iterator[Batch]:
+        """The batches, some of them held out."""
+        for number, batch in enumerate(self.batches):
+            hold_out(collectors, number, len(self.batches))
+            yield batch
+
     @torch.no_grad()
     def _pass(self, batches: Iterator[Batch]) -> None:
         """Let what is left of the batches pass through the model."""
@@ -174,13 +180,6 @@ class CalibratedCut:
             self.model.eval()
             for batch in progress(batches, "moments", total=len(self.batches)):
                 self.compute_loss(self.model, batch)
-
-
-def _numbered(batches: Iterable[Batch], collectors: Sequence[Collector]) -> Iterator[Batch]:
-    """The batches, some of them held out."""
-    for number, batch in enumerate(batches):
-        hold_out(collectors, number)
-        yield batch
 
 
 def _in_memory(groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
