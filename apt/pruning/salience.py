@@ -10,6 +10,7 @@ from apt.pruning.dimensions import Group
 from apt.pruning.units import Member
 
 SALIENCES = ("product_of_sums", "sum_of_products", "gate_taylor", "fisher", "obs", "magnitude")
+SQUARES = ("fisher", "obs")  # of sums of squares, of activations and gradients
 IMPORTANCES = ("signed", "elementwise")
 KURTOSES = ("off", "paper", "normalized", "original")
 
@@ -25,7 +26,7 @@ def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_
         fisher            sum over tokens of h^2 times that of (dL/dy)^2; of a unit with several features the sum over
                           all entries of (sum over tokens of h h^T) * (sum over tokens of g g^T), g being dL/dy
         obs               those sums of the gradients alone, times the tokens: ``[D]``, or ``[num_units, d, d]`` of
-                          units of d features; `apt.repair.unexplained` makes scores of them, with the moments of a repair
+                          units of d features; `apt.repair.unexplained` makes scores of them, with the moments
         magnitude         sum of |w| over all weights and biases of the unit, adapters merged; asks for no statistics
 
     The mean divides the product once by the number of tokens: for a mean-reduced loss no score depends on batch size
@@ -38,7 +39,7 @@ def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_
     """
     if salience == "magnitude":
         return _magnitude(group)
-    if salience in ("fisher", "obs") and group.mask.blocks is not None:
+    if salience in SQUARES and group.mask.blocks is not None:
         of_h, of_grad = group.mask.blocks
         of_grad = of_grad / grad_scale**2
         return of_grad * group.mask.count if salience == "obs" else (of_h * of_grad).sum((1, 2))

@@ -1,5 +1,6 @@
 """The units of a model and the scores that a step gives them."""
 
+import torch
 from torch import Tensor
 
 from apt.families import Anatomy
@@ -7,7 +8,7 @@ from apt.layers.hidden import HiddenMask
 from apt.layers.unit_mask import UnitMask
 from apt.pruning.config import PruningConfig
 from apt.pruning.dimensions import Group
-from apt.pruning.salience import OutlierTerm, unit_scores
+from apt.pruning.salience import SQUARES, OutlierTerm, unit_scores
 from apt.pruning.units import find_units
 
 
@@ -49,7 +50,7 @@ class UnitScores:
         for mask, totals in self.masks.items():
             mask.collecting = on and self.from_data
             mask.products = self.config.salience in ("sum_of_products", "gate_taylor")
-            mask.squares = self.config.salience in ("fisher", "obs")
+            mask.squares = self.config.salience in SQUARES
             mask.totals = totals
             mask.reset_sums()
             if isinstance(mask, HiddenMask):
@@ -62,7 +63,19 @@ class UnitScores:
             grad_scale: the loss scaler's factor on the gradients.
         """
         scores = {group.name: unit_scores(group, grad_scale, self.config.salience) for group in self.groups}
+        if self.config.salience in SQUARES:
+            scores = self._per_token(scores)
         scores = self.outliers.add(self.groups, scores)
         for mask in self.masks:
             mask.reset_sums()
         return scores
+
+    def _per_token(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores of heads and neurons as if as many tokens had passed all of them.
+
+        A product of two sums counts the tokens twice, so an encoder that reads more of them than its decoder would be
+        worth more for that alone.
+        """
+        counts = {group.name: group.mask.count for group in self.groups if group.reader is not None}
+        most = torch.stack(list(counts.values())).amax() if counts else None
+        return scores | {name: scores[name] * (most / count.clamp(min=1.0)) for name, count in counts.items()}

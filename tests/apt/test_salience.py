@@ -10,15 +10,16 @@ from tiny_models import MODELS, fill_adapters, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import apt
+from apt.apt_config import APTConfig
 from apt.families import anatomy_of
 from apt.layers import APTAdapter
 from apt.layers.passes import remove_passes
 from apt.layers.unit_mask import UnitMask
-from apt.pruning.salience import SALIENCES, MovingAverage, adapter_importance, unit_scores
+from apt.pruning import UnitScores
+from apt.pruning.salience import SALIENCES, SQUARES, MovingAverage, adapter_importance, unit_scores
 from apt.pruning.units import UnitGroup, find_units
 
 WIDE = torch.float64
-SQUARES = ("fisher", "obs")
 COLLECTED = [name for name in SALIENCES if name != "magnitude"]  # from activations and gradients
 
 
@@ -224,6 +225,19 @@ def test_scores_are_divided_by_the_loss_scale(salience: str) -> None:
     (model(**batch).loss * 1024).backward()
     for group, wanted in zip(groups, plain, strict=True):
         close(group.name, unit_scores(group, 1024.0, salience), wanted)
+
+
+def test_squares_count_as_many_tokens_in_every_stack() -> None:
+    """T5 reads more tokens than it writes; that alone makes no unit of its encoder worth more."""
+    model, groups = collecting("t5", "fisher")
+    model(**tiny_batch("t5")).loss.backward()
+    plain = {group.name: unit_scores(group, salience="fisher") for group in groups}
+    counts = {group.name: float(group.mask.count) for group in groups}
+    units = UnitScores(anatomy_of(model), APTConfig().with_overrides(salience="fisher", kurtosis="off").pruning)
+    found = units.take()
+    assert len(set(counts.values())) == 2
+    for name, score in plain.items():
+        close(name, found[name], score * (max(counts.values()) / counts[name]))
 
 
 def test_no_token_gives_no_score() -> None:
