@@ -43,7 +43,7 @@ class Collector:
 
     @property
     def whole(self) -> Moment:
-        """Of all tokens."""
+        """The moment of all tokens, held out or not."""
         return self.moments[0].plus(self.moments[1])
 
     def to(self, device: torch.device | str) -> None:
