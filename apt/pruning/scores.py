@@ -77,5 +77,7 @@ class UnitScores:
         worth more for that alone.
         """
         counts = {group.name: group.mask.count for group in self.groups if group.reader is not None}
-        most = torch.stack(list(counts.values())).amax() if counts else None
+        if not counts:
+            return scores
+        most = torch.stack(list(counts.values())).amax()
         return scores | {name: scores[name] * (most / count.clamp(min=1.0)) for name, count in counts.items()}
