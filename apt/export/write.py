@@ -138,9 +138,7 @@ def _readme(model: nn.Module, counts: Summary, *, is_stock: bool) -> str:
     trained = not factors or any(bool(b.any()) for b in factors)
     state = patch_state(model)
     method = state.config.method if trained else None
-    notes = [event.prune.repair or {} for event in state.past if event.prune is not None]
-    repaired = {name for note in notes for name, found in note.items() if found.ridge is not None}
-    return model_card(CardFacts(base, type(model).__name__, method, is_stock, counts, len(repaired)))
+    return model_card(CardFacts(base, type(model).__name__, method, is_stock, counts, state.num_repaired))
 
 
 def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> Summary:

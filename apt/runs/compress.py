@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from apt.export import CARD, export_model, load_model
 from apt.files.telling import tell
@@ -14,11 +15,12 @@ from apt.files.whole import check_replaceable, check_writable, find_whole, mark,
 from apt.records import Event
 from apt.runs.arguments import choose_device
 from apt.runs.config import RunConfig, load_config
-from apt.runs.data import Loader
+from apt.runs.data import DatasetLoader, Loader, has_labels
 from apt.runs.evaluation.evaluate import Evaluator
-from apt.runs.measure import metric_names, score_model
+from apt.runs.measure import score_model
 from apt.runs.models import build_model, build_tokenizer, check_lengths
 from apt.runs.run import load_data, prepare_process, write_card
+from apt.runs.tasks import TASKS
 from apt.surgery import patch_state
 from apt.training.compress import CHOSEN, check_asks, compress
 
@@ -70,13 +72,21 @@ def compress_to(config: RunConfig, folder: Path, *, overwrite: bool = False, com
     check_replaceable(folder, CARD)
     prepare_process(config)
     tokenizer = build_tokenizer(config)
-    data = load_data(config, tokenizer)
+    labelled = not TASKS[config.model.task].counts_classes or has_labels(config.data)
+    if labelled:
+        data = load_data(config, tokenizer)
+    else:
+        data = DatasetLoader(config.data, tokenizer, config.training.seed, labelled=False)
     tell(f"{len(data.train):,} {data.unit} to calibrate on, {len(data.test):,} to test on")
     device = choose_device(config.hardware)
     model = build_model(config, data.num_labels, tokenizer, data.label_names, tuned=True).to(device)
     check_lengths(data, model)
     evaluator = Evaluator(tokenizer, config.evaluation)
-    before = score_model(config, evaluator, model, data)
+    answers = None
+    if not labelled:
+        tell(f"they have no column {config.data.label_column!r}: the model is compared with what it was before")
+        answers = evaluator.answers(model, data.test)
+    before = _scores(config, evaluator, model, data, answers)
     started, cpu = time.perf_counter(), time.process_time()
     asked = {name: getattr(config.pruning, name) for name in ("target_sparsity", "target_speedup")}
     compress(model, _batches(config, data), config=config.apt_config(), **asked)
@@ -85,13 +95,23 @@ def compress_to(config: RunConfig, folder: Path, *, overwrite: bool = False, com
         export_model(model, partial, overwrite=True)
         mark(partial)
         tokenizer.save_pretrained(partial)
-        after = score_model(config, evaluator, load_model(partial).to(device), data)
+        after = _scores(config, evaluator, load_model(partial).to(device), data, answers)
         event = patch_state(model).past[-1]
         write_json(partial / RECORD, {"before": before, "after": after, **taken, "event": event.to_json()})
         figures = after | {"test_size": len(data.test), "unit": data.unit}
         write_card(config, model, partial, figures, command, trained=False)
-    tell(_told(config, before, after, event, taken["seconds"]))
+    tell(_told(before, after, event, taken["seconds"]))
     return folder
+
+
+def _scores(
+    config: RunConfig, evaluator: Evaluator, model: nn.Module, data: Loader, answers: list[int] | None
+) -> dict[str, float]:
+    """The scores of the task, the first one in front; without labels the share of answers that are those given."""
+    if answers is None:
+        return score_model(config, evaluator, model, data)
+    pairs = zip(evaluator.answers(model, data.test), answers, strict=True)
+    return {"agreement": sum(now == before for now, before in pairs) / len(answers)}
 
 
 def _batches(config: RunConfig, data: Loader) -> Iterator[dict[str, Any]]:
@@ -102,9 +122,9 @@ def _batches(config: RunConfig, data: Loader) -> Iterator[dict[str, Any]]:
         yield data.collator([data.train[row] for row in chosen])
 
 
-def _told(config: RunConfig, before: dict[str, float], after: dict[str, float], event: Event, seconds: float) -> str:
+def _told(before: dict[str, float], after: dict[str, float], event: Event, seconds: float) -> str:
     """One line of what came out."""
-    metric = metric_names(config)[0]
+    metric = next(iter(before))
     notes = list((event.prune.repair or {}).values()) if event.prune is not None else []
     told = (
         f"{metric} {before[metric]:.4g} before, {after[metric]:.4g} after: {event.sparsity:.1%} of the block "

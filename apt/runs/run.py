@@ -44,7 +44,7 @@ from apt.runs.run_folder import (
     tidy_named,
 )
 from apt.runs.tasks import TASKS, DataRequest
-from apt.surgery import patch_model, summary
+from apt.surgery import patch_model, patch_state, summary
 from apt.training.checkpoint import RandomState, random_state_kept
 from apt.training.trainer import APTrainer
 
@@ -158,7 +158,8 @@ def write_card(
     """The model card of the export once more, with what the run knows of it."""
     method = config.model.method if trained else None
     stock = bool(json.loads((folder / CARD).read_text(encoding="utf-8"))["stock"])
-    facts = CardFacts(config.model.name, type(model).__name__, method, stock, summary(model))
+    repaired = patch_state(model).num_repaired
+    facts = CardFacts(config.model.name, type(model).__name__, method, stock, summary(model), repaired)
     card = model_card(facts, metrics, TASKS[config.model.task].hub_tag, command)
     (folder / README).write_text(card, encoding="utf-8")
 

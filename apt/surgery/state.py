@@ -56,6 +56,12 @@ class PatchState:
         return {**vars(self), "copies": []}
 
     @property
+    def num_repaired(self) -> int:
+        """Projections whose columns took over what went beside them."""
+        notes = [event.prune.repair or {} for event in self.past if event.prune is not None]
+        return len({name for note in notes for name, found in note.items() if found.ridge is not None})
+
+    @property
     def built(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the model that takes it up, as JSON."""
         return {"method": self.config.method, "rank": self.config.rank, "target_modules": self.targets}

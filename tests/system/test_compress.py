@@ -55,6 +55,23 @@ def test_an_encoder_with_its_head_by_model_and_data(tmp_path: Path, capsys: pyte
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_an_encoder_by_sentences_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A text file: units are chosen by the entropy of the answers, which are compared with those before."""
+    tiny_bert().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "rows.txt").write_text("\n\n".join(text for text, _ in sentences(240)), encoding="utf-8")
+    out = tmp_path / "small"
+    command = ["compress", str(tmp_path / "tiny"), str(tmp_path / "rows.txt"), "test_size=48", "--out", str(out)]
+    assert main([*command, *QUICK]) == 0
+    record = json.loads((out / RECORD).read_text())
+    assert record["before"] == {"agreement": 1.0}
+    assert 0.5 < record["after"]["agreement"] <= 1.0
+    told = capsys.readouterr().err
+    assert "no column 'label': the model is compared with what it was before" in told
+    assert "agreement 1 before" in told
+    assert main([*command, "--overwrite", "label_column=stars", *QUICK]) == 0
+
+
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", "some-model", "--out", str(tmp_path / "x")]) == 2
     assert "compress: give a model and its data, or a config file that names both" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from apt.runs.data.examples import Examples, Loader
 from apt.runs.data.instructions import InstructionLoader
 from apt.runs.data.pairs import PairLoader, TextPairs
 from apt.runs.data.questions import Question, QuestionLoader, Questions, Window
-from apt.runs.data.sentences import DatasetLoader
+from apt.runs.data.sentences import DatasetLoader, has_labels
 from apt.runs.data.text import TextLoader, collate_blocks
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "TextPairs",
     "Window",
     "collate_blocks",
+    "has_labels",
 ]

@@ -1,4 +1,4 @@
-"""Sentences with labels, as tokens."""
+"""Sentences, mostly with labels, as tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +21,7 @@ class DatasetLoader(Loader):
             with `config.split_seed`, so that runs of several seeds are tested on the same sentences.
         num_labels: classes; None means as many as the training data has.
         regression: labels are numbers of any kind, and `num_labels` is 1.
+        labelled: False leaves labels out; `num_labels` is None then.
 
     Attributes: `train` and `test` (`Examples`), `num_labels`, `label_names` (None where labels are plain numbers), and
     `collator`, which pads a batch to its longest sentence.
@@ -41,6 +42,7 @@ class DatasetLoader(Loader):
         *,
         num_labels: int | None = None,
         regression: bool = False,
+        labelled: bool = True,
     ) -> None:
         from transformers import DataCollatorWithPadding
 
@@ -48,9 +50,11 @@ class DatasetLoader(Loader):
         tables = read_tables(config.datasets)
         columns = {name: text_columns(table, config) for name, table in tables.items()}
         tables = {name: chosen_rows(table, config, columns[name]) for name, table in tables.items()}
-        self.num_labels = 1
-        self._labels_of: Callable[[Table], Sequence[float]] = lambda table: numbers(table, config.label_column)
-        if not regression:
+        self.num_labels = 1 if labelled else None
+        self._labels_of: Callable[[Table], Sequence[float]] | None = None
+        if labelled and regression:
+            self._labels_of = lambda table: numbers(table, config.label_column)
+        elif labelled:
             labels = Labels(tables["train"], config.label_column, num_labels)
             self.num_labels = labels.num_labels
             self.label_names = labels.names
@@ -63,7 +67,7 @@ class DatasetLoader(Loader):
         self.collator = DataCollatorWithPadding(tokenizer)
 
     def _tokenise(self, table: Table, columns: list[str], tokenizer: Any) -> Examples:
-        labels = list(self._labels_of(table))
+        labels = {} if self._labels_of is None else {"labels": list(self._labels_of(table))}
         texts = [table.columns[name] for name in columns]
 
         def make() -> Columns:
@@ -76,4 +80,9 @@ class DatasetLoader(Loader):
             return tokens
 
         asks = {"loader": "sentences", "max_length": self.config.max_length}
-        return Examples({"labels": labels, **kept(self.config, tokenizer, asks, texts, make)})
+        return Examples({**labels, **kept(self.config, tokenizer, asks, texts, make)})
+
+
+def has_labels(config: DataConfig) -> bool:
+    """Whether the data has a column of labels."""
+    return any(config.label_column in table.columns for table in read_tables(config.datasets).values())
