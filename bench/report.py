@@ -16,6 +16,7 @@ from bench import (
     ablations,
     accuracy,
     adapters,
+    copy_task_cut,
     cost,
     decoder,
     events,
@@ -44,6 +45,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "ratings": ratings.table,
     "decoder": decoder.table,
     "decoder_speed": decoder.speed_table,
+    "copy_task_cut": copy_task_cut.table,
 }
 COMMANDS = {  # where it is not python -m bench.NAME
     "ratings": "make ratings",
