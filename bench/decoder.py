@@ -30,7 +30,7 @@ from apt.files.whole import append_jsonl, read_jsonl
 from apt.records import Event
 from apt.runs.arguments import training_arguments
 from apt.runs.config import RunConfig, load_config
-from apt.runs.data import TextLoader
+from apt.runs.data import Loader, TextLoader
 from apt.runs.evaluation.language import generation_rates, greedy, perplexity
 from apt.runs.models import build_model, build_tokenizer
 from apt.surgery.event import apply_event
@@ -82,8 +82,7 @@ class Probe(TrainerCallback):
 
 def run(config_path: Path, arm: str, seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     """Train one arm and measure it; `folder` gets the events and the small model of a pruned one."""
-    implied = plain_cuts.overrides(arm) if plain_cuts.parse(arm) else []
-    config = load_config(config_path, [*overrides, f"training.seed={seed}", *implied, *ARMS.get(arm, [])])
+    config = load_config(config_path, [*overrides, f"training.seed={seed}", *settings_of(arm)])
     tokenizer = build_tokenizer(config)
     data = TextLoader(config.data, tokenizer, seed)
     torch.manual_seed(seed)  # of the adapters
@@ -91,7 +90,7 @@ def run(config_path: Path, arm: str, seed: int, overrides: list[str], folder: Pa
     total = block_parameters(model)
     row: dict[str, Any] = {"steps": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0}
     if arm != "dense":
-        model, row = _train(arm, model, config, data, folder)
+        model, row = train(arm, model, config, data, folder)
     row |= {"params": sum(p.numel() for p in model.parameters()), "sparsity": 1.0 - block_parameters(model) / total}
     row |= perplexity(model.eval(), data.test, batch_size)
     begin = torch.tensor([data.test[0]["input_ids"][:PROMPT]])
@@ -101,7 +100,12 @@ def run(config_path: Path, arm: str, seed: int, overrides: list[str], folder: Pa
     return {"arm": arm, "seed": seed} | row | setting | environment()
 
 
-def _train(arm: str, model: Any, config: RunConfig, data: TextLoader, folder: Path) -> tuple[Any, dict[str, Any]]:
+def settings_of(arm: str) -> list[str]:
+    """What an arm sets in the config."""
+    return [*(plain_cuts.overrides(arm) if plain_cuts.parse(arm) else []), *ARMS.get(arm, [])]
+
+
+def train(arm: str, model: Any, config: RunConfig, data: Loader, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The trained model as it would be deployed (adapters merged, shrunk), and what training cost."""
     probe = Probe(lambda: perplexity(model, data.test, config.evaluation.inference_batch_size)["perplexity"])
     common: dict[str, Any] = {"args": training_arguments(config, folder / "checkpoints"), "train_dataset": data.train}
@@ -246,7 +250,9 @@ def run_apart(config: Path, arm: str, seed: int, overrides: list[str], folder: P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("examples/smollm2.yaml"))
-    parser.add_argument("--arms", nargs="+", type=_arm, default=list(ARMS), help="any of the default, first-24, ...")
+    parser.add_argument(
+        "--arms", nargs="+", type=arm_name, default=list(ARMS), help="any of the default, first-24, ..."
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=results("decoder"))
     parser.add_argument("--scratch", type=Path, default=SCRATCH)
@@ -281,7 +287,8 @@ def main() -> None:
         _write(speeds.with_suffix(".md"), speed_table(read_rows(speeds)))
 
 
-def _arm(name: str) -> str:
+def arm_name(name: str) -> str:
+    """The name of an arm, as an option of a command."""
     if name not in ARMS and not plain_cuts.parse(name):
         raise argparse.ArgumentTypeError(f"no arm is called {name!r}; there are {', '.join(ARMS)}, first-LAYERS, ...")
     return name

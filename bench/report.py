@@ -23,8 +23,10 @@ from bench import (
     footprints,
     goals,
     inference,
+    instructions,
     last_phase,
     ratings,
+    repair_cost,
     train_step,
 )
 from bench.grid import Rows
@@ -46,6 +48,8 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "decoder": decoder.table,
     "decoder_speed": decoder.speed_table,
     "copy_task_cut": copy_task_cut.table,
+    "instructions": instructions.table,
+    "repair_cost": repair_cost.table,
 }
 COMMANDS = {  # where it is not python -m bench.NAME
     "ratings": "make ratings",
