@@ -91,6 +91,11 @@ class APTConfig:
                 f"config: method {self.method!r} has no adapters: leave out prune and target_modules; a model that is "
                 f"pruned already can be trained so"
             )
+        if self.prunes and METHODS[self.method].per_example and any(kind.holds_units for kind in self.pruning.kinds):
+            raise ValueError(
+                f"config: gates of method {self.method!r} count layers from the one that they read, so none can go; "
+                f"leave 'layer' out of unit_types, or take another method"
+            )
         if self.rank < 1:
             raise ValueError(f"config: rank must be at least 1, got {self.rank}")
         _check_finite(self)

@@ -26,9 +26,17 @@ class Group:
     num_units: int
     unit_cost: int
     floor: int = 0
+    inside: int = 0  # of a layer: what the units in it cost
+
+    @property
+    def holder(self) -> str:
+        return self.name.rpartition(".")[0]
 
     def cost(self) -> int:
         return self.unit_cost
+
+    def whole_cost(self) -> int:
+        return self.unit_cost + self.inside
 
 
 def groups_of(*, neurons: int = 96, floor_heads: int = 0, floor_neurons: int = 0, layers: int = 4) -> list[Group]:

@@ -99,7 +99,9 @@ class SelfDistiller:
         self.listen(True)
 
     def _new_taps(self) -> Taps:
-        return Taps([layer.module for layer in self.anatomy.layers], passes_of(self.anatomy.model))
+        # Of a layer that went the teacher's is listened to.
+        layers = [layer.whole or layer.module for layer in self.anatomy.layers]
+        return Taps(layers, passes_of(self.anatomy.model))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_taps": self._taps.listening}

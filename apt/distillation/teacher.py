@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.families import Anatomy, EmptyAttention
+from apt.families import Anatomy, Attention, EmptyAttention
 from apt.layers import TRANSFORM, APTAdapter, adapted
+from apt.layers.layer_mask import NAME as MASK
+from apt.layers.layer_mask import layer_mask
 from apt.layers.passes import labels_known
 from apt.pruning.dimensions import HiddenGroup, hidden_group
 
@@ -74,13 +76,20 @@ class Teacher:
         self.shapes = {}
 
     def _linears(self) -> Iterator[tuple[str, APTAdapter]]:
-        """Every adapted linear under the name it had in the dense model, those of emptied attentions too."""
+        """Every adapted linear under the name it had in the dense model, those that stand aside too."""
         with ExitStack() as stack:
-            self._put_attentions_back(stack)
+            self._put_back(stack)
             found = list(adapted(self.model))
         yield from found
 
-    def _put_attentions_back(self, stack: ExitStack) -> None:
+    def _put_back(self, stack: ExitStack) -> None:
+        """Put layers and attentions that stand aside back into their places, with the head counts they had."""
+        for layer in self.anatomy.layers:
+            if layer.gone and layer.whole is not None:
+                parent, _, child = layer.path.rpartition(".")
+                _swap(stack, self.model.get_submodule(parent), child, layer.whole)
+            if layer_mask(layer.module) is not None:
+                _swap(stack, layer.module, MASK, None)
         for part in self.anatomy.attentions:
             table = part.attention
             empty = part.module
@@ -97,7 +106,7 @@ class Teacher:
     def _dense(self) -> Iterator[None]:
         """The model as the teacher has it, in evaluation mode; afterwards every module is as it was."""
         with ExitStack() as stack:
-            self._put_attentions_back(stack)
+            self._put_back(stack)
             for name, linear in adapted(self.model):
                 self._check(name, linear)
                 rows, columns = linear.weight.shape
@@ -151,7 +160,7 @@ class Teacher:
     def state_dict(self) -> dict[str, Tensor]:
         """Adapters and head of the snapshot, and what the model's own state lacks.
 
-        That is weights from before a repair, and attentions that stand aside.
+        That is weights from before a repair, and what stands aside.
         """
         state = {f"head/{name}": value for name, value in self.head.items()}
         for name, linear in self._linears():
@@ -182,11 +191,19 @@ class Teacher:
                 setattr(linears[place], f"teacher_{kind}", value.to(linears[place].weight.device))
         self.shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
 
-    def _aside(self) -> Iterator[tuple[str, nn.Module]]:
-        for part in self.anatomy.attentions:
-            empty = part.module
-            if isinstance(empty, EmptyAttention) and empty.dense:
-                yield part.name, empty.dense[0]
+    def _aside(self) -> list[tuple[str, nn.Module]]:
+        """What stands aside, by the name of its layer or part."""
+        found: list[tuple[str, nn.Module]] = []
+        for layer in self.anatomy.layers:
+            whole = layer.whole
+            if whole is None:
+                continue
+            found += [(layer.name, whole)] * layer.gone
+            for table in layer.stack.parts:
+                empty = whole.get_submodule(table.module) if isinstance(table, Attention) else None
+                if isinstance(empty, EmptyAttention) and empty.dense:
+                    found.append((f"{layer.name}.{table.units}", empty.dense[0]))
+        return found
 
 
 def _swap(stack: ExitStack, owner: Any, name: str, value: Any) -> None:

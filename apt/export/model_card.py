@@ -139,6 +139,8 @@ def _structure(facts: CardFacts) -> str:
         "parameters after": f"{counts.params_after:,}",
         "sparsity of the blocks": f"{counts.sparsity:.1%}",
     }
+    if not all(counts.layers.values()):
+        rows["layers left"] = f"{sum(counts.layers.values())} of {len(counts.layers)}"
     found: dict[str, list[int]] = {}
     for name, count in counts.units.items():
         found.setdefault(UnitName.parse(name).title, []).append(count)

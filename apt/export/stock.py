@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Size
 
+from apt.export.renumber import count_layers
 from apt.families import Anatomy, Attention
 from apt.families.anatomy import head_size
 
@@ -20,16 +21,19 @@ def stock_config(
     Args:
         anatomy: of a patched model, whose own config is not changed.
         units: left in every unit group, as `apt.summary` counts them.
-        shapes: of the tensors that are exported, by name.
+        shapes: of the tensors that are exported, by the names that they have there.
         hidden: dimensions left; 0 where they cannot be removed.
 
     Returns:
-        A copy of the config with the counts of now, and None; or the config as it is, and what it cannot say.
+        A copy of the config with the counts of now, and None; or the config as it is but for its number of layers, and
+        what it cannot say.
     """
     from huggingface_hub.errors import StrictDataclassError
 
     model_config: Any = anatomy.model.config
-    unchanged, config = copy.deepcopy(model_config), copy.deepcopy(model_config)
+    unchanged = copy.deepcopy(model_config)
+    count_layers(unchanged, anatomy)
+    config = copy.deepcopy(unchanged)
     reason = _set_counts(config, anatomy, units)
     if reason is None and hidden not in (0, model_config.hidden_size):
         reason = _set_width(config, anatomy, hidden)

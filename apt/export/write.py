@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apt.export.files import CARD, PLAIN, WEIGHTS, WITH_HIDDEN, WITH_PROMPT, WITH_ROW_GATES
 from apt.export.merged import merged_state
 from apt.export.model_card import README, CardFacts, model_card
+from apt.export.renumber import Renumbering
 from apt.export.row_gate_files import has_row_gates, save_row_gates
 from apt.export.stock import first_difference, stock_config
 from apt.export.ties import settle_ties
@@ -61,9 +62,11 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
             f"a loop of your own call run.after_backward() and run.after_step() at every step",
             stacklevel=2,
         )
-    tensors = merged_state(model)
+    names = Renumbering.of(known_anatomy(model))
+    tensors = {names.tensor(name): tensor for name, tensor in merged_state(model).items()}
     counts = _with_sizes(model, counts, tensors)
     config, reason = _config(model, counts, tensors)
+    counts = dataclasses.replace(counts, units={names.units(name): count for name, count in counts.units.items()})
     if reason is None and not _is_of_transformers(plain_class(model)):
         reason = f"{type(model).__name__} is no class of transformers"
     config, tensors = settle_ties(model, config, tensors)
@@ -145,7 +148,9 @@ def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -
     """The counts with the sizes of a model that was pruned before it was patched: its config does not say them."""
     anatomy = known_anatomy(model)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if anatomy is None or counts.units or first_difference(plain_class(model), model.config, shapes) is None:
+    if anatomy is None or counts.units:
+        return counts
+    if not anatomy.gone and first_difference(plain_class(model), model.config, shapes) is None:
         return counts
     hidden = hidden_size(anatomy.hidden_parts()) if anatomy.has_hidden else 0
     return dataclasses.replace(counts, units=anatomy.num_units(), hidden=hidden)
@@ -186,8 +191,10 @@ def _head_order(model: nn.Module, units: dict[str, int]) -> dict[str, list[int]]
     if anatomy is None:
         return {}
     orders = {}
+    names = Renumbering.of(anatomy)
     for part in anatomy.attentions:
         order = part.attention.head_order(part.layer.module)
         if order is not None:
-            orders[part.name] = order[: units[part.name]].tolist()
+            name = names.units(part.name)
+            orders[name] = order[: units[name]].tolist()
     return orders

@@ -7,7 +7,7 @@ from apt.families.base import FFN, IGNORED, ROLES, Attention, Family, Layer, Sta
 from apt.families.bert import BERT
 from apt.families.deberta import DEBERTA
 from apt.families.distilbert import DISTILBERT
-from apt.families.empty import EmptyAttention
+from apt.families.empty import EmptyAttention, EmptyLayer, StandIn
 from apt.families.gemma import GEMMA
 from apt.families.gpt2 import GPT2
 from apt.families.llama import LLAMA
@@ -23,11 +23,13 @@ __all__ = [
     "Anatomy",
     "Attention",
     "EmptyAttention",
+    "EmptyLayer",
     "Family",
     "Found",
     "Layer",
     "PlacedPart",
     "Stack",
+    "StandIn",
     "anatomy_of",
     "base_model",
     "find_family",

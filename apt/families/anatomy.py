@@ -98,8 +98,17 @@ class Anatomy:
         self.model = model
         self.family = family
         self._hidden = hidden
-        self.layers = family.layers(model)
-        self.parts = [PlacedPart(layer, table) for layer in self.layers for table in layer.stack.parts]
+        self.layers = family.layers(model)  # those that went too
+
+    @property
+    def parts(self) -> list[PlacedPart]:
+        """The parts of the layers that are there, layer by layer."""
+        return [PlacedPart(layer, table) for layer in self.layers if not layer.gone for table in layer.stack.parts]
+
+    @property
+    def gone(self) -> list[str]:
+        """Names of the layers that went as a whole."""
+        return [layer.name for layer in self.layers if layer.gone]
 
     @property
     def stacks(self) -> list[Stack]:
@@ -169,6 +178,22 @@ class Anatomy:
                     kept = {last} if table.cross else first
                     required |= {f"{stack.name}.{index}.{table.units}" for index in kept}
         return required
+
+    def required_layers(self) -> set[str]:
+        """Layers that cannot go: the first where it holds what all share, and those with a head that must stay."""
+        first = {layer.name for layer in self.layers if layer.index == 0 and layer.stack.first_stays}
+        return first | {name.rpartition(".")[0] for name in self.required_heads()}
+
+    def refuse_layers(self) -> None:
+        """Raise ValueError where no whole layer of this model can go; the text says why."""
+        config: Any = self.model.config
+        for name, value in self.family.layers_need:
+            found = getattr(config, name, value)
+            if found != value:
+                raise ValueError(
+                    f"patch_model: whole layers of {config.model_type} with {name}={found!r} cannot go, as it counts "
+                    f"them; take 'layer' out of unit_types"
+                )
 
     def num_units(self) -> dict[str, int]:
         """Heads (KV groups) and neurons that every part has now."""

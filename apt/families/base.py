@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from apt.families.empty import EmptyAttention
+from apt.families.empty import AttentionPlace, EmptyAttention, EmptyLayer
 from apt.families.layer_config import own_config
+from apt.families.linears import replace_module
 
 IGNORED = -100  # the label of a token that no loss counts, as Hugging Face has it
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
@@ -55,6 +56,16 @@ class Attention:
     def units(self) -> str:
         """What the unit groups are called."""
         return "cross_heads" if self.cross else "heads"
+
+    @property
+    def weights(self) -> str:
+        """Under what name a model lists the weights of such attentions."""
+        return "cross_attentions" if self.cross else "attentions"
+
+    def place(self, layer: nn.Module) -> AttentionPlace:
+        """What others await of the attention of a layer, whether it is empty or not."""
+        attention = layer.get_submodule(self.module)
+        return attention.place if isinstance(attention, EmptyAttention) else AttentionPlace.of(attention, self.weights)
 
     @property
     def linears(self) -> dict[str, str]:
@@ -112,7 +123,7 @@ class Attention:
         out = layer.get_submodule(self.linears["o"])
         parent, _, name = self.module.rpartition(".")
         inner = out if self.o.startswith(".") else None
-        empty = self.empty(attention, inner, "cross_attentions" if self.cross else "attentions")
+        empty = self.empty(attention, inner, self.weights)
         setattr(layer.get_submodule(parent), name, empty)
         return empty
 
@@ -159,12 +170,19 @@ class Stack:
         parts: of each layer, in the order in which they run.
         decoder: whether generation reads cache and mask lengths in the first layer of each attention type.
         name: first part of the names of its unit groups.
+        setting: of the stock config, that says how many layers there are.
+        behind: what a layer answers in a tuple behind the stream: names of its arguments, None for None. None where it
+            answers the stream alone.
+        first_stays: whether the first layer holds what all share, so that it cannot go.
     """
 
     layers: str
     parts: tuple[Attention | FFN, ...]
     decoder: bool = False
     name: str = "layers"
+    setting: str = "num_hidden_layers"
+    behind: tuple[str | None, ...] | None = None
+    first_stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,8 +201,29 @@ class Layer:
 
     @property
     def module(self) -> nn.Module:
-        """The layer itself."""
+        """The layer itself, or the `EmptyLayer` in its place."""
         return self.model.get_submodule(self.path)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the whole layer went."""
+        return isinstance(self.module, EmptyLayer)
+
+    @property
+    def whole(self) -> nn.Module | None:
+        """The layer as a dense teacher runs it; None where it went and no teacher runs it."""
+        module = self.module
+        if not isinstance(module, EmptyLayer):
+            return module
+        return next(iter(module.dense), None)
+
+    def remove(self) -> EmptyLayer:
+        """Put an `EmptyLayer` in the place of the module."""
+        module = self.module
+        places = [table.place(module) for table in self.stack.parts if isinstance(table, Attention)]
+        empty = EmptyLayer(module, places, self.stack.behind)
+        replace_module(self.model, self.path, empty)
+        return empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,12 +235,14 @@ class Family:
         stacks: one, or encoder and decoder. One that a model lacks (an encoder alone) is passed over.
         default_targets: roles that get an adapter unless `target_modules` says otherwise.
         needs: settings of the config, with the value without which this is not the shape, or removal not exact.
+        layers_need: the same, where whole layers are to go.
     """
 
     model_types: tuple[str, ...]
     stacks: tuple[Stack, ...]
     default_targets: tuple[str, ...]
     needs: tuple[tuple[str, object], ...] = ()
+    layers_need: tuple[tuple[str, object], ...] = ()
 
     @property
     def decoder(self) -> bool:

@@ -16,7 +16,14 @@ _ATTENTION = Attention(
 )
 DEBERTA = Family(
     model_types=("deberta-v2",),
-    stacks=(Stack(layers="encoder.layer", parts=(_ATTENTION, FFN(up="intermediate.dense", down="output.dense"))),),
+    stacks=(
+        Stack(
+            layers="encoder.layer",
+            parts=(_ATTENTION, FFN(up="intermediate.dense", down="output.dense")),
+            behind=(None,),  # the attention weights
+        ),
+    ),
     default_targets=("q", "v", "up"),
     needs=(("share_att_key", True),),
+    layers_need=(("conv_kernel_size", 0),),  # the convolution stands behind the first layer, whichever that is
 )

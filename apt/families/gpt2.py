@@ -20,7 +20,7 @@ class EmptyGPT2Attention(EmptyAttention):
         self.resid_dropout = attention.get_submodule("resid_dropout")
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        self.pass_by(hidden_states, kwargs.get("past_key_values"))
+        self.place.pass_by(hidden_states, kwargs.get("past_key_values"))
         return self.resid_dropout(self.output(hidden_states)), None
 
 
@@ -46,4 +46,5 @@ GPT2 = Family(
         ),
     ),
     default_targets=("q", "v"),
+    layers_need=(("scale_attn_by_inverse_layer_idx", False),),  # by the number that an export would give it anew
 )

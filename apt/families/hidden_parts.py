@@ -1,7 +1,7 @@
 """What holds the hidden dimensions of one model, by the table of its family."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -32,7 +32,7 @@ class HiddenPart:
     masked: bool = False  # what it reads (a linear) or gives (a norm) is masked
     site: bool = False  # that mask collects statistics
     layer: Layer | None = None  # None outside the layers
-    aside: bool = False  # in an attention that only a teacher still runs
+    aside: bool = False  # in an attention or a layer that only a teacher still runs
 
     @property
     def held(self) -> list[tuple[str, int]]:
@@ -163,8 +163,17 @@ def _outside(model: nn.Module, table: HiddenTable) -> Iterator[OuterPlace]:
 
 
 def _inside(layer: Layer, table: HiddenTable) -> Iterator[HiddenPart]:
-    """What lies in a layer."""
-    there = dict(layer.module.named_modules())
+    """What lies in a layer; where it went, in the one that a teacher still runs."""
+    whole = layer.whole
+    if whole is None:
+        return
+    there = dict(whole.named_modules())
+    for part in _parts(layer, there, table):
+        yield replace(part, aside=part.aside or layer.gone)
+
+
+def _parts(layer: Layer, there: dict[str, nn.Module], table: HiddenTable) -> Iterator[HiddenPart]:
+    """What lies among the modules of a layer, by their names in it."""
     for part in layer.stack.parts:
         axes = {role: ("out",) if role == part.reader else ("in",) for role in part.linears}
         for role, name in part.linears.items():

@@ -3,7 +3,7 @@
 The first layer of a stack makes that bias for all heads of its table, ``[1, H, T, S]``, and every layer hands it on to
 the next. After pruning each layer has other heads: it takes its own from the whole, and hands on the whole. The zeros
 that cross-attentions hand on are treated alike. The table itself stays whole, also where the first layer of an encoder
-has no heads left.
+has no heads left; so the first layer of a stack never goes as a whole.
 """
 
 from dataclasses import replace
@@ -78,7 +78,7 @@ class EmptyT5Attention(EmptyAttention):
         if position_bias is None and hasattr(self, "_maker"):
             length = hidden_states.shape[1]  # of an encoder, which has no cache
             position_bias = self._maker[0].compute_bias(length, length, device=hidden_states.device)
-        self.pass_by(hidden_states, kwargs.get("past_key_values"))
+        self.place.pass_by(hidden_states, kwargs.get("past_key_values"))
         return self.output(hidden_states), position_bias, None
 
 
@@ -93,6 +93,7 @@ _SELF = Attention(
     follow=WholeBias,
 )
 _CROSS = replace(_SELF, module="layer.1.EncDecAttention", cross=True)
+_BIASES = ("position_bias", "encoder_decoder_position_bias")  # which a block hands on
 
 
 def _family(gated: bool) -> Family:
@@ -106,12 +107,22 @@ def _family(gated: bool) -> Family:
     return Family(
         model_types=("t5", "mt5"),
         stacks=(
-            Stack(name="encoder", layers="encoder.block", parts=(_SELF, ffn(encoder))),
+            Stack(
+                name="encoder",
+                layers="encoder.block",
+                parts=(_SELF, ffn(encoder)),
+                setting="num_layers",
+                behind=_BIASES,
+                first_stays=True,
+            ),
             Stack(
                 name="decoder",
                 layers="decoder.block",
                 parts=(_SELF, _CROSS, ffn(decoder)),
                 decoder=True,
+                setting="num_decoder_layers",
+                behind=_BIASES,
+                first_stays=True,
             ),
         ),
         default_targets=("q", "v", "gate" if gated else "up"),

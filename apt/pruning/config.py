@@ -33,7 +33,9 @@ class PruningConfig:
     min_heads: int = 0  # KV groups every layer keeps
     min_neurons: int = 0  # neurons every layer keeps
     min_hidden: int = 8  # hidden dimensions the model keeps, at least 1
-    unit_types: tuple[str, ...] = ("head", "neuron")  # what is pruned; "hidden" dimensions too where they are named
+    min_layers: int = 1  # layers every stack keeps, at least 1
+    # what is pruned: "head", "neuron", and where they are named "hidden" dimensions and whole layers ("layer")
+    unit_types: tuple[str, ...] = ("head", "neuron")
     hidden_sites: str = "read"  # where hidden dimensions are scored: "read" by a layer, or "write", output and down
     prune_before_tuning: bool = False  # all at once before step 1, from static scores; no pruning event comes later
     calibration_batches: int = 32  # of training data, summed into these scores; at least 1
@@ -73,8 +75,8 @@ class PruningConfig:
             check_point("pruning", name, getattr(self, name))
         if self.num_events < 0 or self.min_heads < 0 or self.min_neurons < 0:
             raise ValueError("pruning: num_events, min_heads and min_neurons must be at least 0")
-        if self.round_to < 1 or self.min_hidden < 1:
-            raise ValueError("pruning: round_to and min_hidden must be at least 1")
+        if self.round_to < 1 or self.min_hidden < 1 or self.min_layers < 1:
+            raise ValueError("pruning: round_to, min_hidden and min_layers must be at least 1")
         if self.update_frequency is not None and self.update_frequency < 1:
             raise ValueError(f"pruning: update_frequency must be at least 1, got {self.update_frequency}")
         for name in ("calibration_batches", "moment_batches", "rounds"):
@@ -98,7 +100,8 @@ class PruningConfig:
             )
         if min(self.latency_batch_size, self.latency_length) < 1:
             raise ValueError("pruning: latency_batch_size and latency_length must be at least 1")
-        untimed = [kind.name for kind in self.kinds if kind.across_layers]
+        self._check_layers()
+        untimed = [kind.name for kind in self.kinds if not kind.timed]
         if self.target_speedup is not None and untimed:
             raise ValueError(
                 f"pruning: target_speedup prices heads and neurons; leave {untimed[0]!r} out of unit_types"
@@ -107,6 +110,22 @@ class PruningConfig:
         if without and self.target_saving > 0.0 and not self.prune_before_tuning:
             goal = "target_sparsity" if self.target_speedup is None else "target_speedup"
             raise ValueError(f"pruning: {goal} {getattr(self, goal)} needs num_events of at least 1, got 0")
+
+    def _check_layers(self) -> None:
+        """Raise ValueError where whole layers are to go in a way that is not known."""
+        if not any(kind.holds_units for kind in self.kinds):
+            return
+        if self.salience == "magnitude":
+            raise ValueError(
+                "pruning: layers go by block influence, which salience 'magnitude' takes no data for; choose another, "
+                "or leave 'layer' out of unit_types"
+            )
+        inside = [kind.name for kind in self.kinds if kind.timed]
+        if self.layout == "uniform" and inside:
+            raise ValueError(
+                f"pruning: layout 'uniform' knows layers alone or not at all; leave 'layer' or {inside[0]!r} out of "
+                f"unit_types"
+            )
 
     @property
     def kinds(self) -> list[UnitKind]:

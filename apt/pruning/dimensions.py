@@ -10,6 +10,7 @@ from apt.families import Anatomy, EmptyAttention
 from apt.families.hidden_parts import HiddenPart
 from apt.layers import APTAdapter
 from apt.layers.hidden import HiddenMask, HiddenNorm
+from apt.pruning.layers import LayerGroup
 from apt.pruning.units import Member, UnitGroup
 
 NAME = "hidden"  # name and kind of the group
@@ -26,6 +27,7 @@ class HiddenGroup:
     name: ClassVar[str] = NAME
     kind: ClassVar[str] = NAME
     reader: ClassVar[None] = None  # many projections read them
+    holder: ClassVar[None] = None  # they lie in all layers
 
     @property
     def num_units(self) -> int:
@@ -34,20 +36,26 @@ class HiddenGroup:
     @property
     def members(self) -> list[Member]:
         """The adapted linears of the layers, each with the side that the dimensions own."""
-        inside = [p for p in self.parts if p.layer is not None and isinstance(p.module, APTAdapter) and not p.aside]
-        return [Member(part.module, axis, 1) for part in inside for axis in part.axes]  # type: ignore[arg-type]
+        return [member for part in self._inside for member in _members(part)]
 
     @property
     def vectors(self) -> list[Tensor]:
         """What the layers hold of the dimensions beside linears, ``[num_units]`` each: norms, biases that stayed."""
-        vectors: list[Tensor | None] = []
-        for part in self.parts:
-            if isinstance(part.module, HiddenNorm) and part.layer is not None:
-                vectors += part.module.view()
-        for part in self.parts:
-            if isinstance(part.module, EmptyAttention):
-                vectors.append(part.module.bias)
-        return [vector for vector in vectors if vector is not None]
+        return [vector for part in self._inside for vector in _vectors(part)]
+
+    @property
+    def _inside(self) -> list[HiddenPart]:
+        """Its parts in the layers, but for those that only a teacher still runs."""
+        return [part for part in self.parts if part.layer is not None and not part.aside]
+
+    def costs_by_layer(self) -> dict[str, int]:
+        """Frozen parameters of each layer that go with one dimension, at the present heads and neurons."""
+        costs: dict[str, int] = {}
+        for part in self._inside:
+            assert part.layer is not None
+            cost = sum(member.cost() for member in _members(part)) + len(_vectors(part))
+            costs[part.layer.name] = costs.get(part.layer.name, 0) + cost
+        return costs
 
     @property
     def writers(self) -> list[APTAdapter]:
@@ -64,14 +72,33 @@ class HiddenGroup:
 
     def cost(self) -> int:
         """Frozen parameters inside the layers that go with one dimension, at the present heads and neurons."""
-        return sum(member.cost() for member in self.members) + len(self.vectors)
+        return sum(self.costs_by_layer().values())
+
+    def whole_cost(self) -> int:
+        """The same: a dimension holds no other unit."""
+        return self.cost()
 
     def slope(self) -> int:
         """Dimensions are priced by what heads and neurons cost less without them."""
         return 0
 
 
-Group = UnitGroup | HiddenGroup
+def _members(part: HiddenPart) -> list[Member]:
+    """An adapted linear with each side that the dimensions own; nothing of another part."""
+    if not isinstance(part.module, APTAdapter):
+        return []
+    return [Member(part.module, axis, 1) for axis in part.axes]
+
+
+def _vectors(part: HiddenPart) -> list[Tensor]:
+    """What a norm, or an attention without heads, holds of the dimensions; nothing of another part."""
+    if isinstance(part.module, HiddenNorm):
+        return [vector for vector in part.module.view() if vector is not None]
+    bias = part.module.bias if isinstance(part.module, EmptyAttention) else None
+    return [] if bias is None else [bias]
+
+
+Group = UnitGroup | LayerGroup | HiddenGroup
 
 
 def find_dimensions(anatomy: Anatomy, *, min_hidden: int = 0) -> HiddenGroup:

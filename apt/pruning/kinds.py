@@ -9,7 +9,7 @@ from apt.pruning.dimensions import NAME, HiddenGroup, find_dimensions
 
 @dataclass(frozen=True, kw_only=True)
 class UnitKind:
-    """A kind of prunable units. It lies in the parts of layers (`units_in`) or across them all (`find`).
+    """A kind of prunable units. It lies in the parts of layers (`units_in`) or across them all (`find`), or is a layer.
 
     Args:
         name: in `unit_types`, in groups and in messages.
@@ -18,6 +18,7 @@ class UnitKind:
         units_in: how many a part of a layer has, None where it has none of this kind. Each owns as many neighbouring
             columns of the part's output or down projection as the others, and the rows that make them.
         find: the one group of a kind across layers, in a patched model, from the anatomy and the floor.
+        holds_units: whether a unit is a whole layer, which takes the units of its parts along.
     """
 
     name: str
@@ -25,6 +26,12 @@ class UnitKind:
     rounded: bool = True
     units_in: Callable[[PlacedPart], int | None] = lambda part: None
     find: Callable[[Anatomy, int], HiddenGroup] | None = None
+    holds_units: bool = False
+
+    @property
+    def timed(self) -> bool:
+        """Whether its units are priced by time."""
+        return not (self.across_layers or self.holds_units)
 
     @property
     def across_layers(self) -> bool:
@@ -48,7 +55,8 @@ HIDDEN = UnitKind(
     floor="min_hidden",
     find=lambda anatomy, floor: find_dimensions(anatomy, min_hidden=floor),
 )
-UNIT_KINDS = {kind.name: kind for kind in (HEAD, NEURON, HIDDEN)}
+LAYER = UnitKind(name="layer", floor="min_layers", rounded=False, holds_units=True)
+UNIT_KINDS = {kind.name: kind for kind in (HEAD, NEURON, HIDDEN, LAYER)}
 
 
 def kind_in(part: PlacedPart, asked: Iterable[str]) -> UnitKind | None:

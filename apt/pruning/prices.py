@@ -9,7 +9,8 @@ With d dimensions, and n units of a group that each take A parameters a dimensio
     C = fixed + d * H + sum over groups of n * (A * d + B)
 
 H is what a dimension takes for itself (norms, biases). C grows with every unit of any kind, so along a ranking it is
-one running sum, and the longest prefix within a budget is found by one bisection.
+one running sum, and the longest prefix within a budget is found by one bisection. A layer that may go is a unit whose
+own A and B are what no other unit takes of it (norms, biases); it stands before its units in every ranking.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ Counts = NDArray[np.int64]
 class Prices:
     """The costs of a list of lanes in parameters, one lane an entry of each array."""
 
-    # One unit of one group of the lane, at the present sizes.
+    # What goes with one unit of one group of the lane, the units inside it too, at the present sizes.
     price_per_unit: Counts
     # One more unit in every group of the lane, at the present dimensions; 0 in a lane of hidden dimensions.
     price_in_all_groups: Counts
@@ -55,7 +56,7 @@ class Prices:
             shared = sum(group.slope() * group.num_units for lane in in_layers for group in lane)
             price_per_dimension = dimensions.cost() - shared
         return cls(
-            price_per_unit=np.array([lane[0].cost() for lane in lanes], dtype=np.int64),
+            price_per_unit=np.array([lane[0].whole_cost() for lane in lanes], dtype=np.int64),
             price_in_all_groups=np.array([sum(group.cost() for group in lane) for lane in in_layers], dtype=np.int64),
             slope_per_dimension=np.array(slopes, dtype=np.int64),
             hidden=np.array(hidden),

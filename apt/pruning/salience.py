@@ -7,6 +7,7 @@ import apt_kernels
 from apt.layers import APTAdapter
 from apt.layers.unit_mask import UnitMask
 from apt.pruning.dimensions import Group
+from apt.pruning.layers import LayerGroup
 from apt.pruning.units import Member
 
 SALIENCES = ("product_of_sums", "sum_of_products", "gate_taylor", "fisher", "obs", "magnitude")
@@ -29,6 +30,8 @@ def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_
                           units of d features; `apt.repair.unexplained` makes scores of them, with the moments
         magnitude         sum of |w| over all weights and biases of the unit, adapters merged; asks for no statistics
 
+    Of a layer it is block influence, whatever `salience` says (`apt.layers.layer_mask`).
+
     The mean divides the product once by the number of tokens: for a mean-reduced loss no score depends on batch size
     or padding. A hidden dimension is a feature of every site: products of sums are taken site by site, then added.
 
@@ -37,6 +40,8 @@ def unit_scores(group: Group, grad_scale: float = 1.0, salience: str = "product_
         grad_scale: the loss scaler's factor on the gradients.
         salience: one of `SALIENCES`.
     """
+    if isinstance(group, LayerGroup):
+        return group.mask.influence()
     if salience == "magnitude":
         return _magnitude(group)
     if salience in SQUARES and group.mask.blocks is not None:

@@ -8,6 +8,7 @@ from apt.layers.hidden import HiddenMask
 from apt.layers.unit_mask import UnitMask
 from apt.pruning.config import PruningConfig
 from apt.pruning.dimensions import Group
+from apt.pruning.layers import LayerGroup, find_layers
 from apt.pruning.salience import SQUARES, OutlierTerm, unit_scores
 from apt.pruning.units import find_units
 
@@ -38,8 +39,12 @@ class UnitScores:
         """List the groups at their present sizes: at the start, and after a cut."""
         kinds = self.config.kinds
         floors = {kind.name: self.config.floor_of(kind) for kind in kinds}
-        self.groups = [group for group in find_units(self.anatomy, floors) if group.kind in floors]
-        self.groups += [kind.find(self.anatomy, floors[kind.name]) for kind in kinds if kind.find is not None]
+        units = [group for group in find_units(self.anatomy, floors) if group.kind in floors]
+        across = [kind.find(self.anatomy, floors[kind.name]) for kind in kinds if kind.find is not None]
+        layers: list[LayerGroup] = []
+        if any(kind.holds_units for kind in kinds):
+            layers = find_layers(self.anatomy, units, across[0].costs_by_layer() if across else None)
+        self.groups = [*layers, *units, *across]
 
     def collect(self, on: bool) -> None:
         """Open or close the statistics of every mask whose sums a score needs; they begin at nothing."""

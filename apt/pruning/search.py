@@ -11,9 +11,11 @@ from apt.pruning.config import PruningConfig
 from apt.pruning.dimensions import Group
 from apt.pruning.kinds import UNIT_KINDS
 from apt.pruning.latency_table import LatencyTable, TimePrices
+from apt.pruning.nested import is_layer, least_units, order_of_bundles, scale_influence
 from apt.pruning.prices import Counts, Prices
 from apt.records import PrunePlan, UnitName
 
+ROUNDING = 1e-12  # of the total: a budget that layers of one size meet exactly is met
 LARGEST = 1e200  # stands for an infinite score
 
 
@@ -43,6 +45,9 @@ class UnitSearch:
     heads, neurons and dimensions costs together is exact (`Prices`). Of equal densities the earlier group and position
     comes first. The sparsity reached passes the target by less than one unit, or bundle, of one layer.
 
+    A layer that may go holds units and is ranked before them (`apt.pruning.nested`): where it goes they are gone, and
+    cost nothing. Of its own it costs what no unit takes.
+
     In a uniform layout the best bundle of every layer is one entry of the ranking, the second best of every layer
     another, and so on. Such a row costs as many times more as there are layers, several percent of a tiny model; so
     what the prefix leaves over is filled with later rows that fit, until neither a further head nor a further bundle
@@ -71,8 +76,8 @@ class UnitSearch:
             _refuse_unequal_layers(lanes)
         prices = self._prices(lanes)
         present = [lane[0].num_units for lane in lanes]
-        floors = [self._floor(lane) for lane in lanes]
-        free = _total_cost(prices, present) - _total_cost(prices, floors)
+        least = least_units(lanes, [self._floor(lane) for lane in lanes], self.config.min_layers)
+        free = _total_cost(prices, present) - _total_cost(prices, least)
         reachable = float(1.0 - (live - free) / self.total)
         if self.config.target_saving > reachable:
             raise ValueError(self._out_of_reach(reachable, prices.dimensions > 0))
@@ -81,6 +86,7 @@ class UnitSearch:
         config = self.config
         floors = f"min_heads={config.min_heads} and min_neurons={config.min_neurons}"
         floors += f", min_hidden={config.min_hidden}" if hidden else ""
+        floors += f", min_layers={config.min_layers}" if any(kind.holds_units for kind in config.kinds) else ""
         if self.table is None or config.target_speedup is None:
             most = int(reachable * 1000) / 1000
             return (
@@ -95,12 +101,11 @@ class UnitSearch:
         )
 
     def _lanes(self, groups: list[Group]) -> list[list[Group]]:
-        """The groups that keep one common count: each alone, or in a uniform layout all of a kind."""
-        if self.config.layout == "free":
-            return [[group] for group in groups]
+        """The groups that keep one common count: each alone, or in a uniform layout all of a kind; a layer is alone."""
         lanes: dict[str, list[Group]] = {}
         for group in groups:
-            lanes.setdefault(group.kind, []).append(group)
+            alone = self.config.layout == "free" or is_layer([group])
+            lanes.setdefault(group.name if alone else group.kind, []).append(group)
         return list(lanes.values())
 
     def _prices(self, lanes: list[list[Group]]) -> Prices | TimePrices:
@@ -115,7 +120,7 @@ class UnitSearch:
         In a uniform layout that is at least one bundle, as no stock configuration describes an empty layer.
         """
         floor = max(group.floor for group in lane)
-        if self.config.layout == "uniform":
+        if self.config.layout == "uniform" and not is_layer(lane):
             floor = max(1, floor)
         bundle_size = self._bundle_size(lane)
         num_bundles = -(-floor // bundle_size)
@@ -142,7 +147,7 @@ class UnitSearch:
         ranked = self._rank(lanes, ordered, prices)
         # What no unit takes is not the search's to spend.
         fixed = live - _total_cost(prices, [lane[0].num_units for lane in lanes])
-        budget = (1.0 - sparsity) * self.total - fixed
+        budget = (1.0 - sparsity) * self.total - fixed + ROUNDING * self.total
         taken = prices.longest_affordable_prefix(ranked.lanes, ranked.sizes, budget)
         if self.config.layout == "uniform":
             taken = _fill_up(ranked, taken, prices, budget)
@@ -159,7 +164,7 @@ class UnitSearch:
         )
 
     def _rank(self, lanes: list[list[Group]], ordered: dict[str, OrderedUnits], prices: Prices | TimePrices) -> Bundles:
-        """All bundles of all lanes by falling density, those below a floor first."""
+        """All bundles of all lanes by falling density, those below a floor first, none above its layer."""
         sizes = []
         densities = []
         for lane, price in zip(lanes, prices.price_per_unit, strict=True):
@@ -168,17 +173,19 @@ class UnitSearch:
             densities.append(np.mean([score for _, score in bundles], axis=0) / price)
         if self.config.balance == "type":
             _divide_by_kind_mean([lane[0].kind for lane in lanes], densities, sizes)
+        else:
+            scale_influence(lanes, {name: units.scores for name, units in ordered.items()}, densities)
         for lane, density, size in zip(lanes, densities, sizes, strict=True):
             num_required = np.searchsorted(np.cumsum(size), self._floor(lane), side="right")
             density[:num_required] = np.inf
         lane_of_each = np.repeat(np.arange(len(lanes)), [len(size) for size in sizes])
-        order = np.argsort(-np.concatenate(densities), kind="stable")
+        order = order_of_bundles(lanes, densities, self.config.min_layers)
         return Bundles(lane_of_each[order], np.concatenate(sizes)[order])
 
 
 def _refuse_unequal_layers(lanes: list[list[Group]]) -> None:
     """Raise ValueError where the groups of a kind differ in size, or a layer has lost all its units of that kind."""
-    in_layers = [lane for lane in lanes if not UNIT_KINDS[lane[0].kind].across_layers]
+    in_layers = [lane for lane in lanes if UNIT_KINDS[lane[0].kind].timed]
     names = {group.name: UnitName.parse(group.name) for lane in in_layers for group in lane}
     layers = {(name.stack, name.layer) for name in names.values()}
     for lane in in_layers:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from apt.families import Anatomy, PlacedPart
+from apt.families import Anatomy, Layer, PlacedPart
 from apt.layers import APTAdapter
 from apt.layers.hidden import HiddenNorm
 from apt.layers.unit_mask import UnitMask
@@ -51,6 +51,11 @@ class UnitGroup:
         return self.mask.kind
 
     @property
+    def holder(self) -> str:
+        """The layer that holds the units: where it goes, they do."""
+        return self.part.layer.name
+
+    @property
     def num_units(self) -> int:
         return self.mask.num_units
 
@@ -70,6 +75,10 @@ class UnitGroup:
     def cost(self) -> int:
         """Frozen parameters of one unit, adapters not counted."""
         return sum(member.cost() for member in self.members)
+
+    def whole_cost(self) -> int:
+        """The same: a unit of a part holds no other."""
+        return self.cost()
 
     def slope(self) -> int:
         """What a unit costs less with one hidden dimension less: its features in the linears that join the stream."""
@@ -108,12 +117,15 @@ def unit_masks(anatomy: Anatomy) -> dict[str, UnitMask | None]:
 
 def block_params(anatomy: Anatomy) -> int:
     """Weights and biases of attention, FFN and norms inside the layers that are live; adapters excluded."""
+    return sum(layer_params(layer) for layer in anatomy.layers)
+
+
+def layer_params(layer: Layer) -> int:
+    """The same of one layer; 0 where it went as a whole."""
     total = 0
-    for layer in anatomy.layers:
-        inside: set[int] = set()
-        for module in layer.module.modules():
-            if isinstance(module, APTAdapter | HiddenNorm):
-                inside.update(id(p) for p in module.parameters())
-                total += module.live_params()
-        total += sum(p.numel() for p in layer.module.parameters() if id(p) not in inside)
-    return total
+    inside: set[int] = set()
+    for module in layer.module.modules():
+        if isinstance(module, APTAdapter | HiddenNorm):
+            inside.update(id(p) for p in module.parameters())
+            total += module.live_params()
+    return total + sum(p.numel() for p in layer.module.parameters() if id(p) not in inside)

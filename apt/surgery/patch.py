@@ -10,6 +10,7 @@ from apt.families import Anatomy, anatomy_of, known_family
 from apt.families.ties import say_untied
 from apt.layers.fused import restore_plain, split_fused
 from apt.layers.gated_activation import put_activations, restore_activations
+from apt.layers.layer_mask import unmask_layer
 from apt.layers.passes import ValidTokens, place_passes, remove_passes
 from apt.methods import METHODS, place_row_gates, remove_row_gates
 from apt.methods.prompts import PROMPT, place_prompt, placed_prompt, remove_prompt
@@ -17,7 +18,7 @@ from apt.pruning.dimensions import hidden_group
 from apt.pruning.units import block_params
 from apt.surgery.around import unwatch, watch
 from apt.surgery.hidden import place_dimensions, remove_dimensions
-from apt.surgery.put_in import keep_few_kernels, put_adapters, put_unit_masks, share_inputs
+from apt.surgery.put_in import keep_few_kernels, put_adapters, put_layer_masks, put_unit_masks, share_inputs
 from apt.surgery.save_notice import notice_of, place_notice, remove_notice
 from apt.surgery.state import PatchState, bare_model, forget_graphs, patch_state
 from apt.surgery.tails import free_tails
@@ -98,6 +99,11 @@ def _anatomy_for(model: nn.Module, config: APTConfig) -> Anatomy | None:
     anatomy = anatomy_of(model) if needed or known_family(model) is not None else None
     if anatomy is not None and not anatomy.layers:
         raise ValueError("patch_model: the model has no layers, so it has no prunable units")
+    if anatomy is not None and anatomy.gone and (config.prompts or METHODS[config.method].per_example):
+        raise ValueError(
+            f"patch_model: method {config.method!r} counts layers, and {anatomy.gone[0]} of this model went; save it "
+            f"with apt.export_model and load it again first"
+        )
     if placed_prompt(model) is not None and (config.prunes or config.prompts):
         raise ValueError("patch_model: this model came with a prompt, so it can be neither pruned nor given another")
     return anatomy
@@ -149,6 +155,7 @@ def _put_parts(anatomy: Anatomy, places: Places, state: PatchState) -> None:
         passes = place_passes(anatomy)
         state.valid = {stack.name: ValidTokens(passes, stack.name) for stack in anatomy.stacks}
         put_unit_masks(anatomy, state.valid, config.pruning.unit_types)
+        put_layer_masks(anatomy, state.valid)
         put_activations(anatomy)
         if state.hidden:
             place_dimensions(anatomy, state.valid)
@@ -200,6 +207,8 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     restore_plain(model, merge=merge)
     if merge:
         say_untied(model, model.state_dict())
+    for module in model.modules():
+        unmask_layer(module)
     for hook in state.hooks:
         hook.remove()
     unwatch(model)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from apt.families import Attention, anatomy_of
 from apt.layers import TRANSFORM, APTAdapter, LayerTransform, exchange
 from apt.pruning.dimensions import NAME, Group, HiddenGroup, find_dimensions
+from apt.pruning.layers import LayerGroup, find_layers, gone_layers
 from apt.pruning.units import UnitGroup, find_units
 from apt.records import PrunePlan
 from apt.surgery.hidden import tell_width
-from apt.surgery.moments import check_optimizer, follow, moments
+from apt.surgery.moments import check_optimizer, follow, forget, moments
 from apt.surgery.ranks import drop_adapter
 
 AXES = {"out": 0, "in": 1}  # of a weight, for each of its sides
@@ -39,6 +40,7 @@ def apply_prune_plan(
         check_optimizer(optimizer)
     anatomy = anatomy_of(model)
     groups: dict[str, Group] = {group.name: group for group in find_units(anatomy)}
+    groups |= {group.name: group for group in find_layers(anatomy)}
     if NAME in plan.kept:
         groups[NAME] = find_dimensions(anatomy)
     unknown = sorted(set(plan.kept) - set(groups))
@@ -52,14 +54,28 @@ def apply_prune_plan(
             raise ValueError(
                 f"surgery: {name} has {group.num_units} units; kept positions must ascend and lie below that"
             )
+    gone = gone_layers(plan.kept)
     for name, positions in sorted(plan.kept.items(), key=lambda entry: entry[0] != NAME):
         group = groups[name]
         if len(positions) == group.num_units:
             continue
-        if isinstance(group, HiddenGroup):  # first: a layer that loses its last head takes a copy of a bias along
+        if isinstance(group, LayerGroup):
+            _remove_layer(group, optimizer, keep_tail)
+        elif group.holder in gone:
+            continue  # it goes with its layer, which a teacher keeps as it is
+        elif isinstance(group, HiddenGroup):  # first: a layer that loses its last head takes a copy of a bias along
             _prune_hidden(group, getattr(model, TRANSFORM, None), positions, optimizer, keep_tail)
         else:
             _prune_group(group, positions, optimizer, keep_tail)
+
+
+def _remove_layer(group: LayerGroup, optimizer: torch.optim.Optimizer | None, keep_tail: bool) -> None:
+    module = group.layer.module
+    for linear in module.modules():
+        if isinstance(linear, APTAdapter):
+            drop_adapter(linear, optimizer)
+    forget(list(group.trained()), optimizer)
+    group.layer.remove().dense = (module,) if keep_tail else ()
 
 
 def _prune_group(

@@ -12,6 +12,7 @@ from apt.families import Anatomy
 from apt.families.linears import features, replace_module
 from apt.layers import APTAdapter, share_input
 from apt.layers.fused import FusedLinears
+from apt.layers.layer_mask import LayerMask, mask_layer
 from apt.layers.passes import ValidTokens
 from apt.layers.unit_mask import UnitMask
 from apt.methods import adapt, rank_and_scale
@@ -65,6 +66,14 @@ def put_unit_masks(anatomy: Anatomy, valid: dict[str, ValidTokens], unit_types: 
             tokens = valid[part.layer.stack.name]
             device = reader.weight.device
             reader.unit_mask = UnitMask(units, reader.n_in // units, tokens, device, kind=kind.name)
+
+
+def put_layer_masks(anatomy: Anatomy, valid: dict[str, ValidTokens]) -> None:
+    """Put its mask on every layer that is there."""
+    for layer in anatomy.layers:
+        if not layer.gone:
+            device = next(layer.module.parameters()).device
+            mask_layer(layer.module, LayerMask(valid[layer.stack.name], device))
 
 
 def share_inputs(anatomy: Anatomy) -> None:

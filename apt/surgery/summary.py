@@ -6,6 +6,7 @@ from torch import nn
 
 from apt.families import known_anatomy
 from apt.layers import TRANSFORM, adapted
+from apt.layers.layer_mask import layer_mask
 from apt.layers.unit_mask import UnitMask
 from apt.methods.prompts import PROMPT, placed_prompt
 from apt.pruning.dimensions import hidden_group
@@ -24,6 +25,7 @@ class Summary:
     params_after: int
     trainable_params: int
     units: dict[str, int]  # heads (KV groups) and neurons left in every unit group: "layers.0.heads": 12, ...
+    layers: dict[str, bool]  # whether each is left: "layers.0": True, ...
     hidden: int  # hidden dimensions; 0 where they cannot be removed
     masked: int  # units whose mask is below 1
     ranks: dict[str, int]  # of every adapter
@@ -46,6 +48,7 @@ class Summary:
         rows: dict[str, list[int]] = {}
         for name, count in self.units.items():
             rows.setdefault(UnitName.parse(name).title, []).append(count)
+        left = self.layers.values()
         ranks = sorted(self.ranks.values())
         active = self.active.values()
         spread = f"{ranks[0]}-{ranks[-1]} over {len(ranks)} adapters" if ranks else "no adapters"
@@ -54,6 +57,7 @@ class Summary:
                 f"parameters  {self.params_after:,} of {self.params_before:,} ({self.trainable_params:,} train)",
                 f"sparsity    {self.sparsity:.1%} of the block parameters, {self.masked} units masked",
                 *(f"{title:<11} {' '.join(map(str, counts))}" for title, counts in rows.items()),
+                *([f"layers      {sum(left)} of {len(left)}"] if not all(left) else []),
                 f"hidden      {self.hidden or 'stay'}",
                 f"ranks       {spread}",
                 *([f"prompt      {self.virtual_tokens} virtual tokens"] if self.virtual_tokens else []),
@@ -85,20 +89,21 @@ def summary(model: nn.Module) -> Summary:
     kept = 0 if prompt is None else sum(p.numel() for p in prompt.plain().parameters())  # in an export
     tails = sum(stored.numel() - live.numel() for stored, live in live_views(model, group))
     adapters = sum(p.numel() for m in modules.values() for p in m.adapter_parameters())
-    of_parts: dict[str, UnitMask | None] = {}
+    masks: list[UnitMask | None] = [None if group is None else group.mask]
     units: dict[str, int] = {}
     sparsity = 0.0
     if state.config.prunes and anatomy is not None:
-        of_parts = unit_masks(anatomy)
+        masks += unit_masks(anatomy).values()
+        masks += [layer_mask(layer.module) for layer in anatomy.layers]
         units = anatomy.num_units()
         sparsity = 1.0 - block_params(anatomy) / state.block_params
-    masks = [*of_parts.values(), None if group is None else group.mask]
     return Summary(
         sparsity=sparsity,
         params_before=state.params_before,
         params_after=parameters - tails - adapters + kept,
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         units=units,
+        layers={} if anatomy is None else {layer.name: not layer.gone for layer in anatomy.layers},
         hidden=0 if group is None else group.num_units,
         masked=sum(int((mask.values < 1).sum()) for mask in masks if mask is not None),
         ranks={name: module.rank for name, module in modules.items() if module.rank},

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.families import EmptyAttention, known_anatomy
+from apt.families import StandIn, known_anatomy
 from apt.families.hidden_parts import HiddenPart
 from apt.layers import TRANSFORM, APTAdapter, adapted, exchange
 from apt.pruning.dimensions import HiddenGroup, hidden_group
@@ -55,5 +55,5 @@ def free_tails(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     for module in model.modules():
         if isinstance(module, APTAdapter):
             module.free_tail()
-        elif isinstance(module, EmptyAttention):
+        elif isinstance(module, StandIn):
             module.dense = ()

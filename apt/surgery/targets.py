@@ -48,6 +48,8 @@ def find_places(model: nn.Module, config: APTConfig, anatomy: Anatomy | None) ->
     if config.prunes and anatomy is not None:
         for part in anatomy.parts:
             kind_in(part, config.pruning.unit_types)  # refuses kinds that share a part
+        if any(kind.holds_units for kind in config.pruning.kinds):
+            anatomy.refuse_layers()
         prunable = [name for _, name in _places(anatomy, split)]
         if not prunable:
             raise ValueError("patch_model: every layer of this model is empty, so it has no prunable units")

@@ -102,11 +102,12 @@ class AdaptivePruner:
             or h.shape[-1:] != (features,)
             or group.mask.sums.dim() > 2
             or group.mask.squares
+            or group.kind == "layer"
         ):
             shapes = [None if tensor is None else list(tensor.shape) for tensor in (h, grad)]
             raise ValueError(
                 f"pruner: {group.name} needs an activation and a gradient of shape [..., {features}], got {shapes}; of "
-                f"hidden dimensions, and of salience 'fisher', the masks alone can tell"
+                f"hidden dimensions, layers, and of salience 'fisher', the masks alone can tell"
             )
         h_TD, grad_TD = (tensor.detach().reshape(-1, features) for tensor in (h, grad))
         products_TD = h_TD * grad_TD

@@ -15,6 +15,7 @@ import apt
 from apt.distillation import DistillationConfig, SelfDistiller
 from apt.families import EmptyAttention, anatomy_of
 from apt.layers import adapted
+from apt.layers.derived import plain_class
 from apt.pruning.units import find_units
 from apt.runs.evaluation.evaluate import saved_bytes
 from apt.surgery.prune import apply_prune_plan
@@ -265,7 +266,7 @@ def test_a_snapshot_goes_to_a_model_patched_anew(name: str) -> None:
 
 def test_nothing_of_it_is_exported_counted_or_left_by_unpatch(tmp_path: Path) -> None:
     model, twin = patched("bert"), patched("bert")
-    layer = type(twin.bert.encoder.layer[0])
+    layer = plain_class(twin.bert.encoder.layer[0])
     distiller = SelfDistiller(model)
     distiller.snapshot()
     files = [apt.save_adapter(each, tmp_path / name) for each, name in ((model, "a"), (twin, "b"))]

@@ -15,6 +15,7 @@ from apt.families.config_files import UNUSABLE, check_gguf, check_model_folder, 
 from apt.families.locate import GGUF, resolve_model
 from apt.files.reading import shown
 from apt.layers import adapted
+from apt.pruning.layers import LayerGroup
 from apt.pruning.ranks import adapter_sizes, total_params
 from apt.pruning.units import unit_masks
 from apt.records import Target
@@ -237,5 +238,11 @@ def _units_of_parts(model: nn.Module, controller: Controller) -> dict[str, list[
         stack, _, kind = name.split(".")
         counts = found.setdefault(kind if stack == "layers" else f"{stack} {kind}", [])
         counts.append(0 if mask is None else mask.num_units)
+    stacks: dict[str, int] = {}
+    for group in controller.groups:
+        if isinstance(group, LayerGroup):
+            stack = group.layer.stack.name
+            stacks[stack] = stacks.get(stack, 0) + 1
+    found |= {"layers" if stack == "layers" else f"{stack} layers": [count] for stack, count in stacks.items()}
     hidden = [group.num_units for group in controller.groups if group.kind == "hidden"]
     return found | ({"hidden": hidden} if hidden else {})

@@ -79,7 +79,7 @@ class Simulation:
         state = patch_state(self.model)
         draw = np.random.default_rng(0)
         with unset_fake_temporarily():
-            scores = {g.name: torch.tensor(g.cost() * (0.5 + draw.random(g.num_units))) for g in groups}
+            scores = {g.name: torch.tensor(g.whole_cost() * (0.5 + draw.random(g.num_units))) for g in groups}
             by_params = UnitSearch(state.block_params, replace(self.settings.pruning, target_speedup=None))
             plan = by_params.plan(groups, scores, block_params(anatomy_of(self.model)), 1, saving)
         apply_plan(self.model, plan, self.optimizer, keep_tail=self.teaching is not None)

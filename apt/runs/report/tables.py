@@ -98,6 +98,8 @@ def events_sheet(events: list[Event]) -> Sheet:
     """One row an event."""
     by_time = any(event.target_speedup is not None for event in events)
     asked = ("speed-up asked", "predicted", "sparsity") if by_time else ("sparsity asked", "reached")
+    layers = any(name.endswith(".layers") for event in events if event.prune is not None for name in event.prune.kept)
+    kinds = (*(["layers"] if layers else []), "heads", "neurons")
     rows = []
     for event in events:
         speed = number(event.target_speedup, ".2f"), number(event.predicted_speedup, ".2f")
@@ -106,14 +108,15 @@ def events_sheet(events: list[Event]) -> Sheet:
                 str(event.step),
                 *(speed if by_time else (number(event.target_sparsity, ".1%"),)),
                 f"{event.sparsity:.1%}",
-                _left(event, "heads"),
-                _left(event, "neurons"),
+                *(_left(event, kind) for kind in kinds),
                 f"{event.trainable_params:,}",
                 f"{event.seconds:.2f}",
             )
         )
     return Sheet(
-        "Events", ("step", *asked, "heads left", "neurons left", "trainable parameters", "seconds"), list(rows)
+        "Events",
+        ("step", *asked, *(f"{kind} left" for kind in kinds), "trainable parameters", "seconds"),
+        list(rows),
     )
 
 

@@ -13,6 +13,7 @@ from apt.layers.modes import frozen, modes_kept
 from apt.layers.passes import passes_of
 from apt.process.progress import progress
 from apt.pruning import UnitScores, settle_masks
+from apt.pruning.layers import without_gone
 from apt.pruning.units import UnitGroup
 from apt.records import PrunePlan
 from apt.repair.moments import Collector, bytes_of, collecting, hold_out
@@ -84,11 +85,12 @@ class CalibratedCut:
                     scores = self._score(self.batches)
                 for part in self._parts(number, rounds):
                     known = {name: left.scores(scores[name]) for name, left in unexplained.items()}
-                    plan = choose(self._shut(known or scores), part)
+                    plan = choose(self._shut(scores | known), part)
                     settle_masks(self.units.groups, plan.kept)
                     for name, left in unexplained.items():
                         left.keep(plan.kept[name])
-                notes = repairer.repair(plan.kept, moments, choose_ridge=number == rounds)
+                # What reads units in a layer that goes has nothing to give them to.
+                notes = repairer.repair(without_gone(plan.kept), moments, choose_ridge=number == rounds)
                 self.units.outliers.reset()  # they were of the weights before
             undo.pop_all()
         return replace(plan, repair=notes if repair else None)
