@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder ratings test check extras browser harness trainers fuzz soak kills bench bench-accuracy bench-adapters bench-finetune gpu clean
+.PHONY: help demo decoder ratings test check extras browser harness trainers fuzz soak kills bench bench-accuracy bench-adapters bench-finetune bench-repair gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,11 @@ bench-adapters: $(STAMPS)/dev $(STAMPS)/demo ## every adapter method beside PEFT
 
 bench-finetune: $(STAMPS)/dev $(STAMPS)/demo ## PEFT LoRA, full fine-tuning and APT, three seeds; resumes; ARGS="..."
 	$(PY) -m bench.finetune $(ARGS)
+
+bench-repair: $(STAMPS)/dev $(STAMPS)/smollm2 ## repaired cuts: a T5 that copies, instructions, their cost; an hour; resumes
+	$(PY) -m bench.copy_task_cut
+	$(PY) -m bench.instructions $(ARGS)
+	$(PY) -m bench.repair_cost
 
 # `python3 -m bench first_gpu` is all it does, for machines that have no make.
 gpu: ## kernels, a training step and the GPU tests in MINUTES (9), with the PYTHON of this machine, no .venv; into OUT

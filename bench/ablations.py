@@ -57,8 +57,8 @@ def table(rows: list[dict[str, str]]) -> str:
             continue
         theirs = {row["seed"]: row for row in rows if row["label"] == other}
         lora = {row["seed"]: row for row in rows if row["label"] == "lora"}
-        over, _ = _compare(mine, lora)
-        _, interval = _compare(mine, theirs)
+        over, _ = compare(mine, lora)
+        _, interval = compare(mine, theirs)
         accuracies = [float(row["accuracy"]) for row in mine.values()]
         spread = f" ± {statistics.stdev(accuracies):.4f}" if len(accuracies) > 1 else ""
         seconds = statistics.mean(float(row["train_cpu_seconds"]) for row in mine.values())
@@ -69,7 +69,7 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _compare(mine: dict[str, dict[str, str]], theirs: dict[str, dict[str, str]]) -> tuple[str, str]:
+def compare(mine: dict[str, dict[str, str]], theirs: dict[str, dict[str, str]]) -> tuple[str, str]:
     """The ratio of mean accuracies, and the difference with its interval: two cells."""
     seeds = [seed for seed in mine if seed in theirs]
     if not seeds:

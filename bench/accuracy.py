@@ -1,4 +1,4 @@
-"""What accuracy costs: full fine-tuning, LoRA, its rivals and APT at six sparsities on the demo's task.
+"""What accuracy costs: full fine-tuning, LoRA, its rivals and APT at six sparsities on the demo's task, repaired too.
 
 ``python -m bench.accuracy [--only apt-60 lora ...] [--seeds 0] [--hours]``
 
@@ -12,11 +12,13 @@ the time to 97 % of what full fine-tuning ends with on the same sentences, at th
 
 import argparse
 import math
+import re
 import statistics
 from pathlib import Path
 
 import numpy as np
 
+from bench import repaired
 from bench.ablations import DISTILLED, POINTS, correct, paired_bootstrap
 from bench.ablations import GRID as ABLATIONS
 from bench.grid import Cell, Rows, fill, hours
@@ -39,6 +41,7 @@ GRID: dict[str, Cell] = {
         for kind in ("prune", "tp-magnitude", "tp-taylor")
         for percent in SPARSITIES
     },
+    **repaired.GRID,
 }
 SERIES = {  # prefix of a label: what it is, in words
     "full": "full fine-tuning",
@@ -48,6 +51,7 @@ SERIES = {  # prefix of a label: what it is, in words
     "tp-taylor": "the same by Torch-Pruning, Taylor",
     "apt": "APT with teacher",
     "apt alone": "APT",
+    **repaired.SERIES,
 }
 PLACES = {"w/o_Ap": "apt"}  # an ablation that is a point of a series: APT at 0 %
 
@@ -56,8 +60,7 @@ def series(label: str) -> str:
     """The key of `SERIES` that a run belongs to, "" for an ablation beside them."""
     if label in PLACES:
         return PLACES[label]
-    kind, _, rest = label.partition("-") if not label.startswith("tp-") else label.rpartition("-")
-    found = f"{kind} alone" if rest.endswith("alone") else kind
+    found = re.sub(r"-\d+", "", label)
     return found if found in SERIES else ""
 
 
@@ -91,7 +94,8 @@ def _column(rows: Rows, label: str, name: str) -> list[str]:
 
 
 def table(rows: Rows) -> str:
-    """Every run of the grid, means over its seeds; what was not run says so. Then the hours, and `beside_apt`."""
+    """Every run of the grid, means over its seeds; what was not run says so. Then the hours, `beside_apt`, and the
+    runs with a repair beside LoRA."""
     header = ["run", "", "seeds", "sparsity", "accuracy", "over LoRA", "training, s", "CPU s", "CPU s over LoRA"]
     header += ["s to 97 % of full", "answer, ms", "times dense", "parameters", "peak MB"]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
@@ -99,7 +103,10 @@ def table(rows: Rows) -> str:
         mine = [row for row in rows if row["label"] == label]
         cells = _cells(mine, rows) if mine else [UNMEASURED] + [""] * (len(header) - 3)
         lines.append("| " + " | ".join([label, SERIES.get(series(label), "ablation"), *cells]) + " |")
-    return "\n".join([*lines, "", f"{hours(GRID, None, rows)}.", "", *beside_apt(rows), ""])
+    lines += ["", f"{hours(GRID, None, rows)}.", "", *beside_apt(rows), ""]
+    times = {(row["label"], row["seed"]): over_lora(row, rows) for row in rows}
+    beside = repaired.beside_lora(rows, {run: ratio for run, ratio in times.items() if ratio is not None})
+    return "\n".join([*lines, *beside, ""] if beside else lines)
 
 
 def beside_apt(rows: Rows) -> list[str]:

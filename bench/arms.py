@@ -1,8 +1,9 @@
 """One arm of a comparison, trained on the task of a config and measured.
 
 ``python -m bench.arms ARM SEED --config FILE [--set KEY=VALUE ...]`` prints its row as JSON; `run_apart` calls it, so
-that each run is a process of its own. Arms: full fine-tuning, PEFT's LoRA, APT, and the rivals of `bench.rivals`, which
-begin where LoRA of the same seed ended: it is trained first where bench/scratch has none of the same settings.
+that each run is a process of its own. Arms: full fine-tuning, PEFT's LoRA, APT, PEFT's LoRA behind a cut of
+`bench.plain_cuts`, and the rivals of `bench.rivals`, which begin where LoRA of the same seed ended: it is trained first
+where bench/scratch has none of the same settings.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def run(
 
     Args:
         config_path: model, data and settings.
-        arm: "full", "lora", "apt-PERCENT", or one of `bench.rivals.KINDS` with "-PERCENT".
+        arm: "full", "lora", "apt-PERCENT", one of `bench.rivals.KINDS` with "-PERCENT", or one of `bench.plain_cuts`.
         seed: of the adapters, the head, the order of the data.
         overrides: ``key=value`` on top of the config.
         points: of the course that column `course` holds: seconds of training, accuracy, sparsity.
@@ -63,22 +64,11 @@ def run(
     from apt.runs.data import DatasetLoader
     from apt.runs.evaluation.evaluate import Evaluator, latency_ms
     from apt.runs.models import build_model, build_tokenizer
-    from bench.rivals import CUT_AT_ONCE, KINDS
+    from bench.rivals import KINDS
     from bench.training import Course, block_parameters
 
-    kind, _, percent = arm.rpartition("-") if arm[-1].isdigit() else (arm, "", "0")
-    if kind not in ("full", "lora", "apt", *KINDS):
-        raise SystemExit(
-            f"no arm is called {arm!r}; there are full, lora, apt-60, {', '.join(f'{k}-60' for k in KINDS)}"
-        )
-    sparsity = float(percent) / 100
-    chosen = [*overrides, f"training.seed={seed}", f"pruning.target_sparsity={sparsity}"]
-    chosen += CUT_AT_ONCE if kind == "prune" else []
-    if not sparsity:
-        chosen.append("pruning.num_events=0")
-    if kind == "full":
-        chosen.append(f"training.learning_rate={FULL_LEARNING_RATE}")
-    config = load_config(config_path, chosen)
+    kind, implied = settings_of(arm)
+    config = load_config(config_path, [*overrides, f"training.seed={seed}", *implied])
     tokenizer = build_tokenizer(config)
     data = DatasetLoader(config.data, tokenizer, config.training.seed)
     torch.manual_seed(seed)  # of the adapters; the new head has the same seed in every arm
@@ -89,7 +79,7 @@ def run(
         small, row = _retrained(kind, config_path, overrides, config, data, tokenizer, course)
     else:
         model = build_model(config, data.num_labels, tokenizer)
-        small, row = _trained(kind, model, config, data, tokenizer, course)
+        small, row = _trained(kind, arm, model, config, data, tokenizer, course)
         row |= {"course": course.column()} if points else {}
     row["sparsity"] = round(1.0 - block_parameters(small) / course.total, 4)
     logits, labels = evaluator.predict(small, data.test)
@@ -114,14 +104,41 @@ def run(
     return row
 
 
-def _trained(kind: str, model: Any, config: Any, data: Any, tokenizer: Any, course: Any) -> tuple[Any, dict[str, Any]]:
+def settings_of(arm: str) -> tuple[str, list[str]]:
+    """The kind of an arm, and what it sets in the config; SystemExit where there is no such arm."""
+    from bench import plain_cuts
+    from bench.rivals import CUT_AT_ONCE, KINDS
+
+    if found := plain_cuts.parse(arm):
+        return found[0], plain_cuts.overrides(arm)
+    kind, _, percent = arm.rpartition("-") if arm[-1].isdigit() else (arm, "", "0")
+    if kind not in ("full", "lora", "apt", *KINDS):
+        known = ["full", "lora", "apt-60", *(f"{kind}-60" for kind in (*KINDS, *plain_cuts.BY_WIDTH))]
+        known += [f"{kind}-3" for kind in plain_cuts.BY_LAYERS]
+        raise SystemExit(f"no arm is called {arm!r}; there are {', '.join(known)}")
+    sparsity = float(percent) / 100
+    chosen = [f"pruning.target_sparsity={sparsity}", *(CUT_AT_ONCE if kind == "prune" else [])]
+    if not sparsity:
+        chosen.append("pruning.num_events=0")
+    if kind == "full":
+        chosen.append(f"training.learning_rate={FULL_LEARNING_RATE}")
+    return kind, chosen
+
+
+def _trained(
+    kind: str, arm: str, model: Any, config: Any, data: Any, tokenizer: Any, course: Any
+) -> tuple[Any, dict[str, Any]]:
     """The model as it would be deployed (adapters merged, shrunk), and what training cost."""
     import apt
+    from bench import plain_cuts
     from bench.training import peft_lora, train
 
     if kind == "full":
         return _deployed(*train(model, config, data, tokenizer, course))
-    if kind == "lora":
+    if kind in plain_cuts.KINDS:
+        course.start()  # the cut is part of training
+        plain_cuts.cut(arm, model, config, data)
+    if kind == "lora" or kind in plain_cuts.KINDS:
         return _deployed(*train(peft_lora(model, config), config, data, tokenizer, course))
     return _deployed(*train(apt.patch_model(model, config.apt_config()), config, data, tokenizer, course, ours=True))
 
@@ -175,7 +192,7 @@ def kept_lora(config_path: Path, seed: int, overrides: list[str]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("arm", help="full, lora, apt-PERCENT, prune-PERCENT, tp-magnitude-PERCENT or tp-taylor-PERCENT")
+    parser.add_argument("arm", help="full, lora, apt-PERCENT, prune-PERCENT, first-LAYERS, ...; see bench.plain_cuts")
     parser.add_argument("seed", type=int)
     parser.add_argument("--config", type=Path, default=Path("examples/demo.yaml"))
     parser.add_argument("--points", type=int, default=0, help="at which accuracy is measured during training")

@@ -24,6 +24,8 @@ from bench.rows import append_row, environment, read_rows
 PAD, END, SYMBOLS = 0, 1, 30  # ids of padding (and of the decoder's start) and of the end; different symbols
 SHORTEST, LONGEST = 4, 8  # symbols of a sequence
 BATCH, HELD_OUT = 64, 500
+RATE, DENSE_STEPS = 3e-3, 1200
+ROUND_TO = 4  # neurons, of 128
 CONFIG = {
     "vocab_size": 2 + SYMBOLS,
     "d_model": 64,
@@ -86,24 +88,40 @@ def train(model: Any, steps: int, rate: float, draw: torch.Generator, **pruning:
     return model
 
 
-def run(seed: int, sparsity: float, dense_steps: int = 1200, pruned_steps: int = 800) -> dict[str, Any]:
-    """Train, prune, export, load, and compare on the same held-out sequences."""
+def dense_model(seed: int, steps: int, draw: torch.Generator) -> Any:
+    """The model that learns to copy, from random weights of a seed."""
     from transformers import T5Config, T5ForConditionalGeneration
 
+    torch.manual_seed(seed)
+    return train(T5ForConditionalGeneration(T5Config(**CONFIG)), steps, RATE, draw)
+
+
+def held_out_sequences(seed: int) -> dict[str, Tensor]:
+    """What exact match is taken on."""
+    return sequences(HELD_OUT, torch.Generator().manual_seed(10_000 + seed))
+
+
+def deployed(model: Any) -> Any:
+    """The model that is read from the export of a patched one."""
     import apt
 
-    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        return apt.load_model(apt.export_model(model, Path(folder) / "small"))
+
+
+def run(seed: int, sparsity: float, dense_steps: int = DENSE_STEPS, pruned_steps: int = 800) -> dict[str, Any]:
+    """Train, prune, export, load, and compare on the same held-out sequences."""
+    import apt
+
     draw = torch.Generator().manual_seed(seed)
-    held_out = sequences(HELD_OUT, torch.Generator().manual_seed(10_000 + seed))
+    held_out = held_out_sequences(seed)
     started = time.process_time()
-    model = train(T5ForConditionalGeneration(T5Config(**CONFIG)), dense_steps, 3e-3, draw)
+    model = dense_model(seed, dense_steps, draw)
     middle, dense = time.process_time(), exact_match(model, held_out)
     apt.patch_model(model, rank=8, target_modules=("q", "k", "v", "o", "up", "down"))
-    train(model, pruned_steps, 3e-3, draw, target_sparsity=sparsity, round_to=4)
+    train(model, pruned_steps, RATE, draw, target_sparsity=sparsity, round_to=ROUND_TO)
     counts = apt.summary(model)
-    with tempfile.TemporaryDirectory() as folder:
-        small = apt.load_model(apt.export_model(model, Path(folder) / "small"))
-    pruned = exact_match(small, held_out)
+    pruned = exact_match(deployed(model), held_out)
     return {
         "seed": seed,
         "target_sparsity": sparsity,

@@ -2,6 +2,8 @@
 
 ``python -m bench.decoder [--config examples/smollm2.yaml] [--arms dense lora apt magnitude ...] [--seeds 0] [--speed]``
 
+Besides, PEFT's LoRA behind a cut of `bench.plain_cuts`: fewer layers, or narrower FFNs.
+
 Every run is a process of its own with the same blocks, steps and seed; one row a run in bench/results/cpu/decoder.csv.
 Rows that are there already are skipped, so a comparison that was stopped goes on. What a run trained stays in
 bench/scratch; ``--speed`` takes training steps and generation of these models in turns, in one process, so that what
@@ -28,32 +30,33 @@ from apt.files.whole import append_jsonl, read_jsonl
 from apt.records import Event
 from apt.runs.arguments import training_arguments
 from apt.runs.config import RunConfig, load_config
-from apt.runs.data import TextLoader
+from apt.runs.data import Loader, TextLoader
 from apt.runs.evaluation.language import generation_rates, greedy, perplexity
 from apt.runs.models import build_model, build_tokenizer
 from apt.surgery.event import apply_event
+from bench import plain_cuts
 from bench.plan import results
+from bench.rivals import FISHER, REPAIRED
 from bench.rows import append_row, append_rows, environment, quantiles, read_rows
 from bench.timing import Clock
 from bench.training import block_parameters, peft_lora
 
-ARMS: dict[str, list[str]] = {  # overrides of the config
+ON_MORE = ["pruning.calibration_batches=16", "pruning.min_heads=1"]
+# Overrides of the config. Any arm of `bench.plain_cuts` is one too; these take 30 % of 30 layers.
+ARMS: dict[str, list[str]] = {
     "dense": [],
     "lora": [],
     "apt": [],  # as the config is
     "apt kurtosis=off": ["pruning.kurtosis=off"],
     "apt kurtosis=paper": ["pruning.kurtosis=paper"],
     "apt kurtosis=normalized": ["pruning.kurtosis=normalized"],
-    "apt repaired": [
-        "pruning.repair=weights",
-        "pruning.rounds=3",
-        "pruning.salience=fisher",
-        "pruning.balance=none",
-        "pruning.kurtosis=off",
-        "pruning.min_heads=1",
-        "pruning.calibration_batches=16",
-    ],
+    "apt repaired": [*REPAIRED, *ON_MORE, "pruning.rounds=3"],
+    "apt fisher": [*FISHER, *ON_MORE],
     "magnitude": ["pruning.salience=magnitude", "pruning.kurtosis=off"],
+    "first-21": [],
+    "influence-21": ON_MORE[:1],
+    "ffn-30": ON_MORE[:1],
+    "ffn-repaired-30": [*ON_MORE[:1], "pruning.rounds=3"],
 }
 UNPRUNED = ("dense", "lora")
 SCRATCH = Path("bench/scratch/decoder")
@@ -79,7 +82,7 @@ class Probe(TrainerCallback):
 
 def run(config_path: Path, arm: str, seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     """Train one arm and measure it; `folder` gets the events and the small model of a pruned one."""
-    config = load_config(config_path, [*overrides, f"training.seed={seed}", *ARMS[arm]])
+    config = load_config(config_path, [*overrides, f"training.seed={seed}", *settings_of(arm)])
     tokenizer = build_tokenizer(config)
     data = TextLoader(config.data, tokenizer, seed)
     torch.manual_seed(seed)  # of the adapters
@@ -87,7 +90,7 @@ def run(config_path: Path, arm: str, seed: int, overrides: list[str], folder: Pa
     total = block_parameters(model)
     row: dict[str, Any] = {"steps": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0}
     if arm != "dense":
-        model, row = _train(arm, model, config, data, folder)
+        model, row = train(arm, model, config, data, folder)
     row |= {"params": sum(p.numel() for p in model.parameters()), "sparsity": 1.0 - block_parameters(model) / total}
     row |= perplexity(model.eval(), data.test, batch_size)
     begin = torch.tensor([data.test[0]["input_ids"][:PROMPT]])
@@ -97,12 +100,21 @@ def run(config_path: Path, arm: str, seed: int, overrides: list[str], folder: Pa
     return {"arm": arm, "seed": seed} | row | setting | environment()
 
 
-def _train(arm: str, model: Any, config: RunConfig, data: TextLoader, folder: Path) -> tuple[Any, dict[str, Any]]:
+def settings_of(arm: str) -> list[str]:
+    """What an arm sets in the config."""
+    return [*(plain_cuts.overrides(arm) if plain_cuts.parse(arm) else []), *ARMS.get(arm, [])]
+
+
+def train(arm: str, model: Any, config: RunConfig, data: Loader, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The trained model as it would be deployed (adapters merged, shrunk), and what training cost."""
     probe = Probe(lambda: perplexity(model, data.test, config.evaluation.inference_batch_size)["perplexity"])
     common: dict[str, Any] = {"args": training_arguments(config, folder / "checkpoints"), "train_dataset": data.train}
     common |= {"data_collator": data.collator, "callbacks": [probe]}
-    if arm == "lora":
+    started, cpu = time.perf_counter(), time.process_time()
+    if plain_cuts.parse(arm):
+        plain_cuts.cut(arm, model, config, data)
+    cut_seconds, cut_cpu = time.perf_counter() - started, time.process_time() - cpu  # part of what training costs
+    if arm == "lora" or plain_cuts.parse(arm):
         model = peft_lora(model, config)
         trainer: Any = Trainer(model=model, **common)
     else:
@@ -111,12 +123,15 @@ def _train(arm: str, model: Any, config: RunConfig, data: TextLoader, folder: Pa
     started, cpu = time.perf_counter(), time.process_time()
     trainer.train()
     row: dict[str, Any] = {"steps": trainer.state.global_step}
-    row["train_seconds"] = round(time.perf_counter() - started - probe.seconds, 2)
-    row["train_cpu_seconds"] = round(time.process_time() - cpu - probe.cpu_seconds, 2)
+    row["train_seconds"] = round(time.perf_counter() - started - probe.seconds + cut_seconds, 2)
+    row["train_cpu_seconds"] = round(time.process_time() - cpu - probe.cpu_seconds + cut_cpu, 2)
     row["perplexity_untuned"] = probe.value
     row["losses"] = " ".join(f"{entry['loss']:.3f}" for entry in trainer.state.log_history if "loss" in entry)
     if arm == "lora":
         return model.merge_and_unload(), row
+    if plain_cuts.parse(arm):
+        apt.export_model(apt.patch_model(model.merge_and_unload(), method="lora"), folder / MODEL)
+        return apt.load_model(folder / MODEL), row
     counts = apt.summary(model)
     row |= {"heads": " ".join(map(str, counts.heads)), "neurons": " ".join(map(str, counts.neurons))}
     row["ranks"] = sum(counts.ranks.values())
@@ -141,6 +156,10 @@ def speed(config: RunConfig, folders: dict[str, Path], runs: int) -> list[dict[s
             rows.append(_rate_row("generation", arm, f"{batch} x {PROMPT} + {NEW_TOKENS}", found, rates["dense"]))
     steps = {"lora": _training_step(peft_lora(build_model(config, None, tokenizer), config), config, vocabulary)}
     for arm, folder in folders.items():
+        if plain_cuts.parse(arm):
+            cut = peft_lora(apt.load_model(folder / MODEL), config)
+            steps[arm] = _training_step(cut, config, vocabulary)
+            continue
         model = apt.patch_model(build_model(config, None, tokenizer), config.apt_config())
         for line in read_jsonl(folder / EVENTS):
             apply_event(model, Event.from_json(line))
@@ -174,21 +193,32 @@ def _rate_row(what: str, arm: str, shape: str, rates: list[float], base: list[fl
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """One line an arm and seed; perplexities also over those of magnitude pruning of the same seed."""
+    """One line an arm and seed; perplexity also over that of magnitude pruning of the same seed.
+
+    Time is over that of LoRA of the same seed and commit: another may be of another hour, or machine.
+    """
+    lora = {_session(row): float(row["train_cpu_seconds"]) for row in rows if row["arm"] == "lora"}
     magnitude = {(row["seed"], row["overrides"]): float(row["perplexity"]) for row in rows if row["arm"] == "magnitude"}
     lines = [
-        "| arm | seed | parameters | sparsity | perplexity before tuning | after | over magnitude | training, CPU s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| arm | seed | parameters | sparsity | perplexity before tuning | after | over magnitude | training, CPU s "
+        "| over LoRA's |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        base, after = magnitude.get((row["seed"], row["overrides"])), float(row["perplexity"])
+        key, after, seconds = (row["seed"], row["overrides"]), float(row["perplexity"]), float(row["train_cpu_seconds"])
+        base = magnitude.get(key)
         before = row.get("perplexity_untuned") or row["perplexity"]
         lines.append(
             f"| {row['arm']} {row['overrides']}".rstrip() + f" | {row['seed']} | {int(row['params']):,} "
             f"| {float(row['sparsity']):.3f} | {float(before):,.1f} | {after:,.2f} "
-            f"| {after / base if base else math.nan:.3f} | {float(row['train_cpu_seconds']):.0f} |"
+            f"| {after / base if base else math.nan:.3f} | {seconds:.0f} "
+            f"| {f'{seconds / lora[_session(row)]:.3f}' if _session(row) in lora else '-'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _session(row: dict[str, str]) -> tuple[str, str, str]:
+    return row["seed"], row["overrides"], row.get("commit", "")
 
 
 def speed_table(rows: list[dict[str, str]]) -> str:
@@ -220,11 +250,14 @@ def run_apart(config: Path, arm: str, seed: int, overrides: list[str], folder: P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("examples/smollm2.yaml"))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument(
+        "--arms", nargs="+", type=arm_name, default=list(ARMS), help="any of the default, first-24, ..."
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=results("decoder"))
     parser.add_argument("--scratch", type=Path, default=SCRATCH)
     parser.add_argument("--set", nargs="*", default=[], help="key=value overrides of the config, for every arm")
+    parser.add_argument("--again", action="store_true", help="also what has a row, such as LoRA for its time of today")
     parser.add_argument("--speed", action="store_true", help="then time training and generation of these arms in turns")
     parser.add_argument("--runs", type=int, default=5, help="of each arm in the timing")
     parser.add_argument("--one", action="store_true", help="run one arm and seed here and print its row as JSON")
@@ -238,7 +271,7 @@ def main() -> None:
     for seed in arguments.seeds:
         for arm in arguments.arms:
             done = {(row["arm"], row["seed"], row["overrides"]) for row in read_rows(out)}
-            if (arm, str(seed), " ".join(overrides)) in done:
+            if (arm, str(seed), " ".join(overrides)) in done and not arguments.again:
                 continue
             folder = arguments.scratch / f"{arm} {seed}"
             shutil.rmtree(folder, ignore_errors=True)
@@ -252,6 +285,13 @@ def main() -> None:
         speeds = out.with_name(f"{out.stem}_speed.csv")
         append_rows(speeds, speed(load_config(arguments.config, overrides), pruned, arguments.runs))
         _write(speeds.with_suffix(".md"), speed_table(read_rows(speeds)))
+
+
+def arm_name(name: str) -> str:
+    """The name of an arm, as an option of a command."""
+    if name not in ARMS and not plain_cuts.parse(name):
+        raise argparse.ArgumentTypeError(f"no arm is called {name!r}; there are {', '.join(ARMS)}, first-LAYERS, ...")
+    return name
 
 
 def _write(path: Path, text: str) -> None:

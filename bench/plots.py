@@ -34,7 +34,7 @@ def accuracy(rows: Rows) -> Any:
         points.sort(key=lambda mine: float(mine[0]["sparsity"]))
         for axis, (column, _) in zip(axes, PANELS, strict=True):
             if points:
-                style = {"marker": "osD^vPX"[number], "linestyle": "-" if len(points) > 1 else "", "label": words}
+                style = {"marker": "osD^vPX<>ph*d"[number], "linestyle": "-" if len(points) > 1 else "", "label": words}
                 axis.plot([_mean(p, column) for p in points], [_mean(p, "accuracy") for p in points], **style)
                 for p in points if name == "apt" and column != "sparsity" else []:  # on one line, or none can be read
                     text, spot = f"{_mean(p, 'sparsity'):.0%}", (_mean(p, column), _mean(p, "accuracy"))

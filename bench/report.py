@@ -16,14 +16,17 @@ from bench import (
     ablations,
     accuracy,
     adapters,
+    copy_task_cut,
     cost,
     decoder,
     events,
     footprints,
     goals,
     inference,
+    instructions,
     last_phase,
     ratings,
+    repair_cost,
     train_step,
 )
 from bench.grid import Rows
@@ -44,6 +47,9 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "ratings": ratings.table,
     "decoder": decoder.table,
     "decoder_speed": decoder.speed_table,
+    "copy_task_cut": copy_task_cut.table,
+    "instructions": instructions.table,
+    "repair_cost": repair_cost.table,
 }
 COMMANDS = {  # where it is not python -m bench.NAME
     "ratings": "make ratings",

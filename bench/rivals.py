@@ -20,6 +20,10 @@ CUT_AT_ONCE = [
     "tuning.adaptive_rank_update=false",
     "distillation.use_self_distillation=false",
 ]
+# One cut, chosen as `apt.compress` chooses, where the schedule has its first event: what every run with a repair is
+# measured with.
+FISHER = ["pruning.num_events=1", "pruning.salience=fisher", "pruning.balance=none", "pruning.kurtosis=off"]
+REPAIRED = [*FISHER, "pruning.repair=weights"]
 CRITERIA = {"tp-magnitude": "GroupMagnitudeImportance", "tp-taylor": "GroupTaylorImportance"}
 KINDS = ("prune", *CRITERIA)
 
@@ -35,11 +39,11 @@ def cut_and_retrain(
     return train(peft_lora(model, config), config, data, tokenizer, course)
 
 
-def calibration(config: RunConfig, data: Any) -> list[Mapping[str, Tensor]]:
-    """As many batches of training data as `prune_before_tuning` takes, drawn in the same way."""
-    size = config.training.batch_size
+def calibration(config: RunConfig, data: Any, count: int | None = None) -> list[Mapping[str, Tensor]]:
+    """As many batches of training data as `prune_before_tuning` takes, or `count`, drawn in the same way."""
+    size, count = config.training.batch_size, count or config.pruning.calibration_batches
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(config.training.seed)).tolist()
-    starts = range(0, min(len(order), size * config.pruning.calibration_batches), size)
+    starts = range(0, min(len(order), size * count), size)
     return [data.collator([data.train[index] for index in order[start : start + size]]) for start in starts]
 
 

@@ -1,4 +1,7 @@
-"""The copy task: what a batch holds, what counts as a match, and a model that copies on with half of its layers."""
+"""The copy task: what a batch holds, what counts as a match, and a model that copies on with half of its layers.
+
+The same model also loses half at once.
+"""
 
 from typing import Any
 
@@ -6,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import copy_task
+from bench import copy_task, copy_task_cut
 
 SMALL = {"SHORTEST": 2, "LONGEST": 4, "SYMBOLS": 10, "BATCH": 32}
 SIZES = {"vocab_size": 12, "d_model": 32, "d_kv": 6, "d_ff": 64, "num_layers": 1}
@@ -48,6 +51,29 @@ def test_a_match_is_a_whole_sequence() -> None:
     assert copy_task.exact_match(Echo(100), first) == 1.0
     short = float((batch["attention_mask"].sum(1) <= 6).double().mean())
     assert copy_task.exact_match(Echo(6), batch) == short < 1.0
+
+
+def test_a_cut_is_repaired_and_the_dense_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SMALL.items():
+        monkeypatch.setattr(copy_task, name, value)
+    monkeypatch.setattr(copy_task, "CONFIG", {**copy_task.CONFIG, **SIZES})
+    monkeypatch.setattr(copy_task_cut, "BATCHES", {"moment_batches": 16, "calibration_batches": 2})
+    model = copy_task.dense_model(0, 20, torch.Generator().manual_seed(0)).eval()
+    before = [p.clone() for p in model.parameters()]
+    row = copy_task_cut.run(model, 0, "all units in one round", 0.3)
+    assert 0.3 <= row["sparsity"] <= 0.35
+    assert row["params_pruned"] < row["params_dense"]
+    assert 0.0 < row["error_repaired"] < row["error_cut"]
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))  # the next arm's
+
+
+def test_the_table_of_cuts_is_in_the_order_of_the_arms() -> None:
+    common = {"target_sparsity": "0.5", "sparsity": "0.5011", "exact_match_dense": "1.0", "exact_match_cut": "0.0"}
+    common |= {"exact_match_repaired": "0.904", "error_cut": "0.2", "error_repaired": "0.05"}
+    rows = [common | {"arm": arm, "seed": "1", "compress_cpu_seconds": "3"} for arm in reversed(copy_task_cut.ARMS)]
+    lines = copy_task_cut.table(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {arm}" for arm in copy_task_cut.ARMS]
+    assert lines[2].endswith("| 1 | 50.1% | 1.000 | 0.000 | 0.904 | 0.200 | 0.050 | 3 |")
 
 
 @pytest.mark.slow

@@ -48,8 +48,11 @@ def test_perplexities_are_compared_with_magnitude_pruning_of_the_same_seed() -> 
         {"arm": arm, "seed": seed, "perplexity": perplexity, "perplexity_untuned": "80", **common}
         for arm, seed, perplexity in [("apt", "0", "20"), ("magnitude", "0", "40"), ("apt", "1", "30")]
     ]
+    rows += [{"arm": "lora", "seed": "1", "perplexity": "9", **common, "train_cpu_seconds": "10", "commit": commit}
+             for commit in ("", "other")]  # fmt: skip
     cells = [line.split(" | ") for line in table(rows).splitlines()[2:]]
-    assert [(line[0], line[5], line[6]) for line in cells] == [
+    assert [line[-1] for line in cells] == ["- |", "- |", "0.500 |", "1.000 |", "1.000 |"]
+    assert [(line[0], line[5], line[6]) for line in cells[:3]] == [
         ("| apt", "20.00", "0.500"),
         ("| magnitude", "40.00", "1.000"),
         ("| apt", "30.00", "nan"),
