@@ -41,18 +41,23 @@ from bench.rows import append_row, append_rows, environment, quantiles, read_row
 from bench.timing import Clock
 from bench.training import block_parameters, peft_lora
 
+UNREPAIRED = [  # what the config asked for before it repaired
+    *("pruning.repair=off", "pruning.rounds=1", "pruning.salience=sum_of_products", "pruning.balance=type"),
+    *("pruning.kurtosis=null", "pruning.min_heads=0"),
+]
 ON_MORE = ["pruning.calibration_batches=16", "pruning.min_heads=1"]
 # Overrides of the config. Any arm of `bench.plain_cuts` is one too; these take 30 % of 30 layers.
 ARMS: dict[str, list[str]] = {
     "dense": [],
     "lora": [],
-    "apt": [],  # as the config is
-    "apt kurtosis=off": ["pruning.kurtosis=off"],
-    "apt kurtosis=paper": ["pruning.kurtosis=paper"],
-    "apt kurtosis=normalized": ["pruning.kurtosis=normalized"],
+    "apt obs": [],  # as the config is
+    "apt": UNREPAIRED,
+    "apt kurtosis=off": [*UNREPAIRED, "pruning.kurtosis=off"],
+    "apt kurtosis=paper": [*UNREPAIRED, "pruning.kurtosis=paper"],
+    "apt kurtosis=normalized": [*UNREPAIRED, "pruning.kurtosis=normalized"],
     "apt repaired": [*REPAIRED, *ON_MORE, "pruning.rounds=3"],
     "apt fisher": [*FISHER, *ON_MORE],
-    "magnitude": ["pruning.salience=magnitude", "pruning.kurtosis=off"],
+    "magnitude": [*UNREPAIRED, "pruning.salience=magnitude", "pruning.kurtosis=off"],
     "first-21": [],
     "influence-21": ON_MORE[:1],
     "ffn-30": ON_MORE[:1],

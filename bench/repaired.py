@@ -10,10 +10,13 @@ from bench.ablations import compare
 from bench.grid import Cell, Rows
 from bench.rivals import FISHER, REPAIRED
 
+# Chosen on 1,500 sentences held out of the demo's training data, at 80 %, seed 0: 0.8093 of 0.8173 for LoRA.
+EARLY = [*REPAIRED, "pruning.prune_end=0.2", "pruning.calibration_batches=8", "pruning.moment_batches=16"]
+
 SEEDS = 3
 # 50 and 67 are the sizes of a six-layer encoder with three layers and two.
 GRID: dict[str, Cell] = {
-    **{f"apt-{percent} repaired": Cell(f"apt-{percent}", REPAIRED, SEEDS) for percent in (60, 80, 90, 95, 50, 67)},
+    **{f"apt-{percent} repaired": Cell(f"apt-{percent}", EARLY, SEEDS) for percent in (60, 80, 90, 95, 50, 67)},
     **{f"apt-{percent} fisher": Cell(f"apt-{percent}", FISHER, SEEDS) for percent in (60, 80)},
     **{arm: Cell(arm, seeds=SEEDS) for arm in ("first-3", "first-2", "first-1")},
     **{arm: Cell(arm, seeds=SEEDS) for arm in ("influence-3", "influence-2", "influence-1")},

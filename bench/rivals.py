@@ -22,7 +22,10 @@ CUT_AT_ONCE = [
 ]
 # One cut, chosen as `apt.compress` chooses, where the schedule has its first event: what every run with a repair is
 # measured with.
-FISHER = ["pruning.num_events=1", "pruning.salience=fisher", "pruning.balance=none", "pruning.kurtosis=off"]
+FISHER = [
+    *("pruning.num_events=1", "pruning.salience=fisher", "pruning.balance=none", "pruning.kurtosis=off"),
+    *("pruning.repair=off", "pruning.rounds=1"),
+]
 REPAIRED = [*FISHER, "pruning.repair=weights"]
 CRITERIA = {"tp-magnitude": "GroupMagnitudeImportance", "tp-taylor": "GroupTaylorImportance"}
 KINDS = ("prune", *CRITERIA)

@@ -22,7 +22,7 @@ from apt.runs.models import build_model, build_tokenizer, check_lengths
 from apt.runs.run import load_data, prepare_process, write_card
 from apt.runs.tasks import TASKS
 from apt.surgery import patch_state
-from apt.training.compress import CHOSEN, check_asks, compress
+from apt.training.compress import check_asks, chosen_for, compress
 
 RECORD = "apt_compress.json"  # beside the export: scores, seconds, and the error of every projection
 
@@ -45,9 +45,12 @@ def compress_config(model: str, data: str | None, folder: Path, sparsity: float,
         raise ValueError("compress: give a model and its data, or a config file that names both")
     named = [f"output_dir={folder}"] if is_file else [f"output_dir={folder}", f"model={model}"]
     named += [] if data is None else [f"dataset={data}"]
-    named += [f"pruning.{name}={value}" for name, value in CHOSEN.items()]
+    path = Path(model) if is_file else None
+    asked = load_config(path, [*named, "pruning.repair=weights", *overrides]).pruning
+    chosen = chosen_for(asked.unit_types, asked.repair)
+    named += [f"pruning.{name}={value}" for name, value in chosen.items()]
     named += ["pruning.target_speedup=null", f"target_sparsity={sparsity}"]  # of a file, which is for a run
-    config = load_config(Path(model) if is_file else None, [*named, *overrides])
+    config = load_config(path, [*named, *overrides])
     check_asks(config.apt_config())
     return config
 

@@ -269,3 +269,13 @@ def test_a_batch_without_a_label_among_others_says_nothing() -> None:
     assert apt.summary(ours).units == apt.summary(theirs).units
     with torch.no_grad():
         assert torch.equal(ours(**batches[0]).logits, theirs(**batches[0]).logits)
+
+
+def test_units_that_no_repair_is_for_are_chosen_without_it() -> None:
+    """The choice that knows the repair is for heads and neurons that are repaired."""
+    model = apt.compress(tiny_model("bert"), [tiny_batch("bert")] * 3, unit_types=["head", "hidden"], round_to=1)
+    assert apt.surgery.patch_state(model).config.pruning.salience == "fisher"
+    model = apt.compress(tiny_model("bert"), [tiny_batch("bert")] * 3, repair="off", round_to=1)
+    assert apt.surgery.patch_state(model).config.pruning.salience == "fisher"
+    model = apt.compress(tiny_model("bert"), [tiny_batch("bert")] * 3, round_to=1)
+    assert apt.surgery.patch_state(model).config.pruning.salience == "obs"
