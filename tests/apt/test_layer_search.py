@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_search import plan_of
@@ -15,12 +16,16 @@ from torch import Tensor
 from unit_groups import FIXED, Group, total_of
 
 import apt
+from apt.families import anatomy_of
 from apt.pruning import UnitSearch
+from apt.pruning.prices import Prices
+from apt.pruning.units import block_params
 from apt.records import Event
 from apt.runs.config import load_config
 from apt.runs.estimate.dry_run import dry_run
 from apt.runs.estimate.estimate import estimate
 from apt.runs.report.tables import events_sheet
+from apt.surgery.prune import apply_prune_plan
 
 ALL = ("head", "neuron", "layer")
 NORMS = 77  # what a layer costs beside its units
@@ -221,3 +226,25 @@ def test_a_plan_tells_its_layers(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path), ["train_size=192", "unit_types=[head, neuron, layer]"])
     assert "layers       1 x 2" in str(dry_run(config))
     assert estimate(config, baseline=False).run_over_lora > 0
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_bias", "gemma2", "t5_gated"])
+def test_what_a_plan_of_all_kinds_costs_is_exact(name: str) -> None:
+    """Layers, the units in them and the dimensions across them; attentions without heads too."""
+    settings: Any = {"num_decoder_layers": 3} if name == "t5_gated" else {}
+    model = apt.patch_model(tiny_model(name, **settings), prune=True)
+    anatomy = anatomy_of(model)
+    config = apt.pruning.PruningConfig(unit_types=("head", "neuron", "hidden", "layer"), round_to=1, min_hidden=1)
+    for seed, sparsity in ((1, 0.35), (2, 0.6)):
+        groups = apt.pruning.UnitScores(anatomy, config).groups
+        live = block_params(anatomy)
+        scores = scores_of(groups, seed)
+        free = [group.name for group in groups if group.kind == "layer" and not group.floor]
+        scores |= {key: scores[key] * 1e-3 for key in free[-1:]}
+        plan = UnitSearch(live, config).plan(groups, scores, live, 1, sparsity)
+        prices = Prices.of([[group] for group in groups])
+        counts = ([group.num_units for group in groups], [len(plan.kept[group.name]) for group in groups])
+        before, after = (int(prices.running_cost(np.arange(len(groups)), np.array(each))[-1]) for each in counts)
+        apply_prune_plan(model, plan)
+        assert block_params(anatomy) == live - before + after <= (1 - sparsity) * live
+    assert anatomy.gone
