@@ -38,14 +38,22 @@ class RepairNote:
     ridge: float | None  # relative to the mean of the diagonal of the second moment; None: nothing helped
     before: float  # error of the cut alone
     after: float  # of the cut that is repaired
+    # With repair "stream" the share of the drift behind the projection that it leaves; None: it was not corrected. One
+    # that is corrected for what others have lost has no error of its own.
+    stream: float | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the projection got other weights."""
+        return self.ridge is not None or self.stream is not None
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "RepairNote":
         """The note of an entry. Raises TypeError where it is none."""
         note = cls(**row)
-        for name in ("ridge", "before", "after"):
+        for name in ("ridge", "before", "after", "stream"):
             value = getattr(note, name)
-            if not (isinstance(value, int | float) or (name == "ridge" and value is None)):
+            if not (isinstance(value, int | float) or (name in ("ridge", "stream") and value is None)):
                 raise TypeError(f"{name} of a repair is no number")
         return note
 
@@ -64,6 +72,11 @@ class PrunePlan:
     round_to: int  # neurons come in multiples of this
     # Of the projections whose frozen weights were changed, by unit group. A replay of the plan gives the shapes alone.
     repair: dict[str, RepairNote] | None = None
+
+    @property
+    def errors(self) -> dict[str, RepairNote]:
+        """The notes of projections that lost units, and so have an error of their own."""
+        return {name: note for name, note in (self.repair or {}).items() if note.before > 0.0}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "PrunePlan":

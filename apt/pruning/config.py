@@ -10,7 +10,7 @@ from apt.records import Target
 
 BALANCES = ("type", "none")
 LAYOUTS = ("free", "uniform")
-REPAIRS = ("off", "weights")
+REPAIRS = ("off", "weights", "stream")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class PruningConfig:
         "product_of_sums"  # of a unit; "sum_of_products", "gate_taylor" keep activations; "fisher", "obs", "magnitude"
     )
     repair: str = (
-        "off"  # of what reads the units that go: "weights" gives their output to those that stay, at the event
+        "off"  # at an event: "weights" gives what goes to what stays; "stream" also what layers before have lost
     )
     rounds: int = 1  # with a repair: the units of an event are chosen in so many, scored anew between them; at least 1
     moment_batches: int = 64  # with a repair: training batches whose inputs it is fitted to; at least 1
@@ -82,18 +82,7 @@ class PruningConfig:
         for name in ("calibration_batches", "moment_batches", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pruning: {name} must be at least 1, got {getattr(self, name)}")
-        if self.rounds > 1 and self.repair == "off":
-            raise ValueError("pruning: rounds are of events that repair; set repair='weights', or rounds=1")
-        if self.salience == "obs" and self.repair == "off" and self.target_saving > 0.0:
-            raise ValueError(
-                "pruning: salience 'obs' weighs what a repair cannot give back; set repair='weights', or take 'fisher'"
-            )
-        if self.salience == "obs" and self.kurtosis not in (None, "off"):
-            raise ValueError(
-                f"pruning: salience 'obs' takes no outlier term, so kurtosis must be 'off', got {self.kurtosis!r}"
-            )
-        if self.salience == "obs" and "hidden" in self.unit_types:
-            raise ValueError("pruning: hidden dimensions have no salience 'obs', as no repair is theirs; take 'fisher'")
+        self._check_repair()
         if self.salience == "magnitude" and self.kurtosis not in (None, "off"):
             raise ValueError(
                 f"pruning: salience 'magnitude' takes no statistics, so kurtosis must be 'off', got {self.kurtosis!r}"
@@ -110,6 +99,25 @@ class PruningConfig:
         if without and self.target_saving > 0.0 and not self.prune_before_tuning:
             goal = "target_sparsity" if self.target_speedup is None else "target_speedup"
             raise ValueError(f"pruning: {goal} {getattr(self, goal)} needs num_events of at least 1, got 0")
+
+    def _check_repair(self) -> None:
+        """Raise ValueError where a repair, or a choice that knows it, is asked for with what it does not go with."""
+        if self.rounds > 1 and self.repair == "off":
+            raise ValueError("pruning: rounds are of events that repair; set repair='weights', or rounds=1")
+        if self.salience == "obs" and self.repair == "off" and self.target_saving > 0.0:
+            raise ValueError(
+                "pruning: salience 'obs' weighs what a repair cannot give back; set repair='weights', or take 'fisher'"
+            )
+        if self.salience == "obs" and self.kurtosis not in (None, "off"):
+            raise ValueError(
+                f"pruning: salience 'obs' takes no outlier term, so kurtosis must be 'off', got {self.kurtosis!r}"
+            )
+        if self.salience == "obs" and "hidden" in self.unit_types:
+            raise ValueError("pruning: hidden dimensions have no salience 'obs', as no repair is theirs; take 'fisher'")
+        if self.repair == "stream" and "hidden" in self.unit_types:
+            raise ValueError(
+                "pruning: repair 'stream' compares streams of one width; set repair='weights', or leave 'hidden' out"
+            )
 
     def _check_layers(self) -> None:
         """Raise ValueError where whole layers are to go in a way that is not known."""

@@ -68,9 +68,14 @@ def collecting(linears: Sequence[APTAdapter]) -> Iterator[list[Collector]]:
 
 def hold_out(collectors: Sequence[Collector], number: int, count: int) -> None:
     """Say which of so many batches comes next, from 0: every eighth is held out, of fewer the last; none of one."""
-    every = min(HELD_OUT, count)
     for collector in collectors:
-        collector.part = int(every > 1 and number % every == every - 1)
+        collector.part = int(is_held_out(number, count))
+
+
+def is_held_out(number: int, count: int) -> bool:
+    """Whether of so many batches this one, from 0, is to choose by."""
+    every = min(HELD_OUT, count)
+    return every > 1 and number % every == every - 1
 
 
 def bytes_of(linear: APTAdapter) -> int:

@@ -1,6 +1,7 @@
 """The projections of one model that read its units: their weights as they were, their moments, and their repair."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -82,9 +83,7 @@ class Repairer:
                 reader.put()
                 continue
             device = reader.weight.device
-            units = torch.tensor(positions, dtype=torch.long, device=device)
-            size = group.mask.unit_size
-            columns = (units[:, None] * size + torch.arange(size, device=device)).flatten()
+            columns = columns_of(group, positions)
             collector = collectors[group.name]
             held_out = collector.held_out if choose_ridge else None
             held_out = None if held_out is None else held_out.to(device)
@@ -100,8 +99,47 @@ class Repairer:
             notes[group.name] = RepairNote(ridge=solution.ridge, before=solution.before, after=solution.after)
         return notes
 
+    @contextmanager
+    def as_it_was(self, groups: Sequence[UnitGroup]) -> Iterator[None]:
+        """These units open, and what reads them with its weights of before the cut, inside."""
+        readers = [self._readers[group.name] for group in groups]
+        masks = [(group.mask, group.mask.values.clone()) for group in groups]
+        written = [[None if live is None else live.detach().clone() for live in r.linear.view()] for r in readers]
+        try:
+            for mask, values in masks:
+                mask.set_mask(torch.ones_like(values))
+            for reader in readers:
+                reader.put()
+            yield
+        finally:
+            for mask, values in masks:
+                mask.set_mask(values)
+            for reader, kept in zip(readers, written, strict=True):
+                for live, saved in zip(reader.linear.view(), kept, strict=True):
+                    if live is not None and saved is not None:
+                        live.data.copy_(saved)
+
+    @torch.no_grad()
+    def change(self, group: UnitGroup, columns: Tensor, solution: Solution) -> None:
+        """Add a solution to the projection that reads these units, on top of what was written into it."""
+        linear = self._readers[group.name].linear
+        if self.keep_dense:
+            linear.keep_dense()
+        live, live_bias = linear.view()
+        live.data[:, columns] = (live[:, columns].double() + solution.weight).to(live.dtype)
+        if live_bias is not None and solution.bias is not None:
+            live_bias.data.copy_(live_bias.double() + solution.bias)
+
     @torch.no_grad()
     def undo(self) -> None:
         """Write into every projection what it was; what a teacher has kept of it is the same."""
         for reader in self._readers.values():
             reader.put()
+
+
+def columns_of(group: UnitGroup, positions: Sequence[int]) -> Tensor:
+    """The columns that these units own in the projection that reads them, ascending."""
+    device = group.reader.weight.device
+    units = torch.tensor(positions, dtype=torch.long, device=device)
+    size = group.mask.unit_size
+    return (units[:, None] * size + torch.arange(size, device=device)).flatten()

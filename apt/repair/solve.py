@@ -143,12 +143,10 @@ class _Cut:
         if not self.kept.numel():
             weight = self.nothing()[0]
         else:
-            damped = second.clone()
-            damped.diagonal().add_(ridge * second.diagonal().mean())
-            factor, info = torch.linalg.cholesky_ex(damped)
-            if int(info) != 0:
+            solved = damped_solve(second, right, ridge)
+            if solved is None:
                 return None
-            weight = torch.cholesky_solve(right, factor).T
+            weight = solved.T
         return weight, -self.change(weight) @ mean if self.with_bias else None
 
     def change(self, weight: Tensor) -> Tensor:
@@ -166,6 +164,14 @@ class _Cut:
         if bias is not None:
             error = error + 2.0 * (bias @ (change @ mean)) + bias @ bias
         return float(error)
+
+
+def damped_solve(second: Tensor, right: Tensor, ridge: float) -> Tensor | None:
+    """``(C + r I)^-1 right``, r the ridge times the mean of the diagonal of C; None where that is singular still."""
+    damped = second.clone()
+    damped.diagonal().add_(ridge * second.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(damped)
+    return torch.cholesky_solve(right, factor) if int(info) == 0 else None
 
 
 def _others(kept: Tensor, width: int) -> Tensor:

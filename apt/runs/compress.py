@@ -128,7 +128,7 @@ def _batches(config: RunConfig, data: Loader) -> Iterator[dict[str, Any]]:
 def _told(before: dict[str, float], after: dict[str, float], event: Event, seconds: float) -> str:
     """One line of what came out."""
     metric = next(iter(before))
-    notes = list((event.prune.repair or {}).values()) if event.prune is not None else []
+    notes = list(event.prune.errors.values()) if event.prune is not None else []
     told = (
         f"{metric} {before[metric]:.4g} before, {after[metric]:.4g} after: {event.sparsity:.1%} of the block "
         f"parameters are gone, in {seconds:.0f} s"

@@ -59,7 +59,7 @@ class PatchState:
     def num_repaired(self) -> int:
         """Projections whose columns took over what went beside them."""
         notes = [event.prune.repair or {} for event in self.past if event.prune is not None]
-        return len({name for note in notes for name, found in note.items() if found.ridge is not None})
+        return len({name for note in notes for name, found in note.items() if found.changed})
 
     @property
     def built(self) -> dict[str, Any]:

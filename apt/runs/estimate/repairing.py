@@ -10,6 +10,8 @@ from apt.runs.estimate.footprint import Footprint, forward_flops
 from apt.runs.estimate.simulation import Simulation
 from apt.training.controller.calibrated_cut import MOST_BYTES
 
+STREAM_PASSES = 4  # of every batch with repair "stream": for the moments, as it was, and twice as it is cut
+
 
 def repairing(simulation: Simulation, step: Footprint) -> Footprint:
     """The footprint of an event that repairs at the present sizes, beside that of a training step.
@@ -25,6 +27,8 @@ def repairing(simulation: Simulation, step: Footprint) -> Footprint:
     dense = sum(group.reader.weight.numel() * group.reader.weight.element_size() for group in groups)
     settings = simulation.settings.pruning
     batches = max(settings.moment_batches, settings.calibration_batches)
+    if settings.repair == "stream":
+        batches *= STREAM_PASSES
     passes = batches + settings.calibration_batches * (2 + 3 * (settings.rounds - 1))
     products = sum(2 * _tokens(simulation.batch) * group.reader.n_in**2 for group in groups)
     flops = passes * forward_flops(simulation.model, simulation.batch) + batches * products

@@ -134,7 +134,7 @@ def repairs_sheet(events: list[Event]) -> list[Sheet]:
     """One row an event that repaired: how many projections, and their mean error; nothing where none did."""
     rows = []
     for event in events:
-        notes = list((event.prune.repair or {}).values()) if event.prune is not None else []
+        notes = list(event.prune.errors.values()) if event.prune is not None else []
         if notes:
             means = [sum(getattr(note, side) for note in notes) / len(notes) for side in ("before", "after")]
             rows.append((str(event.step), str(len(notes)), *(f"{mean:.4f}" for mean in means)))
@@ -144,13 +144,24 @@ def repairs_sheet(events: list[Event]) -> list[Sheet]:
 def repaired_sheet(events: list[Event]) -> list[Sheet]:
     """One row a projection that an event repaired; nothing where none was."""
     rows = [
-        (str(event.step), name, f"{note.before:.4f}", f"{note.after:.4f}", number(note.ridge, ".0e"))
+        (
+            str(event.step),
+            name,
+            f"{note.before:.4f}",
+            f"{note.after:.4f}",
+            number(note.ridge, ".0e"),
+            _share(note.stream),
+        )
         for event in events
         if event.prune is not None
         for name, note in (event.prune.repair or {}).items()
     ]
-    headers = ("event at step", "units", "cut", "repaired", "ridge")
+    headers = ("event at step", "units", "cut", "repaired", "ridge", "drift left")
     return [Sheet(REPAIRED, headers, list(rows), words=2)] if rows else []
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def timings_sheet(timings: dict[str, Any]) -> Sheet:

@@ -15,7 +15,8 @@ from apt.process.progress import progress
 from apt.pruning import UnitScores, settle_masks
 from apt.pruning.layers import without_gone
 from apt.pruning.units import UnitGroup
-from apt.records import PrunePlan
+from apt.records import PrunePlan, RepairNote
+from apt.repair.bottom_up import BottomUp
 from apt.repair.moments import Collector, bytes_of, collecting, hold_out
 from apt.repair.repairer import Repairer
 from apt.repair.unexplained import Unexplained
@@ -92,8 +93,23 @@ class CalibratedCut:
                 # What reads units in a layer that goes has nothing to give them to.
                 notes = repairer.repair(without_gone(plan.kept), moments, choose_ridge=number == rounds)
                 self.units.outliers.reset()  # they were of the weights before
+            if repair and self.units.config.repair == "stream":
+                notes = self._bottom_up(repairer, plan.kept, notes)
             undo.pop_all()
         return replace(plan, repair=notes if repair else None)
+
+    def _bottom_up(
+        self, repairer: Repairer, kept: Mapping[str, Sequence[int]], notes: Mapping[str, RepairNote]
+    ) -> dict[str, RepairNote]:
+        """Correct the streams; the notes with what that left."""
+        if all(len(kept.get(group.name, range(group.num_units))) == group.num_units for group in self.units.groups):
+            return dict(notes)
+        correction = BottomUp(self.units.anatomy, repairer, lambda: self._pass(iter(self.batches)), len(self.batches))
+        with modes_kept(self.model):
+            self.model.eval()
+            left = correction.carry_out(without_gone(kept))
+        none = RepairNote(ridge=None, before=0.0, after=0.0)
+        return dict(notes) | {name: replace(notes.get(name, none), stream=share) for name, share in left.items()}
 
     def _open(self) -> None:
         settle_masks(self.units.groups, {group.name: range(group.num_units) for group in self.units.groups})
