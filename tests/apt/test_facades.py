@@ -121,7 +121,7 @@ def test_increase_rank_leaves_the_output(init_type: str) -> None:
 # The pruner.
 
 
-@pytest.mark.parametrize("salience", SALIENCES)
+@pytest.mark.parametrize("salience", [name for name in SALIENCES if name != "obs"])  # that goes with a repair
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_cut_is_the_controllers(name: str, salience: str) -> None:
     """Statistics of the same batches, no moving average: the same units stay."""

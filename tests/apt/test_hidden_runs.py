@@ -306,10 +306,10 @@ def test_a_target_below_the_floors_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"unit_types": ()}, r"unit_types must be some of \['head', 'neuron', 'hidden'\], got \[\]"),
+        ({"unit_types": ()}, r"unit_types must be some of \['head', 'neuron', 'hidden', 'layer'\], got \[\]"),
         ({"unit_types": ("heads",)}, r"unit_types must be some of .* got \['heads'\]"),
         ({"hidden_sites": "both"}, r"hidden_sites must be one of \['read', 'write'\], got 'both'"),
-        ({"min_hidden": 0}, "round_to and min_hidden must be at least 1"),
+        ({"min_hidden": 0}, "round_to, min_hidden and min_layers must be at least 1"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], words: str) -> None:

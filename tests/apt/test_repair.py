@@ -330,9 +330,15 @@ def test_the_report_tells_the_error_of_every_projection() -> None:
         seconds=0.1,
     )
     assert apt.records.Event.from_json(json.loads(json.dumps(event.to_json()))) == event
-    assert repaired_sheet([event])[0].rows == [("3", "layers.0.heads", "0.2500", "0.1250", "1e-02")]
+    assert repaired_sheet([event])[0].rows == [("3", "layers.0.heads", "0.2500", "0.1250", "1e-02", "-")]
     assert repairs_sheet([event])[0].rows == [("3", "1", "0.2500", "0.1250")]
     assert repairs_sheet([dataclasses.replace(event, prune=None)]) == []
+    corrected = apt.records.RepairNote(ridge=None, before=0.0, after=0.0, stream=0.875)
+    more = dataclasses.replace(plan, repair={"layers.0.heads": note, "layers.1.heads": corrected})
+    event = dataclasses.replace(event, prune=more)
+    assert apt.records.Event.from_json(json.loads(json.dumps(event.to_json()))) == event
+    assert repaired_sheet([event])[0].rows[1] == ("3", "layers.1.heads", "0.0000", "0.0000", "-", "87.5%")
+    assert repairs_sheet([event])[0].rows == [("3", "1", "0.2500", "0.1250")]  # the other lost nothing itself
 
 
 def test_a_scaled_loss_scores_alike_and_counts_every_token_once() -> None:

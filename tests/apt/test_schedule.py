@@ -149,7 +149,7 @@ def test_bad_values_of_the_tuning_schedule(settings: dict[str, Any], words: str)
         ({"num_events": -1}, "num_events, min_heads and min_neurons must be at least 0"),
         ({"min_heads": -1}, "num_events, min_heads and min_neurons must be at least 0"),
         ({"min_neurons": -1}, "num_events, min_heads and min_neurons must be at least 0"),
-        ({"round_to": 0}, "round_to and min_hidden must be at least 1"),
+        ({"round_to": 0}, "round_to, min_hidden and min_layers must be at least 1"),
         ({"balance": "layer"}, r"balance must be one of \['type', 'none'\], got 'layer'"),
         ({"num_events": 0}, "target_sparsity 0.6 needs num_events of at least 1, got 0"),
         ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
