@@ -20,12 +20,13 @@ class LayerCall:
     known: Pass | None  # what the pass knew of its tokens
     valid: Tensor | None  # ``[B, T]``, 1 real, 0 padding; None: all are real
 
+    def inside(self, passes: Passes | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a function answers as a part of the pass of that call."""
+        return function(*args, **kwargs) if passes is None else passes.run(self.known, function, *args, **kwargs)
+
     def again(self, layer: nn.Module, stream: Tensor, passes: Passes | None) -> Tensor:
         """The stream behind the layer."""
-        if passes is None:
-            answer = layer(stream, *self.args, **self.kwargs)
-        else:
-            answer = passes.run(self.known, layer, stream, *self.args, **self.kwargs)
+        answer = self.inside(passes, layer, stream, *self.args, **self.kwargs)
         found: Tensor = answer[0] if isinstance(answer, tuple) else answer
         return found
 

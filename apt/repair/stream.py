@@ -138,7 +138,7 @@ class Sweep:
             x, here = self._until(layer, reader, call, stream)
             inputs.append(x)
             came.append(here)
-            residual = (goal - here).reshape(-1, reader.n_out) - reader(x).reshape(-1, reader.n_out)
+            residual = (goal - here).reshape(-1, reader.n_out) - self._given(call, reader, x)
             x_TD = x.reshape(-1, reader.n_in)
             if call.valid is not None:
                 real = call.valid.reshape(-1).bool()
@@ -152,7 +152,13 @@ class Sweep:
         if solution.ridge is not None:
             layer.change(group, layer.kept[reader], solution)
             found[group.name] = solution.after / solution.before
-        return [here + reader(x).view_as(here) for here, x in zip(came, inputs, strict=True)]
+        given = [self._given(call, reader, x) for call, x in zip(calls, inputs, strict=True)]
+        return [here + each.view_as(here) for here, each in zip(came, given, strict=True)]
+
+    def _given(self, call: LayerCall, reader: APTAdapter, x: Tensor) -> Tensor:
+        """What a projection makes of its input in the pass of a call, ``[B T, O]``."""
+        answer: Tensor = call.inside(self.passes, reader, x)
+        return answer.reshape(-1, reader.n_out)
 
     def _until(self, layer: CutLayer, reader: APTAdapter, call: LayerCall, stream: Tensor) -> tuple[Tensor, Tensor]:
         """What a projection reads as the layer is cut, and the stream that it adds to."""

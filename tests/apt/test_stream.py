@@ -239,3 +239,14 @@ def test_with_layers_that_go_the_others_are_corrected() -> None:
 def test_hidden_dimensions_are_refused() -> None:
     with pytest.raises(ValueError, match="repair 'stream' compares streams of one width"):
         apt.APTConfig().with_overrides(repair="stream", unit_types=["head", "hidden"])
+
+
+@pytest.mark.parametrize("method", ["dynacsg", "lora", "gsa"])
+def test_every_delta_is_corrected_in_its_pass(method: str) -> None:
+    settings = {"method": method, "prune": True, "target_modules": ["q", "v", "o", "down"]}
+    model = patched("llama_gqa", **STREAM, **settings)
+    plan = cut(model, "llama_gqa")
+    masked = logits(model, "llama_gqa")
+    apply_prune_plan(model, plan)
+    close("logits", logits(model, "llama_gqa"), masked)
+    assert any(note.stream is not None for note in plan.repair.values())
