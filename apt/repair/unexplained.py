@@ -72,6 +72,7 @@ class Unexplained:
             found[self.open] = gradients[self.open] / self.inverse.diagonal()
         else:
             own = self.inverse.unflatten(0, (-1, self.size)).unflatten(2, (-1, self.size)).diagonal(dim1=0, dim2=2)
-            left = torch.linalg.inv(own.permute(2, 0, 1))
+            # By Cholesky, as they are positive: the LU of several matrices fails in oneMKL on more than one thread.
+            left = torch.cholesky_inverse(torch.linalg.cholesky(own.permute(2, 0, 1)))
             found[self.open] = (left * gradients[self.open]).sum((1, 2))
         return found.clamp(min=0.0)

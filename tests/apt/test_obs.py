@@ -68,6 +68,21 @@ def test_of_two_units_that_tell_the_same_one_counts_once_the_other_is_gone() -> 
     assert alone[1] > 10 * both[1]
 
 
+def test_wide_heads_are_scored_on_several_threads() -> None:
+    """The LU of a batch of matrices of this size fails on two, in the oneMKL of torch 2.13."""
+    x = features(192, 1200)
+    gradients = torch.eye(192, dtype=torch.float64).expand(UNITS, -1, -1)
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(Unexplained.of(moment_of(x), 192, with_bias=False).scores(gradients))
+        finally:
+            torch.set_num_threads(before)
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_units_that_are_never_read_score_nothing() -> None:
     left = Unexplained.of(moment_of(torch.zeros(5, 4, dtype=torch.float64)), 1, with_bias=False)
     left.keep([1, 3])
