@@ -10,15 +10,13 @@ on the same linears. Gates and prompts have a learning rate of their own (`bench
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from bench.ablations import correct, paired_bootstrap
 from bench.adapter_arms import ARMS, BASELINE
+from bench.apart import row_of
 from bench.plan import results
 from bench.rows import append_row, read_rows
 from bench.shapes import SHAPES
@@ -32,17 +30,11 @@ def run_apart(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any
     Raises:
         SystemExit: it failed; its last words are the message.
     """
-    command = [sys.executable, "-m"]
     if options.shape:
-        command += ["bench.adapter_steps", arm, options.shape, "--runs", str(options.runs)]
+        command = ["bench.adapter_steps", arm, options.shape, "--runs", str(options.runs)]
     else:
-        command += ["bench.adapter_arms", arm, str(seed), "--config", str(options.config), "--set", *options.set]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
-    if not found:
-        raise SystemExit(f"{arm}, seed {seed} failed:\n{finished.stderr[-2000:]}")
-    row: dict[str, Any] = json.loads(found[0])
-    return row
+        command = ["bench.adapter_arms", arm, str(seed), "--config", str(options.config), "--set", *options.set]
+    return row_of(command, f"{arm}, seed {seed}")
 
 
 def fill(options: argparse.Namespace) -> None:

@@ -9,8 +9,6 @@ where bench/scratch has none of the same settings.
 import argparse
 import hashlib
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.apart import row_of
 from bench.rows import environment
 
 FULL_LEARNING_RATE = 5e-5  # of full fine-tuning; the adapters' own is too high for it
@@ -35,15 +34,11 @@ def run_apart(
     Raises:
         SystemExit: it failed; its last words are the message.
     """
-    command = [sys.executable, "-m", "bench.arms", arm, str(seed), "--config", str(config_path)]
+    command = ["bench.arms", arm, str(seed), "--config", str(config_path)]
     command += ["--points", str(points), "--set", *overrides]
     command += ["--keep", str(keep)] if keep else []
     started = time.perf_counter()
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
-    if not found:
-        raise SystemExit(f"{arm}, seed {seed} failed:\n{finished.stderr[-2000:]}")
-    row: dict[str, Any] = json.loads(found[0])
+    row = row_of(command, f"{arm}, seed {seed}")
     return row | {"run_seconds": round(time.perf_counter() - started, 1)}
 
 

@@ -14,8 +14,6 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +33,7 @@ from apt.runs.evaluation.language import generation_rates, greedy, perplexity
 from apt.runs.models import build_model, build_tokenizer
 from apt.surgery.event import apply_event
 from bench import plain_cuts
+from bench.apart import row_of
 from bench.plan import results
 from bench.rivals import FISHER, REPAIRED
 from bench.rows import append_row, append_rows, environment, quantiles, read_rows
@@ -242,14 +241,9 @@ def speed_table(rows: list[dict[str, str]]) -> str:
 
 def run_apart(config: Path, arm: str, seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     """`run` in a process of its own; SystemExit where it failed."""
-    command = [sys.executable, "-m", "bench.decoder", "--one", "--config", str(config), "--arms", arm]
+    command = ["bench.decoder", "--one", "--config", str(config), "--arms", arm]
     command += ["--seeds", str(seed), "--scratch", str(folder), "--set", *overrides]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
-    if not found:
-        raise SystemExit(f"{arm}, seed {seed} failed:\n{finished.stderr[-2000:]}")
-    row: dict[str, Any] = json.loads(found[0])
-    return row
+    return row_of(command, f"{arm}, seed {seed}")
 
 
 def main() -> None:

@@ -17,8 +17,6 @@ import json
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from apt.runs.config import load_config
 from apt.runs.data import Examples, InstructionLoader
 from apt.runs.models import build_model, build_tokenizer
 from bench import decoder
+from bench.apart import row_of
 from bench.grid import Rows
 from bench.plan import results
 from bench.rows import append_row, environment, read_rows
@@ -200,14 +199,9 @@ def _spread(rows: Rows, name: str, digits: int) -> str:
 
 def run_apart(config: Path, arm: str, seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     """`run` in a process of its own; SystemExit where it failed."""
-    command = [sys.executable, "-m", "bench.instructions", "--one", "--config", str(config), "--arms", arm]
+    command = ["bench.instructions", "--one", "--config", str(config), "--arms", arm]
     command += ["--seeds", str(seed), "--scratch", str(folder), "--set", *overrides]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [line[4:] for line in finished.stdout.splitlines() if line.startswith("ROW ")]
-    if not found:
-        raise SystemExit(f"{arm}, seed {seed} failed:\n{finished.stderr[-2000:]}")
-    row: dict[str, Any] = json.loads(found[0])
-    return row
+    return row_of(command, f"{arm}, seed {seed}")
 
 
 def main() -> None:
