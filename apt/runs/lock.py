@@ -58,6 +58,7 @@ def _take(path: Path, us: dict[str, Any]) -> bool:
             file.seek(0)
             file.truncate()
             json.dump(us, file)
+            file.flush()  # within our turn: whoever has the next one must read it
             return True
     except FileNotFoundError:
         return False

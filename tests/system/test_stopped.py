@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tiny_run import metrics_of, write_config, write_grid
 
 from apt.cli import main
 from apt.process.stopping import SIGNALS
-from apt.runs import measure
+from apt.runs import lock, measure
 from apt.runs.experiment import launch
 from apt.training.controller import Controller
 
@@ -277,6 +278,26 @@ def test_of_many_who_find_a_dead_ones_lock_one_takes_it(system: str, tmp_path: P
     assert sum(out == "mine\n" for out, _ in ends) == 1
     assert sum("has run in" in err for _, err in ends) == 3, ends
     assert len(list(tmp_path.glob("apt-lm-*.lock"))) == (system == "Windows")
+
+
+@pytest.mark.parametrize("system", ["Unix", "Windows"])
+def test_who_has_the_next_turn_at_a_lock_reads_its_owner(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written lies in the file, not in a buffer, when the turn ends."""
+    if system == "Windows":
+        monkeypatch.setattr(lock, "fcntl", None)
+    turn, read = lock._turn, []
+
+    @contextmanager
+    def watched(file: Any, path: Path) -> Iterator[None]:
+        with turn(file, path):
+            yield
+            read.append(json.loads(path.read_text() or "{}").get("pid"))
+
+    monkeypatch.setattr(lock, "_turn", watched)
+    with lock.locked(tmp_path / "run.partial"):
+        assert read == [os.getpid()]
 
 
 @pytest.mark.parametrize("ending", ["partial", "replaced"])
