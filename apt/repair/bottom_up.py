@@ -22,13 +22,13 @@ class BottomUp:
     Args:
         anatomy: of the patched model, its masks and weights those of the cut.
         repairer: of the groups, with the weights of before.
-        let_pass: lets all batches pass through the model.
+        let_pass: lets all batches pass through the model, as far as the modules that it is given.
         num_batches: that pass.
     """
 
     anatomy: Anatomy
     repairer: Repairer
-    let_pass: Callable[[], None]
+    let_pass: Callable[[Sequence[nn.Module]], None]
     num_batches: int
 
     def carry_out(self, kept: Mapping[str, Sequence[int]]) -> dict[str, float]:
@@ -59,7 +59,7 @@ class BottomUp:
     def _recorded(self, layers: Sequence[Layer], groups: Sequence[UnitGroup]) -> Recorded:
         modules = [layer.module for layer in layers]
         with recording(modules, passes_of(self.anatomy.model), groups[0].mask.valid) as recorded:
-            self.let_pass()
+            self.let_pass(modules)
         return recorded
 
     def _cut_layer(self, layer: Layer, kept: Mapping[str, Sequence[int]]) -> CutLayer:

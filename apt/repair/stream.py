@@ -131,26 +131,26 @@ class Sweep:
         found: dict[str, float],
     ) -> list[Tensor]:
         """Fit a projection to the streams wanted behind it, and write it; the streams that come behind it then."""
-        group = layer.groups[reader]
-        parts = [Residual.zeros(reader.n_in, reader.n_out, reader.weight.device, reader.weight.dtype) for _ in range(2)]
+        group, kept = layer.groups[reader], layer.kept[reader]
+        parts = [Residual.zeros(len(kept), reader.n_out, reader.weight.device, reader.weight.dtype) for _ in range(2)]
         inputs, came = [], []
         for number, (call, stream, goal) in enumerate(zip(calls, streams, wanted, strict=True)):
             x, here = self._until(layer, reader, call, stream)
             inputs.append(x)
             came.append(here)
             residual = (goal - here).reshape(-1, reader.n_out) - self._given(call, reader, x)
-            x_TD = x.reshape(-1, reader.n_in)
+            x_TS = x.reshape(-1, reader.n_in)[:, kept]
             if call.valid is not None:
                 real = call.valid.reshape(-1).bool()
-                x_TD, residual = x_TD[real], residual[real]
-            parts[is_held_out(number, self.counted)].add(x_TD, residual)
+                x_TS, residual = x_TS[real], residual[real]
+            parts[is_held_out(number, self.counted)].add(x_TS, residual)
         held_out = parts[1] if float(parts[1].inputs.count) else None
         try:
-            solution = solve_residual(parts[0], held_out, layer.kept[reader], with_bias=reader.bias is not None)
+            solution = solve_residual(parts[0], held_out, with_bias=reader.bias is not None)
         except FloatingPointError as error:
             raise FloatingPointError(f"repair: of {group.name} {error}; look at the calibration batches") from None
         if solution.ridge is not None:
-            layer.change(group, layer.kept[reader], solution)
+            layer.change(group, kept, solution)
             found[group.name] = solution.after / solution.before
         given = [self._given(call, reader, x) for call, x in zip(calls, inputs, strict=True)]
         return [here + each.view_as(here) for here, each in zip(came, given, strict=True)]

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from apt.pruning.layers import without_gone
 from apt.pruning.units import UnitGroup
 from apt.records import PrunePlan, RepairNote
 from apt.repair.bottom_up import BottomUp
+from apt.repair.extent import Extent
 from apt.repair.moments import Collector, bytes_of, collecting, hold_out
 from apt.repair.repairer import Repairer
 from apt.repair.unexplained import Unexplained
@@ -104,7 +106,8 @@ class CalibratedCut:
         """Correct the streams; the notes with what that left."""
         if all(len(kept.get(group.name, range(group.num_units))) == group.num_units for group in self.units.groups):
             return dict(notes)
-        correction = BottomUp(self.units.anatomy, repairer, lambda: self._pass(iter(self.batches)), len(self.batches))
+        let_pass = partial(self._pass, self.batches)
+        correction = BottomUp(self.units.anatomy, repairer, let_pass, len(self.batches))
         with modes_kept(self.model):
             self.model.eval()
             left = correction.carry_out(without_gone(kept))
@@ -172,11 +175,12 @@ class CalibratedCut:
         scores: Scores = {}
         lists = _in_memory(groups)
         for number, some in enumerate(lists):
-            with collecting([group.reader for group in some]) as collectors:
+            readers = [group.reader for group in some]
+            with collecting(readers) as collectors:
                 batches = self._numbered(collectors)
                 if number == 0 and self.grad_scale == 1.0:
                     scores = self._score(batches)  # and the moments of the same passes
-                self._pass(batches)
+                self._pass(batches, readers)
             for collector in collectors if len(lists) > 1 else ():
                 collector.to("cpu")
             moments |= {group.name: collector for group, collector in zip(some, collectors, strict=True)}
@@ -191,13 +195,14 @@ class CalibratedCut:
             yield batch
 
     @torch.no_grad()
-    def _pass(self, batches: Iterator[Batch]) -> None:
-        """Let what is left of the batches pass through the model."""
-        passes = passes_of(self.model)
+    def _pass(self, batches: Iterable[Batch], heard: Sequence[nn.Module]) -> None:
+        """Let what is left of the batches pass through the model, as far as these modules."""
+        passes, extent = passes_of(self.model), Extent(heard)
         with modes_kept(self.model), nullcontext() if passes is None else passes.counting():
             self.model.eval()
             for batch in progress(batches, "moments", total=len(self.batches)):
-                self.compute_loss(self.model, batch)
+                with extent.one_pass():
+                    self.compute_loss(self.model, batch)
 
 
 def _in_memory(groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
