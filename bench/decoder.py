@@ -49,7 +49,8 @@ ON_MORE = ["pruning.calibration_batches=16", "pruning.min_heads=1"]
 ARMS: dict[str, list[str]] = {
     "dense": [],
     "lora": [],
-    "apt obs": [],  # as the config is
+    "apt stream": [],  # as the config is
+    "apt obs": ["pruning.repair=weights"],
     "apt": UNREPAIRED,
     "apt kurtosis=off": [*UNREPAIRED, "pruning.kurtosis=off"],
     "apt kurtosis=paper": [*UNREPAIRED, "pruning.kurtosis=paper"],

@@ -1,6 +1,6 @@
 """Instructions with one right response each: a decoder pruned before it is tuned on them, beside PEFT's LoRA.
 
-``python -m bench.instructions [--arms lora "apt obs"] [--seeds 0 1 2] [--steps 60]``
+``python -m bench.instructions [--arms lora "apt stream"] [--seeds 0 1 2] [--steps 60]``
 
 Seven kinds of instructions are made from a seed: sort words, write in capitals, count, reverse a list, pick a word, add
 and subtract, name an opposite; 20 of each are held out, and no prompt of them is trained on. A prompt is in the chat
@@ -36,7 +36,7 @@ from bench.rows import append_row, environment, read_rows
 from bench.training import block_parameters
 
 SCRATCH = Path("bench/scratch/instructions")
-ARMS = ("dense", "lora", "apt obs")
+ARMS = ("dense", "lora", "apt stream", "apt obs")
 LONGEST = 96  # tokens of a prompt with its response
 EACH, HELD_OUT_EACH = 220, 20  # instructions of a kind, where there are so many; and how many of them are held out
 _NOUNS = """

@@ -1,4 +1,4 @@
-"""Passes that end behind the last module that is listened to: what the head and the loss would be is asked by nobody."""
+"""Passes that end behind the last module that is listened to: nobody asks what the head and the loss would be."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -78,10 +78,12 @@ class Sweep:
             FloatingPointError: the stream holds a number that is NaN or infinite.
         """
         found: dict[str, float] = {}
+        if not self._any_sum(layers, dense):
+            return found
         before, now = list(dense.streams), list(cut.streams)
         for index, layer in enumerate(progress(layers, "streams", total=len(layers))):
             with layer.as_it_was():
-                behind, sums, order = self._dense(layer, dense.calls[index], before)
+                before, sums, order = self._dense(layer, dense.calls[index], before)
             calls = cut.calls[index]
             added: list[Tensor] = []
             for place, reader in enumerate(order):
@@ -90,8 +92,17 @@ class Sweep:
                 now = added
             else:
                 now = [call.again(layer.module, stream, self.passes) for call, stream in zip(calls, now, strict=True)]
-            before = behind
         return found
+
+    def _any_sum(self, layers: Sequence[CutLayer], dense: Recorded) -> bool:
+        """Whether any layer is a sum, by the first batch."""
+        streams = dense.streams[:1]
+        for layer, calls in zip(layers, dense.calls, strict=True):
+            with layer.as_it_was():
+                streams, _, order = self._dense(layer, calls[:1], streams)
+            if order:
+                return True
+        return False
 
     def _dense(
         self, layer: CutLayer, calls: Sequence[LayerCall], streams: Sequence[Tensor]
@@ -152,8 +163,8 @@ class Sweep:
         if solution.ridge is not None:
             layer.change(group, kept, solution)
             found[group.name] = solution.after / solution.before
-        given = [self._given(call, reader, x) for call, x in zip(calls, inputs, strict=True)]
-        return [here + each.view_as(here) for here, each in zip(came, given, strict=True)]
+        triples = zip(calls, came, inputs, strict=True)
+        return [here + self._given(call, reader, x).view_as(here) for call, here, x in triples]
 
     def _given(self, call: LayerCall, reader: APTAdapter, x: Tensor) -> Tensor:
         """What a projection makes of its input in the pass of a call, ``[B T, O]``."""

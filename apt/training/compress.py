@@ -21,7 +21,7 @@ AS_IT_IS: dict[str, Any] = {  # that no training follows
     "target_speedup": None,
 }
 _CHOSEN: dict[str, Any] = {  # on top of the defaults, where nothing else is said
-    "repair": "weights",
+    "repair": "stream",
     "rounds": 2,
     "calibration_batches": 8,
     "salience": "obs",
@@ -31,10 +31,11 @@ _CHOSEN: dict[str, Any] = {  # on top of the defaults, where nothing else is sai
 
 
 def chosen_for(unit_types: Sequence[str], repair: str = "weights") -> dict[str, Any]:
-    """The settings of a compression of these kinds of units with this repair, where nothing else is said."""
+    """The settings of a compression of these kinds of units, repaired or "off", where nothing else is said."""
     if repair == "off":
         return {**_CHOSEN, "repair": "off", "rounds": 1, "salience": "fisher"}
-    return _CHOSEN if set(unit_types) <= {"head", "neuron"} else {**_CHOSEN, "salience": "fisher"}
+    chosen = _CHOSEN if set(unit_types) <= {"head", "neuron"} else {**_CHOSEN, "salience": "fisher"}
+    return {**chosen, "repair": "weights"} if "hidden" in unit_types else chosen
 
 
 def compress(
@@ -49,9 +50,11 @@ def compress(
     """Prune a plain model to a sparsity at once and repair what is left; nothing is trained.
 
     By default units are chosen by the mean squared gradient times what the other units cannot give back of them, in
-    rounds, on `calibration_batches` of the data; the projections that read them are repaired from `moment_batches`.
-    More tokens make a better repair: 60,000 are good. Save the result with `apt.export_model`, or train it on: it has
-    LoRA adapters that add nothing yet, and its settings ask for no further cut.
+    rounds, on `calibration_batches` of the data; the projections that read them are repaired from `moment_batches`,
+    then the stream from layer to layer, where layers add to a plain one. More tokens make a better repair: 60,000 are
+    good; ``repair="weights"`` leaves the stream out, in half the time on decoders. Save the result with
+    `apt.export_model`, or train it on: it has LoRA adapters that add nothing yet, and its settings ask for no further
+    cut.
 
     Args:
         model: of Hugging Face, of a known family, not patched.

@@ -11,6 +11,9 @@ from apt.runs.estimate.simulation import Simulation
 from apt.training.controller.calibrated_cut import MOST_BYTES
 
 STREAM_PASSES = 4  # of every batch with repair "stream": for the moments, as it was, and twice as it is cut
+STREAMS = (
+    6  # of all batches that it keeps: as it was, twice within a layer; as it is cut, before and behind a projection
+)
 
 
 def repairing(simulation: Simulation, step: Footprint) -> Footprint:
@@ -27,14 +30,21 @@ def repairing(simulation: Simulation, step: Footprint) -> Footprint:
     dense = sum(group.reader.weight.numel() * group.reader.weight.element_size() for group in groups)
     settings = simulation.settings.pruning
     batches = max(settings.moment_batches, settings.calibration_batches)
+    streams = 0
     if settings.repair == "stream":
+        streams = batches * max(map(_a_token, groups)) * _tokens(simulation.batch)
         batches *= STREAM_PASSES
     passes = batches + settings.calibration_batches * (2 + 3 * (settings.rounds - 1))
     products = sum(2 * _tokens(simulation.batch) * group.reader.n_in**2 for group in groups)
     flops = passes * forward_flops(simulation.model, simulation.batch) + batches * products
     simulation.model.train()
-    kept = {**step.bytes_of, "temporaries": step.bytes_of["temporaries"] + moments + dense}
+    kept = {**step.bytes_of, "temporaries": step.bytes_of["temporaries"] + moments + dense + streams}
     return replace(step, bytes_of=kept, flops=flops)
+
+
+def _a_token(group: UnitGroup) -> int:
+    """Bytes of the streams around a projection and of what it reads."""
+    return (STREAMS * group.reader.n_out + group.reader.n_in) * group.reader.weight.element_size()
 
 
 def _tokens(batch: dict[str, Tensor]) -> int:
