@@ -10,9 +10,10 @@ from apt.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from apt.apt_config import APTConfig
+    from apt.deploy.export import export_model
     from apt.distillation import SelfDistiller
     from apt.efficient_finetuning import EfficientFineTuningManager
-    from apt.export import export_model, load_model
+    from apt.export import load_model
     from apt.export.fuse import fuse_adapters
     from apt.export.peft import load_adapter, save_adapter
     from apt.layers import APTAdapter
@@ -41,7 +42,7 @@ _HOMES = {
     "SelfDistiller": "distillation",
     "SparsityScheduler": "pruning.schedule",
     "compress": "training.compress",
-    "export_model": "export",
+    "export_model": "deploy.export",
     "fuse_adapters": "export.fuse",
     "load_adapter": "export.peft",
     "load_model": "export",

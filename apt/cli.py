@@ -9,8 +9,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from apt.deploy.formats import FORMATS
 from apt.files.telling import printable, tell
 from apt.process.stopping import AT_ONCE, Stopped, signals, stop_at_once
 
@@ -130,6 +131,16 @@ def _compress(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from apt.deploy.export import export_source
+
+    source = str(arguments.source).rstrip("/")
+    folder = arguments.out or Path(f"{Path(source).name}-{arguments.to}")
+    told = {"quantise": arguments.quantise, "check": arguments.check, "overwrite": arguments.overwrite}
+    export_source(source, arguments.to, folder, **told)
+    return 0
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     config = read_config(arguments)
     from apt.runs.run import evaluate
@@ -184,6 +195,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "compress": _compress,
+    "export": _export,
     "eval": _eval,
     "report": _report,
     "experiment": _experiment,
@@ -208,6 +220,7 @@ def make_parser() -> argparse.ArgumentParser:
     shrinking.add_argument("--sparsity", type=float, default=0.3, help="fraction of the block parameters that goes")
     shrinking.add_argument("--out", type=Path, required=True, help="folder of the export")
     shrinking.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
+    _add_export(commands)
     scoring = commands.add_parser("eval", help="scores of an export on the test split of a config; prints JSON")
     scoring.add_argument("folder", type=Path, help="an export, such as runs/demo/model")
     reporting = commands.add_parser("report", help="tables of a finished run, and a page with its pictures")
@@ -244,3 +257,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on from the last checkpoint, if any; a finished run stays"
     )
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    writing = commands.add_parser("export", help="write a run, an export or a model for another program")
+    writing.add_argument(
+        "source", help="folder of a run, of an export or of a PEFT adapter, a model, a name on the hub"
+    )
+    known = ", ".join(FORMATS)
+    writing.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {known}")
+    writing.add_argument("--out", type=Path, metavar="FOLDER", help="by default the name of the source and the format")
+    writing.add_argument(
+        "--quantise", "--quantize", metavar="TYPE", help="numbers of fewer bits, as the format has them"
+    )
+    writing.add_argument("--check", action="store_true", help="run it in its program and compare with torch")
+    writing.add_argument("--overwrite", action="store_true", help="replace a folder that this has written")

@@ -13,7 +13,7 @@ ROOMS = {  # a room is a file or a folder; a new one gets its place here and in 
     "apt_kernels": "_triton tiles reference autocast operands eager selection loads lowrank products statistics passes "
     "activation kurtosis norms masked_lora masked_lora_group ops",
     "apt": "version files process records families layers pruning repair methods distillation apt_config surgery "
-    "training export runs efficient_finetuning doctor cli checkpoint __main__",
+    "training export deploy runs efficient_finetuning doctor cli checkpoint __main__",
 }
 STRANGERS = [("methods", "pruning"), ("export", "training")]  # the first never imports the second
 ROOT = Path(__file__).parent.parent

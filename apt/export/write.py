@@ -29,14 +29,7 @@ from apt.version import __version__
 
 
 def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Save a patched model as an ordinary smaller one: adapters merged in float32, pruned units gone.
-
-    The folder holds ``config.json``, ``model.safetensors`` under the stock parameter names, and ``apt_export.json``
-    with the number of units in every group and of hidden dimensions, which `load_model` reads, and ``README.md``, a
-    model card. Where a stock configuration describes the result ("stock" in that file), as with ``layout="uniform"``,
-    it is the one that is saved, and ``AutoModel`` loads the folder too. Gates that depend on the example (method
-    "dynacsg") cannot be merged: they lie beside the weights, and `load_model` puts them back. A prompt is kept without
-    the network that makes it, and `load_model` puts it to work. The model in memory is not changed.
+    """Save a patched model as an ordinary smaller one of transformers: what `apt.export_model` does by default.
 
     Args:
         model: patched by `apt.patch_model`, a Hugging Face model.

@@ -1,0 +1,26 @@
+"""Tiny models that were pruned, trained a little and exported, for the programs that exports are read by."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import fill_adapters, free_heads, random_plan, tiny_batch, tiny_model
+
+import apt
+from apt.surgery.prune import apply_prune_plan
+
+
+def free_export(name: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    """Each layer with sizes of its own: one has no heads, where its family can, another no neurons."""
+    model = fill_adapters(apt.patch_model(tiny_model(name, dtype, **settings), rank=3))
+    empty = [*free_heads(model)[-1:], next(key for key in apt.summary(model).units if key.endswith("neurons"))]
+    apply_prune_plan(model, random_plan(model, empty=empty, seed=1))
+    return apt.export_model(model, folder)
+
+
+def uniform_export(name: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    """All layers alike: half of the neurons are gone, and of the heads as many as a stock configuration can say."""
+    batches = [tiny_batch(name, seed=seed) for seed in range(2)]
+    rules = {"layout": "uniform", "unit_types": ["neuron"], "round_to": 4, "calibration_batches": 2}
+    model = apt.compress(tiny_model(name, dtype, **settings), batches, 0.3, **rules)
+    return apt.export_model(fill_adapters(model), folder)
