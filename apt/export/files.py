@@ -11,6 +11,7 @@ from apt.files.reading import UnreadableError, is_finite_number, read_json_table
 
 CARD = "apt_export.json"
 WEIGHTS = "model.safetensors"
+ENTRIES = ("apt", "auto_map")  # of a config.json, by which `AutoModel` makes a free export; they are of no model
 # Formats of the card, by what it says beyond the one before; a reader refuses what is newer than itself.
 PLAIN = 1
 WITH_HIDDEN = 2

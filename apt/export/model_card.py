@@ -33,6 +33,7 @@ class CardFacts:
     method: str | None  # None: nothing was trained
     stock: bool  # whether AutoModel loads it
     counts: Summary
+    remote: str | None = None  # class of transformers that loads it by the code in its folder
     repaired: int = 0  # projections whose columns that stayed took over what went
 
 
@@ -129,7 +130,15 @@ def _text(facts: CardFacts, base: str, metrics: Mapping[str, Any]) -> str:
 def _loading(facts: CardFacts) -> str:
     if facts.stock:
         return f"```python\nfrom transformers import {facts.kind}\n\nmodel = {facts.kind}.from_pretrained(folder)\n```"
-    return "No stock configuration describes it:\n\n```python\nimport apt\n\nmodel = apt.load_model(folder)\n```"
+    ours = "```python\nimport apt\n\nmodel = apt.load_model(folder)\n```"
+    if facts.remote is None:
+        return f"No stock configuration describes it:\n\n{ours}"
+    return (
+        f"Its layers differ in size, which no stock configuration can say. Transformers alone loads it by "
+        f"`modeling_apt.py`, which lies here and which you have to allow:\n\n```python\nfrom transformers import "
+        f"{facts.remote}\n\nmodel = {facts.remote}.from_pretrained(folder, trust_remote_code=True)\n```\n\nWithout "
+        f"`trust_remote_code=True` that ends in an error of shapes. With apt-lm, and no code but its own:\n\n{ours}"
+    )
 
 
 def _structure(facts: CardFacts) -> str:

@@ -3,11 +3,20 @@
 import copy
 from typing import Any
 
-from torch import Size
+from torch import Size, nn
 
+from apt.export.remote_model import OwnSizes
 from apt.export.renumber import count_layers
 from apt.families import Anatomy, Attention
 from apt.families.anatomy import head_size
+from apt.layers.derived import plain_class
+
+
+def stock_class(model: nn.Module) -> Any:
+    """The class of a model; of a free export that `AutoModel` made, the stock class that it extends."""
+    kinds = plain_class(model).__mro__
+    own = [place for place, kind in enumerate(kinds) if kind.__name__ == OwnSizes.__name__]
+    return kinds[own[0] + 1] if own else kinds[0]
 
 
 def stock_config(
@@ -40,7 +49,7 @@ def stock_config(
     if reason is None:
         try:
             read = type(config).from_dict(config.to_dict())  # which is where a config checks its numbers
-            reason = first_difference(type(anatomy.model), read, shapes)
+            reason = first_difference(stock_class(anatomy.model), read, shapes)
         except (ValueError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
     return (config, None) if reason is None else (unchanged, reason)

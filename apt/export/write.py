@@ -10,19 +10,20 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apt.export.files import CARD, PLAIN, WEIGHTS, WITH_HIDDEN, WITH_PROMPT, WITH_ROW_GATES
+from apt.export.empty_model import empty_model
+from apt.export.files import CARD, ENTRIES, PLAIN, WEIGHTS, WITH_HIDDEN, WITH_PROMPT, WITH_ROW_GATES
 from apt.export.merged import merged_state
 from apt.export.model_card import README, CardFacts, model_card
+from apt.export.remote import add_remote_code, remote_class
 from apt.export.renumber import Renumbering
 from apt.export.row_gate_files import has_row_gates, save_row_gates
-from apt.export.stock import first_difference, stock_config
+from apt.export.stock import first_difference, stock_class, stock_config
 from apt.export.ties import settle_ties
 from apt.families import known_anatomy
 from apt.families.hidden_parts import hidden_size
 from apt.files.manifest import sha256_of
 from apt.files.whole import find_whole, write_folder_aside
 from apt.layers import adapted
-from apt.layers.derived import plain_class
 from apt.methods.prompts import PTuningEmbedding, placed_prompt
 from apt.surgery import Summary, bare_model, patch_state, summary
 from apt.version import __version__
@@ -60,12 +61,12 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     counts = _with_sizes(model, counts, tensors)
     config, reason = _config(model, counts, tensors)
     counts = dataclasses.replace(counts, units={names.units(name): count for name, count in counts.units.items()})
-    if reason is None and not _is_of_transformers(plain_class(model)):
-        reason = f"{type(model).__name__} is no class of transformers"
+    if reason is None and not _is_of_transformers(stock_class(model)):
+        reason = f"{stock_class(model).__name__} is no class of transformers"
     config, tensors = settle_ties(model, config, tensors)
     if reason is not None and patch_state(model).config.pruning.layout == "uniform":
         warnings.warn(
-            f"export: no stock configuration describes this model, so AutoModel cannot load it: {reason}; "
+            f"export: no stock configuration describes this model, so AutoModel alone cannot load it: {reason}; "
             "apt.load_model can",
             stacklevel=2,
         )
@@ -76,8 +77,10 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
             generation.save_pretrained(partial)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         card = _card(model, counts, partial, config_width=int(getattr(config, "hidden_size", 0)), why_not_stock=reason)
+        if reason is not None and _can_be_remote(model, card):
+            add_remote_code(partial, empty_model(stock_class(model), config, card, partial), config)
         (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        (partial / README).write_text(_readme(model, counts, is_stock=reason is None), encoding="utf-8")
+        (partial / README).write_text(_readme(model, counts, partial, is_stock=reason is None), encoding="utf-8")
     return folder
 
 
@@ -86,6 +89,11 @@ def _is_of_transformers(kind: type[nn.Module]) -> bool:
     import transformers
 
     return getattr(transformers, kind.__name__, None) is kind
+
+
+def _can_be_remote(model: nn.Module, card: dict[str, Any]) -> bool:
+    """Whether a subclass of a class of transformers is the model: it has no prompt, and no gate of the example."""
+    return card["format"] in (PLAIN, WITH_HIDDEN) and bool(card["units"]) and _is_of_transformers(stock_class(model))
 
 
 def _card(
@@ -103,7 +111,7 @@ def _card(
     card: dict[str, Any] = {
         "format": PLAIN,
         "apt_version": __version__,
-        "class": type(model).__name__,
+        "class": stock_class(model).__name__,
         "stock": why_not_stock is None,
         "why_not_stock": why_not_stock,
         "units": counts.units,
@@ -126,7 +134,7 @@ def _card(
     }
 
 
-def _readme(model: nn.Module, counts: Summary, *, is_stock: bool) -> str:
+def _readme(model: nn.Module, counts: Summary, folder: Path, *, is_stock: bool) -> str:
     """The model card."""
     config: Any = model.config
     base = str(getattr(config, "_name_or_path", "") or "")
@@ -134,7 +142,8 @@ def _readme(model: nn.Module, counts: Summary, *, is_stock: bool) -> str:
     trained = not factors or any(bool(b.any()) for b in factors)
     state = patch_state(model)
     method = state.config.method if trained else None
-    return model_card(CardFacts(base, type(model).__name__, method, is_stock, counts, state.num_repaired))
+    kind, remote = stock_class(model).__name__, remote_class(folder)
+    return model_card(CardFacts(base, kind, method, is_stock, counts, remote, state.num_repaired))
 
 
 def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> Summary:
@@ -143,7 +152,7 @@ def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if anatomy is None or counts.units:
         return counts
-    if not anatomy.gone and first_difference(plain_class(model), model.config, shapes) is None:
+    if not anatomy.gone and first_difference(stock_class(model), model.config, shapes) is None:
         return counts
     hidden = hidden_size(anatomy.hidden_parts()) if anatomy.has_hidden else 0
     return dataclasses.replace(counts, units=anatomy.num_units(), hidden=hidden)
@@ -153,9 +162,11 @@ def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tu
     """The config to save, a copy, and what no stock configuration can say of the model, if anything."""
     state = patch_state(model)
     config, reason = _describing_config(model, counts, tensors)
+    for name in ENTRIES:  # of the folder that the model came from
+        vars(config).pop(name, None)
     if state.use_cache is not None:
         config.use_cache = state.use_cache
-    config.architectures = [type(model).__name__]
+    config.architectures = [stock_class(model).__name__]
     return config, reason
 
 

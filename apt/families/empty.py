@@ -118,6 +118,18 @@ class EmptyAttention(StandIn):
         return f"width={self.width}"
 
 
+class EmptyGPT2Attention(EmptyAttention):
+    """GPT-2's: the output projection's bias goes through the dropout inside the attention, as it did before."""
+
+    def __init__(self, attention: nn.Module, out: nn.Module | None = None, weights: str = "attentions") -> None:
+        super().__init__(attention, out, weights)
+        self.resid_dropout = attention.get_submodule("resid_dropout")
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        self.place.pass_by(hidden_states, kwargs.get("past_key_values"))
+        return self.resid_dropout(self.output(hidden_states)), None
+
+
 class EmptyLayer(StandIn):
     """Answers like a layer that adds nothing: with the stream as it came.
 

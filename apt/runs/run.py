@@ -17,6 +17,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from apt.export import CARD, load_model
 from apt.export.model_card import README, CardFacts, model_card
+from apt.export.remote import remote_class
 from apt.files.telling import tell
 from apt.files.whole import check_writable, write_json, writing
 from apt.process.stopping import Stopped, StopRequest, signals
@@ -159,7 +160,8 @@ def write_card(
     method = config.model.method if trained else None
     stock = bool(json.loads((folder / CARD).read_text(encoding="utf-8"))["stock"])
     repaired = patch_state(model).num_repaired
-    facts = CardFacts(config.model.name, type(model).__name__, method, stock, summary(model), repaired)
+    kind, remote = type(model).__name__, remote_class(folder)
+    facts = CardFacts(config.model.name, kind, method, stock, summary(model), remote, repaired)
     card = model_card(facts, metrics, TASKS[config.model.task].hub_tag, command)
     (folder / README).write_text(card, encoding="utf-8")
 

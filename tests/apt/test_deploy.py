@@ -39,7 +39,7 @@ def test_an_export_is_written_as_it_is(
     assert main(["export", str(exports / layout), "--to", "hf", "--out", str(tmp_path / "hf"), "--check"]) == 0
     told = capsys.readouterr().err
     assert "logits within 0.0e+00 of the largest, the same text" in told
-    assert ("apt.load_model can, and --to hf-remote" in told) == (layout == "free")
+    assert ("AutoModelForCausalLM with trust_remote_code=True, and apt.load_model" in told) == (layout == "free")
     assert torch.equal(logits(apt.load_model(tmp_path / "hf")), logits(apt.load_model(exports / layout)))
     made = json.loads((tmp_path / "hf/apt_deploy.json").read_text())
     assert (made["format"], made["quantise"]) == ("hf", None)
@@ -51,7 +51,7 @@ def test_the_card_of_the_source_says_what_the_folder_is(exports: Path, tmp_path:
     card, ours = ((folder / "README.md").read_text() for folder in (tmp_path / "hf", exports / "free"))
     front, _, rest = card.partition("---\n\n")
     assert front.startswith("---\n")
-    assert rest.startswith("- Written for transformers, and apt.load_model (`hf`).\n- AutoModel cannot load it")
+    assert rest.startswith("- Written for transformers, and apt.load_model (`hf`).\n- no stock configuration describes")
     assert ours.partition("---\n\n")[2] in card
 
 

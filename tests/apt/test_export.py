@@ -95,7 +95,7 @@ def test_what_is_loaded_is_small_and_stock(name: str, exports: Path) -> None:
     card = json.loads((exports / name / CARD).read_text())
     assert card["units"] == counts.units
     assert (card["sparsity"], card["params_after"]) == (counts.sparsity, counts.params_after)
-    assert {path.suffix for path in (exports / name).iterdir()} == {".json", ".md", ".safetensors"}
+    assert {path.suffix for path in (exports / name).iterdir()} == {".json", ".md", ".py", ".safetensors"}
     stored = load_file(exports / name / "model.safetensors")
     assert sum(tensor.numel() for tensor in stored.values()) == counts.params_after  # tied ones once, no buffers
 
