@@ -1,4 +1,4 @@
-"""What accuracy costs: full fine-tuning, LoRA, its rivals and APT at six sparsities on the demo's task, repaired too.
+"""What accuracy costs: full fine-tuning, LoRA, its rivals and APT at six sparsities on the demo's task.
 
 ``python -m bench.accuracy [--only apt-60 lora ...] [--seeds 0] [--hours]``
 
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import repaired
 from bench.ablations import DISTILLED, POINTS, correct, paired_bootstrap
 from bench.ablations import GRID as ABLATIONS
 from bench.grid import Cell, Rows, fill, hours
@@ -41,7 +40,6 @@ GRID: dict[str, Cell] = {
         for kind in ("prune", "tp-magnitude", "tp-taylor")
         for percent in SPARSITIES
     },
-    **repaired.GRID,
 }
 SERIES = {  # prefix of a label: what it is, in words
     "full": "full fine-tuning",
@@ -51,7 +49,6 @@ SERIES = {  # prefix of a label: what it is, in words
     "tp-taylor": "the same by Torch-Pruning, Taylor",
     "apt": "APT with teacher",
     "apt alone": "APT",
-    **repaired.SERIES,
 }
 PLACES = {"w/o_Ap": "apt"}  # an ablation that is a point of a series: APT at 0 %
 
@@ -94,8 +91,7 @@ def _column(rows: Rows, label: str, name: str) -> list[str]:
 
 
 def table(rows: Rows) -> str:
-    """Every run of the grid, means over its seeds; what was not run says so. Then the hours, `beside_apt`, and the
-    runs with a repair beside LoRA."""
+    """Every run of the grid, means over its seeds; what was not run says so. Then the hours, and `beside_apt`."""
     header = ["run", "", "seeds", "sparsity", "accuracy", "over LoRA", "training, s", "CPU s", "CPU s over LoRA"]
     header += ["s to 97 % of full", "answer, ms", "times dense", "parameters", "peak MB"]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
@@ -104,9 +100,7 @@ def table(rows: Rows) -> str:
         cells = _cells(mine, rows) if mine else [UNMEASURED] + [""] * (len(header) - 3)
         lines.append("| " + " | ".join([label, SERIES.get(series(label), "ablation"), *cells]) + " |")
     lines += ["", f"{hours(GRID, None, rows)}.", "", *beside_apt(rows), ""]
-    times = {(row["label"], row["seed"]): over_lora(row, rows) for row in rows}
-    beside = repaired.beside_lora(rows, {run: ratio for run, ratio in times.items() if ratio is not None})
-    return "\n".join([*lines, *beside, ""] if beside else lines)
+    return "\n".join(lines)
 
 
 def beside_apt(rows: Rows) -> list[str]:

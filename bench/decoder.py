@@ -198,25 +198,25 @@ def _rate_row(what: str, arm: str, shape: str, rates: list[float], base: list[fl
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """One line an arm and seed; perplexity also over that of magnitude pruning of the same seed.
+    """One line an arm and seed; perplexity also over that of LoRA, and of magnitude pruning, of the same seed.
 
     Time is over that of LoRA of the same seed and commit: another may be of another hour, or machine.
     """
     lora = {_session(row): float(row["train_cpu_seconds"]) for row in rows if row["arm"] == "lora"}
-    magnitude = {(row["seed"], row["overrides"]): float(row["perplexity"]) for row in rows if row["arm"] == "magnitude"}
+    beside = {(row["arm"], row["seed"], row["overrides"]): float(row["perplexity"]) for row in rows}
     lines = [
-        "| arm | seed | parameters | sparsity | perplexity before tuning | after | over magnitude | training, CPU s "
-        "| over LoRA's |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| arm | seed | parameters | sparsity | perplexity before tuning | after | over LoRA's | over magnitude's "
+        "| training, CPU s | over LoRA's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         key, after, seconds = (row["seed"], row["overrides"]), float(row["perplexity"]), float(row["train_cpu_seconds"])
-        base = magnitude.get(key)
+        bases = [beside.get((arm, *key), math.nan) for arm in ("lora", "magnitude")]
         before = row.get("perplexity_untuned") or row["perplexity"]
         lines.append(
             f"| {row['arm']} {row['overrides']}".rstrip() + f" | {row['seed']} | {int(row['params']):,} "
             f"| {float(row['sparsity']):.3f} | {float(before):,.1f} | {after:,.2f} "
-            f"| {after / base if base else math.nan:.3f} | {seconds:.0f} "
+            f"| {after / bases[0]:.3f} | {after / bases[1]:.3f} | {seconds:.0f} "
             f"| {f'{seconds / lora[_session(row)]:.3f}' if _session(row) in lora else '-'} |"
         )
     return "\n".join(lines) + "\n"

@@ -146,6 +146,22 @@ def perplexity(read: Read) -> float | None:
     return _over(*map(statistics.mean, zip(*pairs, strict=True))) if pairs else None
 
 
+def decoder_over_lora(read: Read) -> float | None:
+    """Perplexity after the tuning, repaired and corrected, over that of LoRA unpruned, by the seeds that both have."""
+    found = {(row["arm"], row["seed"]): float(row["perplexity"]) for row in read("decoder")}
+    pairs = [(mine, found["lora", seed]) for (arm, seed), mine in found.items()
+             if arm == "apt stream" and ("lora", seed) in found]  # fmt: skip
+    return _over(*map(statistics.mean, zip(*pairs, strict=True))) if pairs else None
+
+
+def at_the_cut(read: Read) -> float | None:
+    """Perplexity of the same before any tuning over that of the dense model; the largest of the seeds."""
+    rows = read("decoder")
+    dense = next((float(row["perplexity"]) for row in rows if row["arm"] == "dense"), None)
+    found = [float(row["perplexity_untuned"]) for row in rows if row["arm"] == "apt stream"]
+    return _over(max(found), dense) if found else None
+
+
 def _over(above: float | None, below: float | None) -> float | None:
     return None if above is None or below is None else above / below
 
@@ -182,6 +198,17 @@ GOALS = (
     Goal("exact match of that T5 cut by half at once and repaired, worst seed", "copy_task_cut",
          least_match_cut, least=0.5),
     Goal("perplexity of SmolLM2 at 30 % over magnitude pruning's", "decoder", perplexity, most=0.8),
+    Goal("perplexity of SmolLM2 at 30 %, repaired and not tuned, over dense", "decoder", at_the_cut, most=1.45),
+    Goal("the same after 40 steps, over unpruned LoRA's", "decoder", decoder_over_lora, most=1.2),
+    Goal("accuracy at 60 % with a repaired cut over PEFT LoRA's", "repaired",
+         run("repaired", "apt-60 repaired", "accuracy"), least=1.0),
+    Goal("accuracy at 80 % with a repaired cut over PEFT LoRA's", "repaired",
+         run("repaired", "apt-80 repaired", "accuracy"), least=0.99),
+    Goal("accuracy at 90 % with a repaired cut over PEFT LoRA's", "repaired",
+         run("repaired", "apt-90 repaired", "accuracy"), least=0.975),
+    Goal("a whole run at 60 % with a repaired cut over PEFT LoRA's, CPU s", "repaired",
+         run("repaired", "apt-60 repaired", "train_cpu_seconds"), most=0.6),
+    Goal("the same at 80 %", "repaired", run("repaired", "apt-80 repaired", "train_cpu_seconds"), most=0.5),
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from bench import (
     last_phase,
     ratings,
     repair_cost,
+    repaired,
     train_step,
 )
 from bench.grid import Rows
@@ -50,6 +51,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "copy_task_cut": copy_task_cut.table,
     "instructions": instructions.table,
     "repair_cost": repair_cost.table,
+    "repaired": repaired.table,
 }
 COMMANDS = {  # where it is not python -m bench.NAME
     "ratings": "make ratings",

@@ -42,7 +42,7 @@ def test_arms_are_trained_and_measured(tmp_path: Path) -> None:
     assert len(speed_table([{key: str(value) for key, value in row.items()} for row in times]).splitlines()) == 2 + 6
 
 
-def test_perplexities_are_compared_with_magnitude_pruning_of_the_same_seed() -> None:
+def test_perplexities_are_compared_with_lora_and_magnitude_pruning_of_the_same_seed() -> None:
     common = {"overrides": "", "params": "1000", "sparsity": "0.3", "train_cpu_seconds": "5"}
     rows = [
         {"arm": arm, "seed": seed, "perplexity": perplexity, "perplexity_untuned": "80", **common}
@@ -52,8 +52,8 @@ def test_perplexities_are_compared_with_magnitude_pruning_of_the_same_seed() -> 
              for commit in ("", "other")]  # fmt: skip
     cells = [line.split(" | ") for line in table(rows).splitlines()[2:]]
     assert [line[-1] for line in cells] == ["- |", "- |", "0.500 |", "1.000 |", "1.000 |"]
-    assert [(line[0], line[5], line[6]) for line in cells[:3]] == [
-        ("| apt", "20.00", "0.500"),
-        ("| magnitude", "40.00", "1.000"),
-        ("| apt", "30.00", "nan"),
+    assert [(line[0], *line[5:8]) for line in cells[:3]] == [
+        ("| apt", "20.00", "nan", "0.500"),
+        ("| magnitude", "40.00", "nan", "1.000"),
+        ("| apt", "30.00", "3.333", "nan"),
     ]
