@@ -72,10 +72,14 @@ def _is_count(value: Any) -> bool:
 
 
 def read_weights(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an export by name; ValueError where the file is not the one that its card describes."""
+    """The tensors of an export by name; ValueError where the file is not the one that its card describes.
+
+    Where somebody has cut the file into shards, they are read by their index.
+    """
     path = folder / WEIGHTS
-    if not path.exists() and (folder / f"{WEIGHTS}.index.json").exists():
-        raise ValueError(f"load_model: {folder} holds its weights in shards, which are not read; export it again")
+    index = folder / f"{WEIGHTS}.index.json"
+    if not path.exists() and index.exists():
+        return _read_shards(index)
     if not path.is_file():
         raise ValueError(f"load_model: {path} is missing; {AGAIN}")
     size = path.stat().st_size
@@ -86,3 +90,20 @@ def read_weights(folder: Path, card: dict[str, Any]) -> dict[str, Tensor]:
     if sha256_of(path) != card["sha256"]:
         raise ValueError(f"load_model: {path} is corrupt (its checksum differs); copy or export it again")
     return read_tensors(path, "load_model")[0]
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors that an index lists, each from its file."""
+    places = read_json_table(index, "load_model").get("weight_map")
+    if not isinstance(places, dict):
+        places = {}
+    names = set(places.values())
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise ValueError(f"load_model: {index} is corrupt (no list of shards); {AGAIN}")
+    found: dict[str, Tensor] = {}
+    for shard in sorted(names):
+        found |= read_tensors(index.parent / shard, "load_model")[0]
+    lost = next((name for name in places if name not in found), None)
+    if lost is not None:
+        raise ValueError(f"load_model: {index.parent / places[lost]} lacks {lost}; copy or export it again")
+    return found

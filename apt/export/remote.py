@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from apt.export import remote_model
+from apt.export.files import ENTRIES
 from apt.families import Anatomy, EmptyAttention, anatomy_of, empty, layer_config, own_method, t5_heads
 from apt.families.layer_config import LayerConfig
 from apt.process import per_thread
@@ -24,11 +25,11 @@ BUNDLE: tuple[ModuleType, ...] = (per_thread, own_method, layer_config, empty, t
 PLAIN = (bool, int, float, str, tuple, list)  # attributes that are compared
 
 
-def add_remote_code(folder: Path, model: Any, config: Any) -> None:
-    """Write the code beside an export, and the sizes and the classes into its config.
+def write_remote_code(folder: Path, model: Any, config: Any) -> dict[str, Any]:
+    """Write the code beside an export; what its config has to say for it: the sizes, and the classes.
 
     Args:
-        folder: with its ``config.json``.
+        folder: of the export.
         model: plain, with the sizes of the export; it may be without memory.
         config: of the export.
     """
@@ -37,13 +38,9 @@ def add_remote_code(folder: Path, model: Any, config: Any) -> None:
     with init_empty_weights(include_buffers=False):
         stock = type(model)(config)
     classes = _classes(stock)
-    path = folder / "config.json"
-    document = json.loads(path.read_text(encoding="utf-8"))
-    document["apt"] = sizes_of(model, stock)
-    module = CODE.removesuffix(".py")
-    document["auto_map"] = {auto: f"{module}.Apt{kind}" for auto, kind in classes.items()}
-    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / CODE).write_text(code(sorted(set(classes.values()))), encoding="utf-8")
+    auto_map = {auto: f"{CODE.removesuffix('.py')}.Apt{kind}" for auto, kind in classes.items()}
+    return dict(zip(ENTRIES, (sizes_of(model, stock), auto_map), strict=True))
 
 
 def remote_class(folder: Path) -> str | None:
@@ -89,8 +86,9 @@ def sizes_of(model: nn.Module, stock: nn.Module) -> dict[str, dict[str, Any]]:
             assert isinstance(module, nn.Linear), f"{name} is a {type(module).__name__}, which no file here can make"
             sizes["linear"][name] = [module.out_features, module.in_features, module.bias is not None]
             continue
-        if "head_order" in module._buffers:
-            sizes["head_order"][name] = module.get_buffer("head_order").tolist()
+        order = getattr(module, "head_order", None)
+        if order is not None:
+            sizes["head_order"][name] = order.tolist()
         own = vars(getattr(module, "config", None)) if isinstance(getattr(module, "config", None), LayerConfig) else {}
         if own:
             sizes["config"][name] = {key: value for key, value in own.items() if key != "_shared"}

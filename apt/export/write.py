@@ -14,7 +14,7 @@ from apt.export.empty_model import empty_model
 from apt.export.files import CARD, ENTRIES, PLAIN, WEIGHTS, WITH_HIDDEN, WITH_PROMPT, WITH_ROW_GATES
 from apt.export.merged import merged_state
 from apt.export.model_card import README, CardFacts, model_card
-from apt.export.remote import add_remote_code, remote_class
+from apt.export.remote import remote_class, write_remote_code
 from apt.export.renumber import Renumbering
 from apt.export.row_gate_files import has_row_gates, save_row_gates
 from apt.export.stock import first_difference, stock_class, stock_config
@@ -71,14 +71,15 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
             stacklevel=2,
         )
     with write_folder_aside(folder, holds=CARD) as partial:
-        config.save_pretrained(partial)
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(partial)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         card = _card(model, counts, partial, config_width=int(getattr(config, "hidden_size", 0)), why_not_stock=reason)
         if reason is not None and _can_be_remote(model, card):
-            add_remote_code(partial, empty_model(stock_class(model), config, card, partial), config)
+            small = empty_model(stock_class(model), config, card, partial)
+            vars(config).update(write_remote_code(partial, small, config))
+        config.save_pretrained(partial)
         (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         (partial / README).write_text(_readme(model, counts, partial, is_stock=reason is None), encoding="utf-8")
     return folder

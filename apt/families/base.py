@@ -111,6 +111,7 @@ class Attention:
             old = self.head_order(layer)
             if old is None:
                 self.follow(attention)
+            vars(attention).pop("head_order", None)  # as the code of an export holds it
             attention.register_buffer("head_order", order if old is None else old[order], persistent=False)
 
     def head_order(self, layer: nn.Module) -> Tensor | None:

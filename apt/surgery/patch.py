@@ -19,7 +19,7 @@ from apt.pruning.units import block_params
 from apt.surgery.around import unwatch, watch
 from apt.surgery.hidden import place_dimensions, remove_dimensions
 from apt.surgery.put_in import keep_few_kernels, put_adapters, put_layer_masks, put_unit_masks, share_inputs
-from apt.surgery.save_notice import notice_of, place_notice, remove_notice
+from apt.surgery.save_notice import SAVE, place_notice, remove_saver, saver_of
 from apt.surgery.state import PatchState, bare_model, forget_graphs, patch_state
 from apt.surgery.tails import free_tails
 from apt.surgery.targets import Places, find_places
@@ -82,7 +82,7 @@ def patch_model(
     anatomy = _anatomy_for(model, config)
     places = find_places(model, config, anatomy)
     state = _state_before(model, config, anatomy)
-    state.notice = notice_of(model)
+    state.saver = saver_of(model)
     _change(model, anatomy, places, state)
     if config.method != "full" or config.prunes:
         place_notice(model, NOTICE)
@@ -217,10 +217,11 @@ def unpatch_model(model: nn.Module, *, merge: bool = False) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, False))
     del model._apt
-    remove_notice(model)
-    notice = PRUNED if state.found and block_params(anatomy_of(model)) != state.block_params else state.notice
-    if notice is not None:
-        place_notice(model, notice)
+    remove_saver(model)
+    if state.found and block_params(anatomy_of(model)) != state.block_params:
+        place_notice(model, PRUNED)
+    elif state.saver is not None:
+        setattr(model, SAVE, state.saver)
     return given
 
 

@@ -35,13 +35,13 @@ def place_notice(model: Any, text: str) -> None:
         model.save_pretrained = OwnMethod(model, _save, text)
 
 
-def notice_of(model: nn.Module) -> str | None:
-    """The text that the `save_pretrained` of a model says first; None where it has none."""
+def saver_of(model: nn.Module) -> OwnMethod | None:
+    """The `save_pretrained` of ours that a model has: with a notice, or with its code; None where it has none."""
     own = vars(model).get(SAVE)
-    return str(own.given[0]) if isinstance(own, OwnMethod) else None
+    return own if isinstance(own, OwnMethod) else None
 
 
-def remove_notice(model: nn.Module) -> None:
-    """Give a model its own `save_pretrained` back, where it has a notice."""
-    if notice_of(model) is not None:
+def remove_saver(model: nn.Module) -> None:
+    """Give a model its own `save_pretrained` back."""
+    if saver_of(model) is not None:
         delattr(model, SAVE)

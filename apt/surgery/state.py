@@ -12,6 +12,7 @@ from torch import nn
 import apt_kernels
 from apt.apt_config import APTConfig
 from apt.families import Found
+from apt.families.own_method import OwnMethod
 from apt.layers import unit_sums
 from apt.layers.passes import ValidTokens, spread
 from apt.records import Event
@@ -40,7 +41,7 @@ class PatchState:
     targets: list[str] = field(default_factory=list)  # full names of the linears that got an adapter
     adapter_params: int | None = None  # when tuning started, before any rank grew
     copies: list[Any] = field(default_factory=list)  # weak references to the states of copies of the model
-    notice: str | None = None  # that saving the model said before the patch
+    saver: OwnMethod | None = None  # by which the model was saved before the patch
     distilled: bool = False  # a checkpoint is being taken up from after the end of distillation: no Tr is put in again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PatchState":

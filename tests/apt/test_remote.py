@@ -134,6 +134,16 @@ def test_it_is_patched_and_exported_by_us_as_what_we_load_is(name: str, exports:
     assert torch.equal(logits(load(again), name), wanted)
 
 
+@pytest.mark.parametrize("name", ["llama_gqa", "t5"])
+def test_it_is_pruned_again(name: str, exports: Path) -> None:
+    found = []
+    for model in (load(exports / name), apt.load_model(exports / name)):
+        apt.patch_model(model, rank=3)
+        apply_prune_plan(model, random_plan(model, seed=4))
+        found.append(logits(model.eval(), name))
+    assert torch.equal(*found)
+
+
 def test_a_pipeline_takes_the_folder(exports: Path, tmp_path: Path) -> None:
     from tiny_run import tiny_tokenizer
 
