@@ -9,6 +9,7 @@ from apt.export.remote_model import OwnSizes
 from apt.export.renumber import count_layers
 from apt.families import Anatomy, Attention
 from apt.families.anatomy import head_size
+from apt.families.stock_counts import as_mistral
 from apt.layers.derived import plain_class
 
 
@@ -37,8 +38,6 @@ def stock_config(
         A copy of the config with the counts of now, and None; or the config as it is but for its number of layers, and
         what it cannot say.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     model_config: Any = anatomy.model.config
     unchanged = copy.deepcopy(model_config)
     count_layers(unchanged, anatomy)
@@ -47,12 +46,33 @@ def stock_config(
     if reason is None and hidden not in (0, model_config.hidden_size):
         reason = _set_width(config, anatomy, hidden)
     if reason is None:
-        try:
-            read = type(config).from_dict(config.to_dict())  # which is where a config checks its numbers
-            reason = first_difference(stock_class(anatomy.model), read, shapes)
-        except (ValueError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
+        reason = _refusal(config, anatomy.model, shapes)
+        other = None if reason is None else as_mistral(config)
+        if other is not None and _refusal(other, anatomy.model, shapes) is None:
+            return other, None
     return (config, None) if reason is None else (unchanged, reason)
+
+
+def _refusal(config: Any, model: nn.Module, shapes: dict[str, Size]) -> str | None:
+    """Why no model of these shapes is made from a config."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        read = type(config).from_dict(config.to_dict())  # which is where a config checks its numbers
+        return first_difference(described_class(model, config), read, shapes)
+    except (ValueError, StrictDataclassError) as error:
+        return " ".join(str(error).split())
+
+
+def described_class(model: nn.Module, config: Any) -> Any:
+    """The class that a config describes a model by: its own, or, where a Llama is written as a Mistral, that one."""
+    own = stock_class(model)
+    theirs = str(getattr(model.config, "model_type", ""))
+    if getattr(config, "model_type", "") == theirs:
+        return own
+    import transformers
+
+    return getattr(transformers, own.__name__.replace(theirs.title(), config.model_type.title()))
 
 
 def _set_counts(config: Any, anatomy: Anatomy, units: dict[str, int]) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.export.stock import stock_class
+from apt.export.stock import described_class
 from apt.families.ties import broken_ties, tied_names, untied_config
 
 
@@ -25,7 +25,7 @@ def settle_ties(model: nn.Module, config: Any, tensors: dict[str, Tensor]) -> tu
     untied = untied_config(config) if broken_ties(model, tensors) else None
     if untied is not None:
         config = untied
-        ties = tied_names(_empty(stock_class(model), config))
+        ties = tied_names(_empty(described_class(model, config), config))
     there = {name: first for name, first in ties.items() if name in tensors and first in tensors}
     tied = [name for name, first in there.items() if torch.equal(tensors[name], tensors[first])]
     return config, _apart({name: tensor for name, tensor in tensors.items() if name not in tied})

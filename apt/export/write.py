@@ -17,7 +17,7 @@ from apt.export.model_card import README, CardFacts, model_card
 from apt.export.remote import remote_class, write_remote_code
 from apt.export.renumber import Renumbering
 from apt.export.row_gate_files import has_row_gates, save_row_gates
-from apt.export.stock import first_difference, stock_class, stock_config
+from apt.export.stock import described_class, first_difference, stock_class, stock_config
 from apt.export.ties import settle_ties
 from apt.families import known_anatomy
 from apt.families.hidden_parts import hidden_size
@@ -75,13 +75,13 @@ def export_model(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         if generation is not None:
             generation.save_pretrained(partial)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        card = _card(model, counts, partial, config_width=int(getattr(config, "hidden_size", 0)), why_not_stock=reason)
+        card = _card(model, counts, partial, config, why_not_stock=reason)
         if reason is not None and _can_be_remote(model, card):
             small = empty_model(stock_class(model), config, card, partial)
             vars(config).update(write_remote_code(partial, small, config))
         config.save_pretrained(partial)
         (partial / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        (partial / README).write_text(_readme(model, counts, partial, is_stock=reason is None), encoding="utf-8")
+        (partial / README).write_text(_readme(model, counts, partial, card), encoding="utf-8")
     return folder
 
 
@@ -97,28 +97,26 @@ def _can_be_remote(model: nn.Module, card: dict[str, Any]) -> bool:
     return card["format"] in (PLAIN, WITH_HIDDEN) and bool(card["units"]) and _is_of_transformers(stock_class(model))
 
 
-def _card(
-    model: nn.Module, counts: Summary, folder: Path, *, config_width: int, why_not_stock: str | None
-) -> dict[str, Any]:
+def _card(model: nn.Module, counts: Summary, folder: Path, config: Any, *, why_not_stock: str | None) -> dict[str, Any]:
     """What `load_model` must know beside the config.
 
     Args:
         model: that is exported.
         counts: of it.
         folder: holds its weights; gates that cannot be merged are saved beside them.
-        config_width: hidden dimensions of the saved config, 0 where it names none.
+        config: that is saved.
         why_not_stock: what a stock configuration cannot say; None where one describes the model.
     """
     card: dict[str, Any] = {
         "format": PLAIN,
         "apt_version": __version__,
-        "class": stock_class(model).__name__,
+        "class": described_class(model, config).__name__,
         "stock": why_not_stock is None,
         "why_not_stock": why_not_stock,
         "units": counts.units,
         "head_order": _head_order(model, counts.units),
     }
-    if 0 < counts.hidden < config_width:
+    if 0 < counts.hidden < int(getattr(config, "hidden_size", 0)):
         card |= {"format": WITH_HIDDEN, "hidden": counts.hidden}
     if has_row_gates(model):
         card |= {"format": WITH_ROW_GATES, "gates": save_row_gates(model, folder)}
@@ -135,7 +133,7 @@ def _card(
     }
 
 
-def _readme(model: nn.Module, counts: Summary, folder: Path, *, is_stock: bool) -> str:
+def _readme(model: nn.Module, counts: Summary, folder: Path, card: dict[str, Any]) -> str:
     """The model card."""
     config: Any = model.config
     base = str(getattr(config, "_name_or_path", "") or "")
@@ -143,8 +141,8 @@ def _readme(model: nn.Module, counts: Summary, folder: Path, *, is_stock: bool) 
     trained = not factors or any(bool(b.any()) for b in factors)
     state = patch_state(model)
     method = state.config.method if trained else None
-    kind, remote = stock_class(model).__name__, remote_class(folder)
-    return model_card(CardFacts(base, kind, method, is_stock, counts, remote, state.num_repaired))
+    remote = remote_class(folder)
+    return model_card(CardFacts(base, card["class"], method, card["stock"], counts, remote, state.num_repaired))
 
 
 def _with_sizes(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> Summary:
@@ -167,7 +165,7 @@ def _config(model: nn.Module, counts: Summary, tensors: dict[str, Tensor]) -> tu
         vars(config).pop(name, None)
     if state.use_cache is not None:
         config.use_cache = state.use_cache
-    config.architectures = [stock_class(model).__name__]
+    config.architectures = [described_class(model, config).__name__]
     return config, reason
 
 

@@ -13,6 +13,7 @@ from apt.pruning.kinds import UNIT_KINDS
 from apt.pruning.latency_table import LatencyTable, TimePrices
 from apt.pruning.nested import is_layer, least_units, order_of_bundles, scale_influence
 from apt.pruning.prices import Counts, Prices
+from apt.pruning.units import UnitGroup
 from apt.records import PrunePlan, UnitName
 
 ROUNDING = 1e-12  # of the total: a budget that layers of one size meet exactly is met
@@ -51,7 +52,8 @@ class UnitSearch:
     In a uniform layout the best bundle of every layer is one entry of the ranking, the second best of every layer
     another, and so on. Such a row costs as many times more as there are layers, several percent of a tiny model; so
     what the prefix leaves over is filled with later rows that fit, until neither a further head nor a further bundle
-    of neurons in every layer would.
+    of neurons in every layer would. Heads go there in the steps that a stock configuration can say: a bundle of them
+    is what lies between two such counts.
 
     With a latency table milliseconds take the place of parameters, in densities and budget; "sparsity" is then the
     fraction of the time of a forward pass that is saved.
@@ -85,6 +87,8 @@ class UnitSearch:
     def _out_of_reach(self, reachable: float, hidden: bool) -> str:
         config = self.config
         floors = f"min_heads={config.min_heads} and min_neurons={config.min_neurons}"
+        if config.layout == "uniform":
+            floors += ", layout 'uniform' (heads as a stock configuration can say them)"
         floors += f", min_hidden={config.min_hidden}" if hidden else ""
         floors += f", min_layers={config.min_layers}" if any(kind.holds_units for kind in config.kinds) else ""
         if self.table is None or config.target_speedup is None:
@@ -111,8 +115,14 @@ class UnitSearch:
     def _prices(self, lanes: list[list[Group]]) -> Prices | TimePrices:
         return Prices.of(lanes) if self.table is None else TimePrices.of(lanes, self.table)
 
-    def _bundle_size(self, lane: list[Group]) -> int:
-        return self.config.round_to if UNIT_KINDS[lane[0].kind].rounded else 1
+    def _ends(self, lane: list[Group]) -> Counts:
+        """How many units each bundle of a lane ends with, of those before it and its own; ascending."""
+        units = lane[0].num_units
+        counts = lane[0].stock_counts() if self.config.layout == "uniform" and isinstance(lane[0], UnitGroup) else None
+        if counts is not None:
+            return np.array(counts, dtype=np.int64)
+        size = self.config.round_to if UNIT_KINDS[lane[0].kind].rounded else 1
+        return np.minimum(np.arange(size, units + size, size), units)
 
     def _floor(self, lane: list[Group]) -> int:
         """Units of each group that stay whatever comes: the highest floor, filled up to whole bundles.
@@ -122,9 +132,10 @@ class UnitSearch:
         floor = max(group.floor for group in lane)
         if self.config.layout == "uniform" and not is_layer(lane):
             floor = max(1, floor)
-        bundle_size = self._bundle_size(lane)
-        num_bundles = -(-floor // bundle_size)
-        return min(lane[0].num_units, num_bundles * bundle_size)
+        if floor == 0:
+            return 0
+        ends = self._ends(lane)
+        return int(ends[min(int(np.searchsorted(ends, floor)), len(ends) - 1)])
 
     def plan(
         self, groups: list[Group], scores: dict[str, Tensor], live: float, step: int, sparsity: float
@@ -168,7 +179,8 @@ class UnitSearch:
         sizes = []
         densities = []
         for lane, price in zip(lanes, prices.price_per_unit, strict=True):
-            bundles = [_bundle_up(ordered[group.name], self._bundle_size(lane)) for group in lane]
+            ends = self._ends(lane)
+            bundles = [_bundle_up(ordered[group.name], ends) for group in lane]
             sizes.append(bundles[0][0])
             densities.append(np.mean([score for _, score in bundles], axis=0) / price)
         if self.config.balance == "type":
@@ -219,10 +231,10 @@ def _order_units(name: str, scores: Tensor) -> OrderedUnits:
     return OrderedUnits(order, values[order])
 
 
-def _bundle_up(units: OrderedUnits, bundle_size: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _bundle_up(units: OrderedUnits, ends: Counts) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Size and mean score of each bundle of neighbours."""
-    starts = np.arange(0, len(units.scores), bundle_size)
-    sizes = np.diff(np.append(starts, len(units.scores)))
+    starts = np.append(0, ends[:-1])
+    sizes = ends - starts
     means = np.add.reduceat(units.scores, starts) / sizes
     # Rounding must not put a later bundle before an earlier one.
     return sizes, np.minimum.accumulate(means)

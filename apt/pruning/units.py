@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from apt.families import Anatomy, Layer, PlacedPart
+from apt.families.stock_counts import sayable_heads
 from apt.layers import APTAdapter
 from apt.layers.hidden import HiddenNorm
 from apt.layers.unit_mask import UnitMask
@@ -71,6 +72,10 @@ class UnitGroup:
         """What trains of its members and has to follow a cut."""
         for member in self.members:
             yield from member.linear.adapter_parameters()
+
+    def stock_counts(self) -> tuple[int, ...] | None:
+        """How many of them a stock configuration can say that every layer has, ascending; None: any number."""
+        return sayable_heads(self.part) if self.kind == "head" else None
 
     def cost(self) -> int:
         """Frozen parameters of one unit, adapters not counted."""

@@ -158,10 +158,10 @@ def write_card(
 ) -> None:
     """The model card of the export once more, with what the run knows of it."""
     method = config.model.method if trained else None
-    stock = bool(json.loads((folder / CARD).read_text(encoding="utf-8"))["stock"])
+    said = json.loads((folder / CARD).read_text(encoding="utf-8"))
     repaired = patch_state(model).num_repaired
-    kind, remote = type(model).__name__, remote_class(folder)
-    facts = CardFacts(config.model.name, kind, method, stock, summary(model), remote, repaired)
+    remote = remote_class(folder)
+    facts = CardFacts(config.model.name, said["class"], method, said["stock"], summary(model), remote, repaired)
     card = model_card(facts, metrics, TASKS[config.model.task].hub_tag, command)
     (folder / README).write_text(card, encoding="utf-8")
 

@@ -194,12 +194,15 @@ def test_uniform_says_what_can_be_reached() -> None:
         UnitSearch(total_of(groups), config).check(groups, total_of(groups))
 
 
-@pytest.mark.parametrize("name", ["bert", "llama_gqa"])
-def test_a_uniform_run_ends_with_equal_layers(name: str) -> None:
-    loop = Loop(name, patched(name), 30, target_sparsity=0.5, layout="uniform", verify_events=True, **BRIEF).take(30)
+@pytest.mark.parametrize(("name", "target"), [("bert", 0.4), ("llama_gqa", 0.5)])
+def test_a_uniform_run_ends_with_equal_layers(name: str, target: float) -> None:
+    """Of BERT neurons alone go, as no stock configuration of it can say fewer heads."""
+    settings = {"target_sparsity": target, "layout": "uniform", "verify_events": True, **BRIEF}
+    loop = Loop(name, patched(name), 30, **settings).take(30)
     counts = apt.summary(loop.model)
     assert len(set(counts.heads)) == len(set(counts.neurons)) == 1
-    assert 0.5 <= counts.sparsity < 0.7
+    assert target <= counts.sparsity < target + 0.2
+    assert (counts.heads[0] == 4) == (name == "bert")
     assert counts.sparsity == loop.run.events[-1].sparsity
 
 

@@ -254,12 +254,13 @@ def test_a_run_goes_on_from_files_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(logits(second.model), logits(first.model))
 
 
-def test_a_uniform_layout_has_one_count_for_all_attentions_and_one_for_all_ffns() -> None:
-    loop = Loop("t5", patched("t5"), 30, target_sparsity=0.5, layout="uniform", **BRIEF).take(30)
+def test_a_uniform_layout_has_one_count_for_all_ffns_and_keeps_all_heads() -> None:
+    """No stock configuration of T5 can say which heads of the shared bias a layer has."""
+    loop = Loop("t5", patched("t5"), 30, target_sparsity=0.3, layout="uniform", **BRIEF).take(30)
     counts = apt.summary(loop.model)
-    assert len(set(counts.heads)) == len(set(counts.neurons)) == 1
-    assert counts.sparsity >= 0.5
-    assert len(counts.heads) == 7
+    assert counts.heads == [4] * 7
+    assert len(set(counts.neurons)) == 1
+    assert counts.sparsity >= 0.3
 
 
 def test_an_export_without_its_head_order_is_refused(tmp_path: Path) -> None:
