@@ -35,6 +35,7 @@ setup(
         "harness": ["lm_eval>=0.4.13", "datasets"],  # benchmark tasks: python -m apt harness
         "trainers": ["trl>=1.16", "sentence-transformers>=6.2", "datasets"],  # apt.trainer_class of theirs
         "gguf": ["gguf"],  # models in GGUF files
+        "llamacpp": ["gguf>=0.19", "cyllama>=0.2.18"],  # python -m apt export --to gguf, K-quants, its --check
         "liger": ["liger-kernel>=0.8"],  # plain norms and losses on a GPU: TrainingArguments(use_liger_kernel=True)
         "bench": ["torch-pruning>=1.6", "peft>=0.21", "matplotlib"],  # what the benchmarks compare with and draw with
         "plots": ["matplotlib", "jinja2"],  # the page of a report

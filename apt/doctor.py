@@ -36,6 +36,8 @@ OPTIONAL = {  # distribution -> what it is for, and what installs it
     "peft": ("baselines, adapters of PEFT", 'pip install "apt-lm[peft]"'),
     "trl": ("SFT, DPO and other trainers with pruning", 'pip install "apt-lm[trainers]"'),
     "sentence-transformers": ("their trainer with pruning", 'pip install "apt-lm[trainers]"'),
+    "gguf": ("GGUF files, read and written", 'pip install "apt-lm[gguf]"'),
+    "cyllama": ("llama.cpp: K-quants, checks of GGUF files", 'pip install "apt-lm[llamacpp]"'),
     "lm_eval": ("scores on benchmark tasks", 'pip install "apt-lm[harness]"'),
 }
 WIDTH = 100  # columns, where the output is no terminal

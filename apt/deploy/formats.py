@@ -70,6 +70,7 @@ class Format:
 FORMATS: dict[str, Format] = {
     "hf": Format("transformers, and apt.load_model"),
     "hf-remote": Format("transformers without this package, with trust_remote_code=True where layers differ in size"),
+    "gguf": Format("llama.cpp", needs=("gguf",), checks=("cyllama",), extra="llamacpp"),
 }
 
 
