@@ -74,7 +74,7 @@ def write(source: Source, folder: Path, quantise: str | None) -> list[str]:
         notes = _write_plain(source, decoder, whole, F32)
         quantise_file(whole, path, kind)
         whole.unlink()
-    ragged = ragged_note(path, kind)
+    ragged = ragged_note(path, kind, decoder.hidden)
     return [*_padding_notes(decoder), *notes, *([ragged] if ragged else [])]
 
 

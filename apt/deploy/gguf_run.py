@@ -39,17 +39,17 @@ class LlamaCpp:
         settings = llama_cpp.LlamaModelParams()
         settings.n_gpu_layers = 0
         self.model = _Model(str(path), settings)
-        self.context = context
-        self.fresh()
-
-    def fresh(self) -> None:
-        """Forget the tokens that were read."""
         settings = llama_cpp.LlamaContextParams()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = self.context
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
         settings.type_k = settings.type_v = F32
         settings.flash_attn_type = NO_FLASH
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         self.run = llama_cpp.LlamaContext(self.model, settings)
+        self.read = 0
+
+    def fresh(self) -> None:
+        """Forget the tokens that were read."""
+        self.run.kv_cache_clear()
         self.read = 0
 
     @property
@@ -57,24 +57,35 @@ class LlamaCpp:
         """Whether the file has one; LLAMA_VOCAB_TYPE_NONE is 0."""
         return int(self.model.get_vocab().vocab_type) != 0
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits ``[T, V]`` behind each of the next tokens."""
+    def feed(self, ids: Sequence[int], *, every: bool = False) -> None:
+        """Read the next tokens.
+
+        Args:
+            ids: the tokens.
+            every: whether logits are computed behind each, or behind the last alone.
+        """
         batch = llama_cpp.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
         for place, token in enumerate(ids):
-            batch.add(int(token), self.read + place, [0], True)
+            batch.add(int(token), self.read + place, [0], every or place + 1 == len(ids))
         self.run.decode(batch)
+        self.run.synchronize()
         self.read += len(ids)
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits ``[T, V]`` behind each of the next tokens."""
+        self.feed(ids, every=True)
         return torch.tensor([self.run.get_logits_ith(place) for place in range(len(ids))])
 
     def greedy(self, ids: Sequence[int], tokens: int, ends: Sequence[int]) -> list[int]:
         """The likeliest next tokens, one by one; never one that ends the text."""
         self.fresh()
-        last = self.logits(ids)[-1]
+        self.feed(ids)
         made: list[int] = []
         while len(made) < tokens:
+            last = torch.tensor(self.run.get_logits_ith(-1))
             last[list(ends)] = -torch.inf
             made.append(int(last.argmax()))
-            last = self.logits(made[-1:])[-1]
+            self.feed(made[-1:])
         return made
 
     def tokens(self, text: str) -> list[int]:

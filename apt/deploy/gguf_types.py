@@ -80,12 +80,13 @@ def quantise_file(source: Path, target: Path, name: str) -> None:
         raise ValueError(f"export: llama.cpp does not quantise {source.name} to {name}: {error}") from None
 
 
-def ragged_note(path: Path, name: str) -> str | None:
+def ragged_note(path: Path, name: str, hidden: int) -> str | None:
     """One line on the matrices whose rows no block of a type divides; None where there are none.
 
     Args:
         path: a file that was written.
         name: of the type.
+        hidden: width of the stream, which pruning of units does not change.
     """
     block = gguf.GGML_QUANT_SIZES[PLAIN[name][0]][0] if name in PLAIN else gguf.QK_K
     matrices = [t for t in gguf.GGUFReader(path).tensors if len(t.shape) > 1 and t.name not in WHOLE]
@@ -96,7 +97,10 @@ def ragged_note(path: Path, name: str) -> str | None:
     told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     widths = sorted({int(t.shape[0]) for t in ragged})
     some = ", ".join(map(str, widths[:6])) + (", ..." if len(widths) > 6 else "")
+    cure = f"prune with round_to={block} to avoid it"
+    if hidden in widths:
+        cure = f"round_to={block} avoids it but in the rows of {hidden}, the width of the stream"
     return (
         f"{len(ragged)} of {len(matrices)} matrices are not {name} but {told}: its blocks of {block} do not divide "
-        f"rows of {some}; prune with round_to={block} to avoid it"
+        f"rows of {some}; {cure}"
     )
