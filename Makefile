@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo decoder ratings test check extras browser harness trainers fuzz soak kills bench bench-accuracy bench-adapters bench-finetune bench-repair gpu clean
+.PHONY: help demo decoder ratings test check extras browser harness trainers deploy fuzz soak kills bench bench-accuracy bench-adapters bench-finetune bench-repair gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,14 +27,15 @@ ratings: $(STAMPS)/demo ## LoRA and APT on reviews with ratings: a number, three
 	$(PY) -m apt experiment examples/sentiment_grid.yaml
 	$(PY) -m bench.ratings
 
-test check extras browser harness trainers fuzz soak kills gpu: export HF_HUB_OFFLINE = 1
-test check extras browser harness trainers fuzz soak kills: export OMP_NUM_THREADS = 1
+test check extras browser harness trainers deploy fuzz soak kills gpu: export HF_HUB_OFFLINE = 1
+test check extras browser harness trainers deploy fuzz soak kills: export OMP_NUM_THREADS = 1
 
 WORKERS ?= auto
 # Files in the order of tests/conftest.py, the longest first.
 PYTEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # What needs more than `make test` has, the longest first.
 EXTRAS  := $(addprefix tests/system/test_, ecosystem_trainers.py fuzz.py harness.py page_in_browser.py)
+DEPLOY  := $(wildcard tests/apt/test_deploy_*.py tests/bench/test_deploy_*.py)
 
 test: $(STAMPS)/dev $(STAMPS)/demo ## the default tests: CPU, no network, one process a core (WORKERS=0: one in all)
 	$(PYTEST)
@@ -45,8 +46,8 @@ check: $(STAMPS)/dev $(STAMPS)/demo ## lint, format, types, then the default tes
 	$(PY) -m mypy apt apt_kernels
 	$(PYTEST)
 
-extras: $(STAMPS)/extras ## browser, harness, fuzz and trainers in one: what CI runs after `check`
-	$(PYTEST) -m "browser or harness or fuzz or trainers" $(EXTRAS)
+extras: $(STAMPS)/extras ## browser, harness, fuzz, trainers and deploy in one: what CI runs after `check`
+	$(PYTEST) -m "browser or harness or fuzz or trainers or deploy and not slow" $(EXTRAS) $(DEPLOY)
 
 browser: $(STAMPS)/dev ## the page of a report in Chromium (Debian: apt-get install chromium), which CI runs too
 	$(PYTEST) -m browser tests/system/test_page_in_browser.py
@@ -62,6 +63,9 @@ soak: $(STAMPS)/dev ## 5,000 steps with 20 events in one process: memory and des
 
 kills: $(STAMPS)/dev ## 100 SIGKILLs at random moments of tiny runs, each resumed and compared, six minutes; ARGS="--kills 20 --seed 3"
 	PYTHONPATH=.:tests $(PY) tests/kills.py $(ARGS)
+
+deploy: $(STAMPS)/deploy ## exports in the programs that read them: llama.cpp, ONNX Runtime, OpenVINO, MLX (330 MB), which CI runs too
+	$(PYTEST) -m "deploy and not slow" $(DEPLOY)
 
 trainers: $(STAMPS)/trainers ## pruning with the trainers of TRL and sentence-transformers (220 MB), which CI runs too
 	$(PYTEST) -m trainers tests/system/test_ecosystem_trainers.py
@@ -124,6 +128,10 @@ $(STAMPS)/trainers: requirements/trainers.txt $(STAMPS)/dev
 	$(PIP) -r requirements/trainers.txt
 	@touch $@
 
-$(STAMPS)/extras: requirements/harness.txt requirements/trainers.txt $(STAMPS)/dev
-	$(PIP) -r requirements/harness.txt -r requirements/trainers.txt
-	@touch $@ $(STAMPS)/harness $(STAMPS)/trainers
+$(STAMPS)/deploy: requirements/deploy.txt $(STAMPS)/dev
+	$(PIP) -r requirements/deploy.txt
+	@touch $@
+
+$(STAMPS)/extras: requirements/harness.txt requirements/trainers.txt requirements/deploy.txt $(STAMPS)/dev
+	$(PIP) -r requirements/harness.txt -r requirements/trainers.txt -r requirements/deploy.txt
+	@touch $@ $(STAMPS)/harness $(STAMPS)/trainers $(STAMPS)/deploy

@@ -20,6 +20,7 @@ from apt.deploy.source import opened
 from apt.families import anatomy_of
 from apt.surgery.prune import apply_prune_plan
 
+pytestmark = pytest.mark.deploy
 gguf = pytest.importorskip("gguf")
 LlamaCpp = pytest.importorskip("apt.deploy.gguf_run", reason="no cyllama", exc_type=ImportError).LlamaCpp
 writer = pytest.importorskip("apt.deploy.gguf")

@@ -16,6 +16,7 @@ from apt.runs.evaluation.language import perplexity
 from apt.runs.models import build_model
 from apt.surgery.prune import apply_prune_plan
 
+pytestmark = pytest.mark.deploy
 deploy_gguf: Any = pytest.importorskip("bench.deploy_gguf", reason="no cyllama", exc_type=ImportError)
 
 
