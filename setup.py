@@ -36,6 +36,8 @@ setup(
         "trainers": ["trl>=1.16", "sentence-transformers>=6.2", "datasets"],  # apt.trainer_class of theirs
         "gguf": ["gguf"],  # models in GGUF files
         "llamacpp": ["gguf>=0.19", "cyllama>=0.2.18"],  # python -m apt export --to gguf, K-quants, its --check
+        "onnx": ["onnx", "onnxscript", "onnxruntime>=1.21", "transformers>=5.23"],  # export --to onnx
+        "openvino": ["openvino>=2026.3", "nncf>=3.4", "transformers>=5.23"],  # export --to openvino
         "liger": ["liger-kernel>=0.8"],  # plain norms and losses on a GPU: TrainingArguments(use_liger_kernel=True)
         "bench": ["torch-pruning>=1.6", "peft>=0.21", "matplotlib"],  # what the benchmarks compare with and draw with
         "plots": ["matplotlib", "jinja2"],  # the page of a report

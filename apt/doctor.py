@@ -38,6 +38,8 @@ OPTIONAL = {  # distribution -> what it is for, and what installs it
     "sentence-transformers": ("their trainer with pruning", 'pip install "apt-lm[trainers]"'),
     "gguf": ("GGUF files, read and written", 'pip install "apt-lm[gguf]"'),
     "cyllama": ("llama.cpp: K-quants, checks of GGUF files", 'pip install "apt-lm[llamacpp]"'),
+    "onnxruntime": ("export for ONNX Runtime", 'pip install "apt-lm[onnx]"'),
+    "openvino": ("export for OpenVINO", 'pip install "apt-lm[openvino]"'),
     "lm_eval": ("scores on benchmark tasks", 'pip install "apt-lm[harness]"'),
 }
 WIDTH = 100  # columns, where the output is no terminal

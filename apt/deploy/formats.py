@@ -71,6 +71,8 @@ FORMATS: dict[str, Format] = {
     "hf": Format("transformers, and apt.load_model"),
     "hf-remote": Format("transformers without this package, with trust_remote_code=True where layers differ in size"),
     "gguf": Format("llama.cpp", needs=("gguf",), checks=("cyllama",), extra="llamacpp"),
+    "onnx": Format("ONNX Runtime", ("onnx", "onnxscript", "onnxruntime"), extra="onnx"),
+    "openvino": Format("OpenVINO", ("openvino", "nncf"), extra="openvino"),
 }
 
 
