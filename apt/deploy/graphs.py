@@ -77,8 +77,8 @@ def why_no_graph(source: Source) -> str | None:
 def traceable(model: Any) -> tuple[Any, list[str]]:
     """The model in float32 and without products over nothing, and a note where its weights were in another type.
 
-    OpenVINO's CPU plugin refuses a product whose inner size is 0, where a layer lost all its neurons, or gives numbers
-    that were never written; what is left of such a linear is its bias.
+    OpenVINO's CPU plugin refuses a product whose inner size is 0, where a layer lost all its neurons, or gives wrong
+    numbers where there is no bias. What is left of such a linear is its bias.
     """
     kinds = {str(value.dtype).removeprefix("torch.") for value in model.parameters() if value.is_floating_point()}
     notes = [] if kinds == {"float32"} else [f"weights in {', '.join(sorted(kinds))} are written as float32"]
@@ -122,11 +122,11 @@ def graphs_of(model: Any) -> list[Graph]:
         model: of transformers, in evaluation mode.
     """
     inputs: dict[str, Any] = dict(call_inputs(model))
-    if model.config.is_encoder_decoder:
-        return _encoder_decoder(model, inputs)
     if not model.can_generate():
         flags = {"use_cache": False} if _takes(model, "use_cache") or hasattr(model.config, "use_cache") else {}
         return [Graph("model", model, inputs | flags, {})]
+    if model.config.is_encoder_decoder:
+        return _encoder_decoder(model, inputs)
     return [Graph("model", model, _going_on(model, inputs), {})]
 
 
