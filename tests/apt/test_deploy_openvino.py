@@ -8,6 +8,7 @@ from tiny_models import CLASSIFIERS
 
 from apt.deploy.formats import writer_of
 
+pytestmark = pytest.mark.deploy
 for package in ("openvino", "nncf"):
     pytest.importorskip(package)
 
