@@ -73,6 +73,7 @@ FORMATS: dict[str, Format] = {
     "gguf": Format("llama.cpp", needs=("gguf",), checks=("cyllama",), extra="llamacpp"),
     "onnx": Format("ONNX Runtime", ("onnx", "onnxscript", "onnxruntime"), extra="onnx"),
     "openvino": Format("OpenVINO", ("openvino", "nncf"), extra="openvino"),
+    "hf-uniform": Format("transformers alone: AutoModel"),
 }
 
 

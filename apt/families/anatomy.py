@@ -13,7 +13,7 @@ from torch import nn
 from apt.families.base import FFN, Attention, Family, Layer, Stack, base_model, find_module
 from apt.families.empty import HEAD_SIZES, EmptyAttention
 from apt.families.hidden_parts import HiddenPart, HiddenPlaces
-from apt.families.hidden_tables import HiddenTable
+from apt.families.hidden_tables import HiddenTable, hidden_table
 from apt.families.linears import features
 
 
@@ -148,8 +148,8 @@ class Anatomy:
 
     @property
     def hidden_table(self) -> HiddenTable:
-        """What the family's table says of hidden dimensions. Raises ValueError as `hidden_parts`."""
-        return self._hidden_places.table
+        """What the family's table says of hidden dimensions. Raises ValueError where no table fits."""
+        return hidden_table(self.model)
 
     def hidden_parts(self) -> list[HiddenPart]:
         """What holds hidden dimensions now: what lies outside the layers, then layer by layer.

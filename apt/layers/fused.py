@@ -65,7 +65,7 @@ def split_fused(anatomy: Anatomy, names: Collection[str] | None = None) -> None:
     for name, part in fused_places(anatomy).items():
         if names is None or name in names:
             linear = anatomy.model.get_submodule(name)
-            replace_module(anatomy.model, name, split_linear(linear, _part_sizes(linear, part)))
+            replace_module(anatomy.model, name, split_linear(linear, part_sizes(linear, part)))
 
 
 def fused_places(anatomy: Anatomy) -> dict[str, PlacedPart]:
@@ -77,7 +77,7 @@ def fused_places(anatomy: Anatomy) -> dict[str, PlacedPart]:
     return found
 
 
-def _part_sizes(linear: nn.Module, part: PlacedPart) -> dict[str, int]:
+def part_sizes(linear: nn.Module, part: PlacedPart) -> dict[str, int]:
     """Outputs of each role: of q as many as the output projection reads, of the others the rest in equal shares."""
     rest, _ = features(linear)
     sizes = {}
