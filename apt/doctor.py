@@ -40,6 +40,8 @@ OPTIONAL = {  # distribution -> what it is for, and what installs it
     "cyllama": ("llama.cpp: K-quants, checks of GGUF files", 'pip install "apt-lm[llamacpp]"'),
     "onnxruntime": ("export for ONNX Runtime", 'pip install "apt-lm[onnx]"'),
     "openvino": ("export for OpenVINO", 'pip install "apt-lm[openvino]"'),
+    "mlx-lm": ("checks of exports for mlx-lm", 'pip install "apt-lm[mlx]"'),
+    "vllm": ("checks of exports for vLLM", 'pip install "apt-lm[vllm]"'),
     "lm_eval": ("scores on benchmark tasks", 'pip install "apt-lm[harness]"'),
 }
 WIDTH = 100  # columns, where the output is no terminal

@@ -1,6 +1,7 @@
 """Tiny models that were pruned, trained a little and exported, for the programs that exports are read by."""
 
 from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch
 from tiny_models import fill_adapters, free_heads, random_plan, tiny_batch, tiny_model
 
 import apt
+from apt.families import anatomy_of
+from apt.pruning.units import find_units
+from apt.records import PrunePlan
 from apt.surgery.prune import apply_prune_plan
 
 
@@ -16,6 +20,24 @@ def free_export(name: str, folder: Path, dtype: torch.dtype = torch.float32, **s
     model = fill_adapters(apt.patch_model(tiny_model(name, dtype, **settings), rank=3))
     empty = [*free_heads(model)[-1:], next(key for key in apt.summary(model).units if key.endswith("neurons"))]
     apply_prune_plan(model, random_plan(model, empty=empty, seed=1))
+    return apt.export_model(model, folder)
+
+
+def sized_export(
+    name: str,
+    folder: Path,
+    heads: Sequence[int],
+    neurons: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    **more: Any,
+) -> Path:
+    """Layers with that many heads (KV groups) and neurons: the last ones of each."""
+    model = fill_adapters(apt.patch_model(tiny_model(name, dtype, num_hidden_layers=len(heads), **more), rank=3))
+    left = {f"layers.{layer}.heads": count for layer, count in enumerate(heads)}
+    left |= {f"layers.{layer}.neurons": count for layer, count in enumerate(neurons)}
+    groups = find_units(anatomy_of(model))
+    kept = {group.name: list(range(group.num_units - left[group.name], group.num_units)) for group in groups}
+    apply_prune_plan(model, PrunePlan(step=1, target_sparsity=0.5, kept=kept, round_to=1))
     return apt.export_model(model, folder)
 
 

@@ -74,6 +74,8 @@ FORMATS: dict[str, Format] = {
     "onnx": Format("ONNX Runtime", ("onnx", "onnxscript", "onnxruntime"), extra="onnx"),
     "openvino": Format("OpenVINO", ("openvino", "nncf"), extra="openvino"),
     "hf-uniform": Format("transformers alone: AutoModel"),
+    "mlx": Format("mlx-lm", checks=("mlx_lm",), extra="mlx"),
+    "vllm": Format("vLLM", checks=("vllm",), extra="vllm"),
 }
 
 

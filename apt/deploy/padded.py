@@ -4,7 +4,7 @@ A head (KV group) or a neuron of zeros adds nothing: the columns that read it ar
 same function, and any program that knows the stock class runs it. All its layers are as slow as the largest.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,22 +21,22 @@ from apt.layers.fused import part_sizes, split_linear
 TITLES = {"head": "heads (KV groups)", "neuron": "neurons"}
 
 
-def why_not_padded(source: Source, whole: Collection[str] = ()) -> str | None:
+def why_not_padded(source: Source, least: Mapping[str, int] | None = None) -> str | None:
     """Say what no stock configuration can say, however the layers are padded; None where one can.
 
     Args:
         source: of the model.
-        whole: as in `least_config`.
+        least: as in `least_config`.
     """
     for entry, words in (("gates", "it has gates that depend on the example"), ("prompt", "it has virtual tokens")):
         if source.card.get(entry) is not None:
             return words
     if source.anatomy is None:
         return None if source.is_stock else str(source.card.get("why_not_stock"))
-    return least_config(source.anatomy, whole)[1]
+    return least_config(source.anatomy, least)[1]
 
 
-def least_config(anatomy: Anatomy, whole: Collection[str] = ()) -> tuple[Any, str | None]:
+def least_config(anatomy: Anatomy, least: Mapping[str, int] | None = None) -> tuple[Any, str | None]:
     """The stock configuration of the smallest uniform shape that holds every layer.
 
     The number of neurons is that of the largest layer. That of heads is the next at or above which the configuration
@@ -44,25 +44,23 @@ def least_config(anatomy: Anatomy, whole: Collection[str] = ()) -> tuple[Any, st
 
     Args:
         anatomy: of a plain model.
-        whole: kinds of units, "head" or "neuron", of which each layer is to have as many as its configuration says now.
+        least: that each layer is to have, by the kind of units: "head" (KV groups), "neuron".
 
     Returns:
         A copy of the config with these counts and None; or the config, and what it cannot say.
     """
     model: Any = anatomy.model
     with init_empty_weights(include_buffers=False):
-        whole_anatomy = anatomy_of(stock_class(model)(model.config))
-    stock = whole_anatomy.num_units()
-    width = _width(anatomy)
-    hidden = 0 if width == _width(whole_anatomy) else width
-    now = anatomy.num_units()
+        stock = anatomy_of(stock_class(model)(model.config))
+    width = stream_width(anatomy)
+    hidden = 0 if width == stream_width(stock) else width
+    now, before = anatomy.num_units(), stock.num_units()
     names = {kind: [part.name for part in anatomy.parts if part.table.kind == kind] for kind in TITLES}
-    least = {kind: max(1, *(now[name] for name in found)) for kind, found in names.items()}
-    most = {kind: max(stock[name] for name in found) for kind, found in names.items()}
-    least |= {kind: most[kind] for kind in whole}
+    fewest = {kind: max(1, (least or {}).get(kind, 1), *(now[name] for name in found)) for kind, found in names.items()}
+    most = max(fewest["head"], *(before[name] for name in names["head"]))
     config, reason = model.config, None
-    for heads in range(least["head"], most["head"] + 1):
-        chosen = {"head": heads, "neuron": least["neuron"]}
+    for heads in range(fewest["head"], most + 1):
+        chosen = {"head": heads, "neuron": fewest["neuron"]}
         units = {part.name: chosen[part.table.kind] for part in anatomy.parts}
         config, reason = stock_config(anatomy, units, {}, hidden)
         if reason is None:
@@ -70,12 +68,12 @@ def least_config(anatomy: Anatomy, whole: Collection[str] = ()) -> tuple[Any, st
     return config, reason
 
 
-def padded_model(anatomy: Anatomy, whole: Collection[str] = ()) -> Any:
+def padded_model(anatomy: Anatomy, least: Mapping[str, int] | None = None) -> Any:
     """A model of the stock class, of a uniform shape, that computes what the given one does.
 
     Args:
         anatomy: of a plain model, which is not changed; what needs no padding is shared with it.
-        whole: as in `least_config`.
+        least: as in `least_config`.
 
     Returns:
         The model, in evaluation mode.
@@ -83,7 +81,7 @@ def padded_model(anatomy: Anatomy, whole: Collection[str] = ()) -> Any:
     Raises:
         ValueError: no stock configuration can say it; `why_not_padded` tells so before.
     """
-    config, reason = least_config(anatomy, whole)
+    config, reason = least_config(anatomy, least)
     if reason is not None:
         raise ValueError(f"export: no padding makes this model a stock one: {reason}")
     model: Any = anatomy.model
@@ -120,7 +118,25 @@ def padding_notes(anatomy: Anatomy, padded: Anatomy) -> list[str]:
     return notes
 
 
-def _width(anatomy: Anatomy) -> int:
+def heads_by_width(anatomy: Anatomy) -> int | None:
+    """Heads (KV groups) where the size of a head is the hidden size over the number of query heads.
+
+    Some programs take it so, whatever a configuration says. None where no number of heads gives the size that the heads
+    have, or one smaller than some layer has.
+    """
+    config: Any = anatomy.model.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, rest = divmod(stream_width(anatomy), size * group)
+    return None if rest or heads < max(part.num_units for part in anatomy.attentions) else heads
+
+
+def lacks_heads(anatomy: Anatomy, least: Mapping[str, int]) -> bool:
+    """Whether some layer has fewer heads than a program asks for."""
+    return any(part.num_units < least.get("head", 0) for part in anatomy.attentions)
+
+
+def stream_width(anatomy: Anatomy) -> int:
     """Hidden dimensions, as what writes to the stream has them."""
     readers = [part.reader for part in anatomy.parts]
     return next(features(reader)[0] for reader in readers if reader is not None)

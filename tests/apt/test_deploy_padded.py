@@ -49,10 +49,10 @@ def test_the_shape_is_the_least_that_a_configuration_says(name: str, heads: int,
     assert {count for name, count in units.items() if name.endswith("neurons")} == {neurons}
 
 
-def test_whole_counts_are_those_of_the_configuration(tmp_path: Path) -> None:
+def test_a_program_may_ask_for_more_of_a_kind(tmp_path: Path) -> None:
     free_export("qwen2", tmp_path / "free")
     ours: Any = apt.load_model(tmp_path / "free")
-    theirs = padded_model(anatomy_of(ours), whole=("head", "neuron"))
+    theirs = padded_model(anatomy_of(ours), least={"head": 4, "neuron": 40})
     assert (theirs.config.num_key_value_heads, theirs.config.intermediate_size) == (4, 40)
     inputs = inputs_of(ours)
     assert difference(logits_of(theirs, inputs), logits_of(ours, inputs), inputs["attention_mask"]) < 1e-5
