@@ -40,7 +40,7 @@ CASES: dict[str, Callable[[Path], Path]] = {
     "phi3 free": partial(free_export, "phi3", **WIDE),
     "gemma2 free": partial(free_export, "gemma2", **HEAD),
     "gemma3 free": partial(free_export, "gemma3", **HEAD),
-    "gpt2 free": partial(free_export, "gpt2", **WIDE),
+    "gpt2 free": partial(free_export, "gpt2", **WIDE, scale_attn_by_inverse_layer_idx=False),
     "opt free": partial(free_export, "opt", **WIDE),
 }
 

@@ -35,6 +35,9 @@ def refuse(source: Source) -> str | None:
         return f"of {name} nothing was run in vLLM; written are {', '.join(CLASSES)}"
     if model.config.model_type == "qwen2" and len(set(getattr(model.config, "layer_types", None) or ())) > 1:
         return "vLLM's qwen2 has a sliding window in all layers or in none"
+    for setting in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):  # gpt2.py asserts that they are off
+        if getattr(model.config, setting, False):
+            return f"vLLM's gpt2 has no {setting}"
     if source.anatomy is not None and model.config.model_type in DERIVED and heads_by_width(source.anatomy) is None:
         return f"vLLM's {model.config.model_type} takes the hidden size over the number of heads for the size of a head"
     if source.is_stock or why_not_deci(source) is None:
