@@ -1,7 +1,7 @@
 """Tiny models that were pruned, trained a little and exported, for the programs that exports are read by."""
 
-from dataclasses import replace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
