@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from apt.deploy.source import Source
-from apt.export.stock import stock_class, stock_config
+from apt.export.stock import described_class, stock_class, stock_config
 from apt.families import Anatomy, Attention, EmptyAttention, PlacedPart, anatomy_of
 from apt.families.base import find_module
 from apt.families.linears import features, is_conv1d, is_linear, weight_and_bias
@@ -86,7 +86,7 @@ def padded_model(anatomy: Anatomy, least: Mapping[str, int] | None = None) -> An
         raise ValueError(f"export: no padding makes this model a stock one: {reason}")
     model: Any = anatomy.model
     with init_empty_weights(include_buffers=False):
-        made: Any = stock_class(model)(config)
+        made: Any = described_class(model, config)(config)
     wanted = made.state_dict()
     there = model.state_dict()
     state = {name: there[name] for name, tensor in wanted.items() if _fits(there.get(name), tensor)}
