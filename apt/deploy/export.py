@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from apt.deploy.formats import FORMATS, Comparison, writer_of
@@ -14,6 +15,8 @@ from apt.files.whole import check_replaceable, check_writable, find_whole, write
 
 MADE = "apt_deploy.json"  # in every folder that is written here: format, source, notes
 STOCK = "hf"
+# The largest difference of a logit over the largest logit: llama.cpp's GELU, from a table in 16 bits, has 4e-4.
+MOST, MOST_IN_16_BITS = 1e-3, 5e-2
 
 
 def export_model(
@@ -116,6 +119,8 @@ def _write(source: Source, folder: Path, to: str, quantise: str | None, *, check
     with writing(folder, "export", "free some space, or give another --out"), write_folder_aside(folder, MADE) as aside:
         notes = writer.write(source, aside, quantise)
         compared = writer.compare(source, aside, quantise) if check else None
+        if compared is not None and quantise is None:
+            _refuse_another_model(source, compared, to)
         source.copy_companions(aside)
         made = {"format": to, "quantise": quantise, "notes": notes, "checked": compared and compared.told()}
         (aside / MADE).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
@@ -123,6 +128,17 @@ def _write(source: Source, folder: Path, to: str, quantise: str | None, *, check
     for note in notes:
         tell(note)
     return compared
+
+
+def _refuse_another_model(source: Source, compared: Comparison, to: str) -> None:
+    """Raise ValueError where a program does not compute the model, though its numbers are as they were."""
+    whole = source.model.dtype in (torch.float32, torch.float64)
+    far = compared.difference is not None and not compared.difference <= (MOST if whole else MOST_IN_16_BITS)
+    if far or (whole and compared.same_text is False):
+        raise ValueError(
+            f"export: what was written for {to} is not the model, so it is not kept: {compared.told()}; give another "
+            f"format, and tell us, or leave --check out to have it all the same"
+        )
 
 
 def _readme(source: Source, to: str, quantise: str | None, notes: list[str]) -> str:

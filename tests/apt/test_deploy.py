@@ -15,7 +15,7 @@ from tiny_run import tiny_tokenizer, write_config
 import apt
 from apt.cli import main
 from apt.deploy import hf
-from apt.deploy.formats import FORMATS
+from apt.deploy.formats import FORMATS, Comparison
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,25 @@ def test_a_full_disk_leaves_nothing(
     assert main(["export", str(exports / "free"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 2
     assert "cannot be written: No space left on device; free some space" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("found", [Comparison("theirs", 0.2, True), Comparison("theirs", 1e-6, False)])
+def test_what_is_not_the_model_is_not_kept(
+    found: Comparison,
+    exports: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Numbers of fewer bits are another matter: there it is told."""
+    monkeypatch.setattr(hf, "compare", lambda *given: found)
+    command = ["export", str(exports / "free"), "--to", "hf", "--out", str(tmp_path / "hf"), "--check"]
+    assert main(command) == 2
+    assert f"is not the model, so it is not kept: {found.told()}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(hf, "QUANTISED", ("int8",))
+    assert main([*command, "--quantise", "int8"]) == 0
+    assert found.told() in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named(
