@@ -27,9 +27,10 @@ from bench.rows import append_row, environment, read_rows
 
 BATCHES = {"moment_batches": 64, "calibration_batches": 32}
 ARMS: dict[str, dict[str, Any]] = {
+    "the defaults of compress": {},
     # Without it some layer keeps a single head, and what depended on two cannot be given to one.
     "at least 2 heads a layer": {"min_heads": 2},
-    "the defaults of compress": {},
+    "the streams not corrected": {"repair": "weights"},
     "all units in one round": {"rounds": 1},
 }
 

@@ -133,7 +133,7 @@ def least_match(read: Read) -> float | None:
 
 
 def least_match_cut(read: Read) -> float | None:
-    """Of the first arm, with its floor of heads."""
+    """With the defaults of compress."""
     rows = [row for row in read("copy_task_cut") if row["arm"] == next(iter(copy_task_cut.ARMS))]
     return min((float(row["exact_match_repaired"]) for row in rows if row["target_sparsity"] == "0.5"), default=None)
 
