@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from exported import free_export, uniform_export
+from tiny_models import CLASSIFIERS
 
 from apt.deploy.export import export_source
+from apt.deploy.formats import writer_of
 from apt.deploy.graphs import call_inputs
 from apt.deploy.probe import logits_of
 from apt.deploy.source import Source
@@ -28,6 +30,15 @@ def deployed(name: str, layout: str, to: str, folder: Path, quantise: str | None
     made = {"free": free_export, "uniform": uniform_export}[layout](name, folder / "model", **settings)
     export_source(made, to, folder / "written", quantise=quantise)
     return Source(name, made)
+
+
+def assert_computed(name: str, layout: str, to: str, folder: Path) -> None:
+    """Write a model, and compare what its program makes of it with torch: logits, and text where it makes any."""
+    source = deployed(name, layout, to, folder)
+    found = writer_of(to).compare(source, folder / "written", None)
+    assert found.difference is not None
+    assert found.difference < 1e-4
+    assert found.same_text is (None if name in CLASSIFIERS else True)
 
 
 def share_of_equal_classes(run: Any, model: Any) -> float:
