@@ -1,6 +1,7 @@
 """Writes a model in a format: aside, then renamed; checked in the program that it is for, where that is asked."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from apt.files.whole import check_replaceable, check_writable, find_whole, write
 
 MADE = "apt_deploy.json"  # in every folder that is written here: format, source, notes
 STOCK = "hf"
+AS_BEFORE = (STOCK, "hf-remote")  # formats that are loaded as the model card of the source says
+LOADING = re.compile(r"^## How to load it\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 # The largest difference of a logit over the largest logit: llama.cpp's GELU, from a table in 16 bits, has 4e-4.
 MOST, MOST_IN_16_BITS = 1e-3, 5e-2
 
@@ -142,11 +145,13 @@ def _refuse_another_model(source: Source, compared: Comparison, to: str) -> None
 
 
 def _readme(source: Source, to: str, quantise: str | None, notes: list[str]) -> str:
-    """The model card of the source, with what this folder is behind its front matter."""
+    """The model card of the source, with what this folder is behind its front matter, and without another's way in."""
     path = source.folder / README
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
     front = FRONT_MATTER.match(card)
     rest = card[front.end() :] if front else card
+    if to not in AS_BEFORE:
+        rest = LOADING.sub("", rest)
     told = [f"Written for {FORMATS[to].what} (`{to}`{f', {quantise}' if quantise else ''}).", *notes]
     body = "\n".join(f"- {line}" for line in told)
     return f"{card[: front.end()].rstrip() + chr(10) * 2 if front else ''}{body}\n\n{rest.lstrip()}"

@@ -55,6 +55,15 @@ def test_the_card_of_the_source_says_what_the_folder_is(exports: Path, tmp_path:
     assert ours.partition("---\n\n")[2] in card
 
 
+def test_a_folder_that_others_load_does_not_say_how_we_do(exports: Path, tmp_path: Path) -> None:
+    for to in ("hf-remote", "hf-uniform"):
+        assert main(["export", str(exports / "free"), "--to", to, "--out", str(tmp_path / to)]) == 0
+    before, after = ((tmp_path / to / "README.md").read_text() for to in ("hf-remote", "hf-uniform"))
+    assert "apt.load_model(folder)" in before
+    assert "load_model" not in after
+    assert "## What was removed, and what is left" in after
+
+
 def test_a_run_is_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = {"training": {"max_steps": 20}, "evaluation": {"event_timing_steps": 0, "inference_repeats": 1}}
     assert main(["train", str(write_config(tmp_path, **short))]) == 0
