@@ -12,7 +12,8 @@ def sayable_heads(part: PlacedPart) -> tuple[int, ...]:
     """Counts of heads (of KV groups) that its stock configuration can say, up to those it has now, ascending.
 
     A configuration that derives the size of a head from their number, or a family whose layers must know which heads
-    are left (T5), can say none but the present one. Others check what they are told: Gemma takes counts that divide the
+    are left (T5), can say none but that of the model as it came; where some went before, none can be said, and any will
+    do. Others check what they are told: Gemma takes counts that divide the
     hidden size.
 
     Args:
@@ -22,7 +23,7 @@ def sayable_heads(part: PlacedPart) -> tuple[int, ...]:
     table = part.attention
     config: Any = part.layer.model.config
     if table.follow is not None or not table.settings:
-        return (now,)
+        return (now,) if now == config.num_attention_heads else tuple(range(1, now + 1))
     if as_mistral(config) is not None:
         return tuple(range(1, now + 1))
     found = [count for count in range(1, now + 1) if with_heads(config, part, count) is not None]

@@ -7,6 +7,7 @@ from torch import nn
 from apt.apt_config import APTConfig
 from apt.distillation import release
 from apt.families import Anatomy, anatomy_of, known_family
+from apt.families.adopted import adopt_stand_ins
 from apt.families.ties import say_untied
 from apt.layers.fused import restore_plain, split_fused
 from apt.layers.gated_activation import put_activations, restore_activations
@@ -73,6 +74,7 @@ def patch_model(
         # What was compiled before knows nothing of the parts put in now.
         forget_graphs()
     keep_few_kernels(model)
+    adopt_stand_ins(model)
     if _of_peft(model):
         _fuse_peft(model, config, method, overrides)
         return given

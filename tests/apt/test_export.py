@@ -23,7 +23,7 @@ from apt.files.manifest import MANIFEST
 from apt.surgery.prune import apply_prune_plan
 
 ROOT = Path(__file__).parents[2]
-CARD = "apt_export.json"
+CARD, CODE = "apt_export.json", "modeling_apt.py"
 IN_ANOTHER_PROCESS = """
 import sys
 from safetensors.torch import save_file
@@ -184,7 +184,10 @@ WEIGHTS = "model.safetensors"
 UNITS = [f"layers.{index}.{kind}" for index in range(3) for kind in ("heads", "neurons")]
 SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, rf"is not an export of apt; it has no {CARD}"),
-    "no card": (lambda f: (f / CARD).unlink(), rf"is not an export of apt; it has no {CARD}"),
+    "no card": (
+        lambda f: [(f / name).unlink() for name in (CARD, "modeling_apt.py")],
+        rf"is not an export of apt; it has no {CARD}",
+    ),
     "half a card": (lambda f: (f / CARD).write_text((f / CARD).read_text()[:40]), rf"{CARD} is corrupt"),
     "binary card": (lambda f: (f / CARD).write_bytes(b"\xff\xfe\x00{"), rf"{CARD} is corrupt"),
     "a list for a card": (lambda f: (f / CARD).write_text("[1]"), rf"{CARD} is corrupt \(it holds no names and values"),

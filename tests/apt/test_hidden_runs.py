@@ -441,7 +441,7 @@ def test_auto_model_loads_fewer_dimensions(name: str, tmp_path: Path) -> None:
 )
 def test_what_a_config_cannot_say_is_said(name: str, why: str, tmp_path: Path) -> None:
     model = uniform(name)
-    with pytest.warns(UserWarning, match=f"AutoModel cannot load it: {why}"):
+    with pytest.warns(UserWarning, match=f"AutoModel alone cannot load it: {why}"):
         apt.export_model(model, tmp_path / "export")
     with torch.no_grad():
         loaded = apt.load_model(tmp_path / "export")

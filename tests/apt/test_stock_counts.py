@@ -90,6 +90,13 @@ def test_sayable_counts_are_those_that_load(name: str, tmp_path: Path) -> None:
         assert json.loads((folder / "apt_export.json").read_text())["stock"] == (count in said), count
 
 
+def test_where_heads_went_before_any_number_of_them_will_do() -> None:
+    """As in a run that an older version began: nothing stock is left to keep to."""
+    model = apt.patch_model(tiny_model("t5", torch.float32), rank=3)
+    apply_prune_plan(model, equal_plan(model, 3))
+    assert {sayable_heads(part) for part in anatomy_of(model).attentions} == {(1, 2, 3)}
+
+
 def test_a_target_that_neurons_alone_cannot_reach_says_why() -> None:
     with pytest.raises(ValueError, match=r"layout 'uniform' \(heads as a stock configuration can say them\) at most"):
         apt.compress(tiny_model("bert"), [tiny_batch("bert")], 0.6, layout="uniform", repair="off")
